@@ -1,0 +1,131 @@
+"""How the benchmarks measure: kernel times by CUPTI, copy rate, where the results go."""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import profiler
+from jax.experimental.pallas import triton as plgpu
+
+RESULTS = Path(__file__).parent / "results" / "h200"
+L2_BYTES = 60 * 2**20
+
+
+class Time(NamedTuple):
+    """Microseconds of one call: median, 10th and 90th percentile over the calls; its launches."""
+
+    us: float
+    p10: float
+    p90: float
+    launches: int
+
+
+def kernel_time(f: Callable[..., Any], calls: Sequence[tuple], iterations: int = 20) -> Time:
+    """Time on the GPU of `f(*arguments)`, the kernels of a call added up.
+
+    Args:
+        f: the function; compiled as one program with all calls, in order.
+        calls: argument tuples. Several, of more than the L2 together, keep the inputs of one call
+            from being in the cache when it runs.
+        iterations: how often the program runs.
+    """
+
+    def program(calls):
+        results = []
+        for arguments in calls:
+            # Each call waits for the one before: XLA must not merge them.
+            arguments, results = lax.optimization_barrier((arguments, results))
+            results.append(f(*arguments))
+        return results
+
+    _, runs = profiler.measure(program, aggregate=False, iterations=iterations)(calls)
+    launches, rest = divmod(len(runs[0]), len(calls))
+    if rest:
+        raise RuntimeError(f"{len(runs[0])} kernels for {len(calls)} calls: XLA merged some")
+    times = [
+        1e3 * sum(ms for _, ms in run[i : i + launches])
+        for run in runs
+        for i in range(0, len(run), launches)
+    ]
+    deciles = statistics.quantiles(times, n=10)
+    return Time(statistics.median(times), deciles[0], deciles[-1], launches)
+
+
+def copy_gbps(gib: int = 1) -> float:
+    """Bytes read and written per ns by the best copy of `gib` GiB: jnp.copy or a block copy."""
+    x = jax.random.normal(jax.random.key(0), (gib * 2**29,), jnp.bfloat16)
+    traffic = 2 * x.size * x.dtype.itemsize
+    rates = {"jnp.copy": traffic / _host_time(jax.jit(jnp.copy), x) / 1e9}
+    for block in (1024, 2048, 4096, 8192):
+        for num_warps in (1, 2, 4, 8):
+            us = kernel_time(lambda x, b=block, w=num_warps: _block_copy(x, b, w), [(x,)], 10).us
+            rates[f"{block} elements, {num_warps} warps"] = traffic / us / 1e3
+    best = max(rates, key=rates.get)
+    print(f"copy rate: {rates[best]:.0f} GB/s ({best}); jnp.copy {rates['jnp.copy']:.0f} GB/s")
+    return rates[best]
+
+
+def _host_time(f, x, repeats=20):
+    """Seconds of one f(x), which may be a memcpy that CUPTI does not list as a kernel."""
+    f(x).block_until_ready()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        y = f(x)
+    y.block_until_ready()
+    return (time.perf_counter() - start) / repeats
+
+
+def _block_copy(x, block, num_warps):
+    def body(x_ref, o_ref):
+        index = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
+        plgpu.store(o_ref.at[index], plgpu.load(x_ref.at[index]))
+
+    return pl.pallas_call(
+        body,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(x.size // block,),
+        in_specs=[pl.no_block_spec],
+        out_specs=pl.no_block_spec,
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
+    )(x)
+
+
+def machine() -> dict[str, str]:
+    """What was measured on."""
+    device = jax.devices()[0]
+    return {
+        "gpu": device.device_kind,
+        "driver": _driver_version(),
+        "jax": jax.__version__,
+    }
+
+
+def _driver_version():
+    import subprocess
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def output_folder(description: str) -> Path:
+    """The folder of the `--out` argument, made."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    folder = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_json(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Writes `head` and "rows", a row a line."""
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+    body = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    path.write_text("\n".join(["{", *lines, ' "rows": [', body, " ]", "}"]) + "\n")

@@ -1,0 +1,75 @@
+"""Kernel time of the fused norm for every sensible launch: what `choose_launch` is fitted to.
+
+    python -m bench.tune_qkv_norm [--out DIR]
+
+Writes tune_qkv_norm.json, a row for each shape, number of tokens and launch.
+"""
+
+import functools
+
+from bench.measure import kernel_time, machine, output_folder, write_json
+from bench.qkv_shapes import SHAPES
+from g4attn_jax.ops.head_norm.triton import Launch, choose_launch
+from g4attn_jax.ops.qkv_rms_norm import triton
+
+TOKENS = (1, 4, 16, 64, 128, 256, 1024, 8192)
+LAUNCHES = tuple(
+    Launch(rows, warps)
+    for rows, warps in (
+        *((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)),
+        *((8, 1), (8, 2), (8, 4), (16, 4)),
+    )
+)
+
+
+def main():
+    """Measures, prints the best launch and the chosen one, writes."""
+    folder = output_folder(__doc__)
+    rows = []
+    for shape in SHAPES:
+        for tokens in TOKENS:
+            calls = shape.calls(tokens)
+            num_rows = tokens * shape.num_kv_heads * (shape.group + shape.mode.num_kv_projections)
+            times = {
+                launch: kernel_time(
+                    functools.partial(
+                        triton.qkv_rms_norm,
+                        mode=shape.mode,
+                        eps=1e-6,
+                        scale_offset=0.0,
+                        launch=launch,
+                    ),
+                    calls,
+                    iterations=10,
+                ).us
+                for launch in LAUNCHES
+            }
+            rows += [
+                {
+                    "mode": shape.mode.name,
+                    "num_q_heads": shape.num_q_heads,
+                    "num_kv_heads": shape.num_kv_heads,
+                    "head_dim": shape.head_dim,
+                    "tokens": tokens,
+                    "num_rows": num_rows,
+                    "block_rows": launch.block_rows,
+                    "num_warps": launch.num_warps,
+                    "us": round(us, 3),
+                }
+                for launch, us in times.items()
+            ]
+            best, chosen = min(times, key=times.get), choose_launch(num_rows)
+            print(
+                f"{shape!s:<22} M={tokens:<5} rows={num_rows:<7} best {tuple(best)} "
+                f"{times[best]:.2f} us, chosen {tuple(chosen)} {times[chosen]:.2f} us",
+                flush=True,
+            )
+    write_json(
+        folder / "tune_qkv_norm.json",
+        machine() | {"command": "python -m bench.tune_qkv_norm"},
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""From a Gemma 4 `config.json` to what one attention layer needs to know."""
+
+import dataclasses
+import enum
+import json
+import math
+from collections.abc import Mapping
+from importlib import resources
+from os import PathLike
+from typing import Any, Self
+
+_CONFIGS = resources.files("g4attn_jax") / "configs"
+_TEXT_MODEL_TYPES = ("gemma4_text", "gemma4_unified_text")
+_SLIDING, _FULL = _LAYER_TYPES = ("sliding_attention", "full_attention")
+
+
+class ProjectionMode(enum.Enum):
+    """Which of Q, K and V a layer projects; the value counts its K and V projections (P)."""
+
+    # KV-shared layers (the last `num_kv_shared_layers`): K and V come from an earlier layer's cache.
+    Q_ONLY = 0
+    # Full-attention layers when `attention_k_eq_v`: one projection is both K and V.
+    QK_ONLY = 1
+    # Every other layer: sliding ones, and full ones when K and V have projections of their own.
+    QKV_FULL = 2
+
+    @property
+    def num_kv_projections(self) -> int:
+        """P: rows of K and V after the G query rows of each KV head in a packed buffer."""
+        return self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """One attention layer, resolved from the config; nothing below this asks the config again.
+
+    Attributes:
+      mode: what the layer projects.
+      num_q_heads: Nq.
+      num_kv_heads: Nkv; divides Nq.
+      head_dim: D.
+      sliding_window: number of keys a query sees, its own included; None sees all earlier ones.
+      rope_theta: base of the rotary frequencies.
+      rotary_dim: R, twice the number of rotating pairs; the other D - R dims carry no position.
+      eps: added to the mean square in every RMSNorm.
+      kv_layer: index of the layer whose cache this one reads; its own unless `mode` is Q_ONLY.
+    """
+
+    mode: ProjectionMode
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+    rope_theta: float
+    rotary_dim: int
+    eps: float
+    kv_layer: int
+
+    @property
+    def group_size(self) -> int:
+        """G: query heads per KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma4Config:
+    """The text config of a Gemma 4 model: the fields attention needs, under Hugging Face's names.
+
+    `from_hf` and `preset` build it. Fields that contradict each other are refused with a ValueError
+    that names the field.
+
+    Source: the `config.json` files and `Gemma4TextConfig` of Hugging Face transformers 5.23.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    layer_types: tuple[str, ...]
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_global_key_value_heads: int | None
+    head_dim: int
+    global_head_dim: int
+    attention_k_eq_v: bool
+    num_kv_shared_layers: int
+    sliding_window: int
+    rms_norm_eps: float
+    rope_parameters: Mapping[str, Mapping[str, Any]]
+    max_position_embeddings: int
+
+    @classmethod
+    def from_hf(cls, config: str | PathLike | Mapping[str, Any]) -> Self:
+        """Reads a Hugging Face config.
+
+        Args:
+          config: path of a `config.json`, or its contents as a dict; the text config may stand alone
+            or under `text_config`.
+
+        Raises:
+          ValueError: a field is missing, has a wrong type, contradicts another, or asks for something
+            this attention does not do. The message names the field.
+        """
+        if not isinstance(config, Mapping):
+            with open(config, encoding="utf-8") as file:
+                config = json.load(file)
+            if not isinstance(config, Mapping):
+                raise ValueError(f"config must be a JSON object, not a {type(config).__name__}")
+        text = config.get("text_config", config)
+        if not isinstance(text, Mapping):
+            raise ValueError(f"text_config must be an object, not {text!r}")
+        if text.get("model_type") not in _TEXT_MODEL_TYPES:
+            raise ValueError(
+                f"model_type is {text.get('model_type')!r}; a Gemma 4 text config has one of "
+                f"{', '.join(_TEXT_MODEL_TYPES)}"
+            )
+        # Switches of the Hugging Face config that change the maths, and the only value each may have.
+        for field, only in (
+            ("attention_bias", (False, None)),
+            ("use_bidirectional_attention", (None, "vision")),
+        ):
+            if text.get(field) not in only:
+                raise ValueError(
+                    f"{field} = {text[field]!r} is not supported; accepted: {only[0]!r} or {only[1]!r}"
+                )
+        values = {}
+        for field in dataclasses.fields(cls):
+            if field.name not in text and field.name != "num_global_key_value_heads":
+                raise ValueError(f"{field.name} is missing from the config")
+            values[field.name] = text.get(field.name)
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """The config of a published model.
+
+        Args:
+          name: "gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b" or "gemma-4-31b"; the
+            prefix "gemma-4-" may be left out.
+
+        Raises:
+          ValueError: there is no such model.
+        """
+        file = _CONFIGS / f"gemma-4-{name.removeprefix('gemma-4-')}.json"
+        if not file.is_file():
+            raise ValueError(f"unknown preset {name!r}; accepted: {', '.join(cls.preset_names())}")
+        return cls.from_hf(json.loads(file.read_text(encoding="utf-8")))
+
+    @staticmethod
+    def preset_names() -> tuple[str, ...]:
+        """The names `preset` accepts, in alphabetical order."""
+        return tuple(
+            sorted(
+                f.name.removesuffix(".json") for f in _CONFIGS.iterdir() if f.name.endswith(".json")
+            )
+        )
+
+    def __post_init__(self):
+        for field in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "global_head_dim",
+            "sliding_window",
+            "max_position_embeddings",
+        ):
+            _check_int(field, getattr(self, field), minimum=1)
+        if self.num_global_key_value_heads is not None:
+            _check_int("num_global_key_value_heads", self.num_global_key_value_heads, minimum=1)
+        _check_int("num_kv_shared_layers", self.num_kv_shared_layers, minimum=0)
+        if not isinstance(self.attention_k_eq_v, bool):
+            raise ValueError(
+                f"attention_k_eq_v must be true or false, not {self.attention_k_eq_v!r}"
+            )
+        if not _is_number(self.rms_norm_eps) or self.rms_norm_eps <= 0:
+            raise ValueError(f"rms_norm_eps must be a number above 0, not {self.rms_norm_eps!r}")
+        self._check_layer_types()
+        self._check_rope_parameters()
+        for layer in range(self.num_hidden_layers):
+            self._check_layer(layer)
+
+    def _check_layer_types(self):
+        if not isinstance(self.layer_types, (list, tuple)):
+            raise ValueError(f"layer_types must be a list, not {self.layer_types!r}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries; num_hidden_layers = {self.num_hidden_layers} needs as many"
+            )
+        for layer, layer_type in enumerate(self.layer_types):
+            if layer_type not in _LAYER_TYPES:
+                raise ValueError(
+                    f"layer_types[{layer}] is {layer_type!r}; accepted: {', '.join(_LAYER_TYPES)}"
+                )
+        object.__setattr__(self, "layer_types", tuple(self.layer_types))
+        if self.num_kv_shared_layers > self.num_hidden_layers:
+            raise ValueError(
+                f"num_kv_shared_layers = {self.num_kv_shared_layers} exceeds num_hidden_layers = {self.num_hidden_layers}"
+            )
+
+    def _check_rope_parameters(self):
+        if not isinstance(self.rope_parameters, Mapping):
+            raise ValueError(
+                f"rope_parameters must be an object with an entry per layer type, not {self.rope_parameters!r}"
+            )
+        for layer_type in sorted(set(self.layer_types)):
+            rope = self.rope_parameters.get(layer_type)
+            where = f"rope_parameters.{layer_type}"
+            if not isinstance(rope, Mapping):
+                raise ValueError(f"{where} is missing; layer_types has such layers")
+            if rope.get("rope_type") not in ("default", "proportional"):
+                raise ValueError(
+                    f"{where}.rope_type is {rope.get('rope_type')!r}; accepted: default, proportional"
+                )
+            if not _is_number(rope.get("rope_theta")) or rope["rope_theta"] <= 0:
+                raise ValueError(
+                    f"{where}.rope_theta must be a number above 0, not {rope.get('rope_theta')!r}"
+                )
+            factor = rope.get("partial_rotary_factor", 1.0)
+            if not _is_number(factor) or not 0 <= factor <= 1:
+                raise ValueError(
+                    f"{where}.partial_rotary_factor must be a number from 0 to 1, not {factor!r}"
+                )
+            if rope["rope_type"] == "default" and factor != 1:
+                raise ValueError(
+                    f"{where}.partial_rotary_factor = {factor!r} needs rope_type proportional, not default"
+                )
+            if rope.get("factor", 1.0) != 1:
+                raise ValueError(
+                    f"{where}.factor = {rope['factor']!r} is not supported; accepted: 1.0"
+                )
+
+    def _check_layer(self, layer: int):
+        spec = self.attention_spec(layer)
+        if spec.num_q_heads % spec.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads = {spec.num_q_heads} is not divisible by {self._kv_heads_field(layer)} = "
+                f"{spec.num_kv_heads} (layer {layer})"
+            )
+        if spec.head_dim % 2:
+            field = "head_dim" if self.layer_types[layer] == _SLIDING else "global_head_dim"
+            raise ValueError(
+                f"{field} = {spec.head_dim} is odd; RoPE couples dims i and i + head_dim / 2"
+            )
+
+    def _kv_heads_field(self, layer: int) -> str:
+        full = self.layer_types[layer] == _FULL
+        if full and self.attention_k_eq_v and self.num_global_key_value_heads is not None:
+            return "num_global_key_value_heads"
+        return "num_key_value_heads"
+
+    def attention_spec(self, layer: int) -> AttentionSpec:
+        """What layer `layer` (0 to num_hidden_layers - 1) of this model needs to know.
+
+        Raises:
+          ValueError: there is no such layer.
+        """
+        if not 0 <= layer < self.num_hidden_layers:
+            raise ValueError(
+                f"layer is {layer}; this model has layers 0 to {self.num_hidden_layers - 1}"
+            )
+        layer_type = self.layer_types[layer]
+        full = layer_type == _FULL
+        first_shared = self.num_hidden_layers - self.num_kv_shared_layers
+        if layer >= first_shared:
+            mode = ProjectionMode.Q_ONLY
+            kv_layer = self._last_producer(layer_type, first_shared, layer)
+        else:
+            mode = (
+                ProjectionMode.QK_ONLY
+                if full and self.attention_k_eq_v
+                else ProjectionMode.QKV_FULL
+            )
+            kv_layer = layer
+        head_dim = self.global_head_dim if full else self.head_dim
+        rope = self.rope_parameters[layer_type]
+        # Proportional RoPE rotates whole pairs only, hence the rounding down.
+        rotary_dim = 2 * math.floor(rope.get("partial_rotary_factor", 1.0) * head_dim / 2)
+        return AttentionSpec(
+            mode=mode,
+            num_q_heads=self.num_attention_heads,
+            num_kv_heads=getattr(self, self._kv_heads_field(layer)),
+            head_dim=head_dim,
+            sliding_window=None if full else self.sliding_window,
+            rope_theta=float(rope["rope_theta"]),
+            rotary_dim=rotary_dim,
+            eps=float(self.rms_norm_eps),
+            kv_layer=kv_layer,
+        )
+
+    def _last_producer(self, layer_type: str, first_shared: int, layer: int) -> int:
+        for candidate in reversed(range(first_shared)):
+            if self.layer_types[candidate] == layer_type:
+                return candidate
+        raise ValueError(
+            f"num_kv_shared_layers = {self.num_kv_shared_layers} makes layer {layer} read the K and V of an earlier "
+            f"{layer_type} layer, and layer_types has none before layer {first_shared}"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_int(field: str, value: Any, *, minimum: int):
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{field} must be an integer of at least {minimum}, not {value!r}")

@@ -1,0 +1,106 @@
+"""Which implementation of an op runs where, and its derivative."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+
+Implementation = Literal["triton", "xla", "triton_interpret"]
+
+# Triton's bf16 instructions start with Ampere.
+_MIN_COMPUTE_CAPABILITY = 8.0
+
+
+def check_implementation(implementation: Implementation | None) -> None:
+    """Refuses what cannot run here.
+
+    Raises:
+        ValueError: `implementation` is not one of the names.
+        NotImplementedError: it is "triton" and no supported GPU is there.
+    """
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation is {implementation!r}; accepted: None, "
+            + ", ".join(map(repr, get_args(Implementation)))
+        )
+    if implementation == "triton":
+        reason = triton_refusal()
+        if reason is not None:
+            raise NotImplementedError(
+                f"implementation 'triton' needs an NVIDIA GPU of compute capability "
+                f"{_MIN_COMPUTE_CAPABILITY} or higher; {reason}. Accepted here: None, 'xla', "
+                "'triton_interpret'"
+            )
+
+
+def triton_refusal() -> str | None:
+    """Why Triton kernels cannot run on (or be compiled for) the GPUs of this process, or None."""
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    if target is not None and target.platform == "gpu":
+        return None  # compiling for a GPU described by the mesh
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return f"this process has none (devices: {', '.join(d.device_kind for d in jax.devices())})"
+    for device in devices:
+        if float(device.compute_capability) < _MIN_COMPUTE_CAPABILITY:
+            return f"{device.device_kind} has {device.compute_capability}"
+    return None
+
+
+def differentiable_op(
+    *, kernel: Callable[..., Any], reference: Callable[..., Any]
+) -> Callable[..., Any]:
+    """An op that runs a kernel and differentiates as its reference does.
+
+    The derivative is the reference's, recomputed in the backward pass: nothing but the op's own
+    arguments is kept for it. It is a `custom_jvp` rather than a `custom_vjp` because the latter
+    refuses forward-mode differentiation; JAX transposes the tangent, which is linear, by itself.
+
+    Args:
+        kernel: `kernel(*arrays, interpret=..., **static)`.
+        reference: `reference(*arrays, **static)`, the same function in `jnp`.
+
+    Returns:
+        `op(*arrays, implementation, **static)`. With `implementation=None` the choice falls when
+        the program is lowered: the kernel on CUDA, the reference elsewhere. So one traced function
+        serves every device, `jax.export` included.
+    """
+
+    @functools.partial(jax.jit, static_argnames=("implementation", "static"))
+    def jitted(*arrays, implementation, static):
+        run_reference = functools.partial(reference, **dict(static))
+        run_kernel = functools.partial(kernel, **dict(static))
+
+        @jax.custom_jvp
+        def run(*arrays):
+            match implementation:
+                case "xla":
+                    return run_reference(*arrays)
+                case "triton" | "triton_interpret":
+                    return run_kernel(*arrays, interpret=implementation == "triton_interpret")
+            if _has_unsupported_gpu():
+                return run_reference(*arrays)
+            return jax.lax.platform_dependent(
+                *arrays,
+                cuda=functools.partial(run_kernel, interpret=False),
+                default=run_reference,
+            )
+
+        @run.defjvp
+        def _(primals, tangents):
+            tangent_out = jax.checkpoint(lambda p, t: jax.jvp(run_reference, p, t)[1])
+            return run(*primals), tangent_out(primals, tangents)
+
+        return run(*arrays)
+
+    def op(*arrays, implementation, **static):
+        check_implementation(implementation)
+        return jitted(*arrays, implementation=implementation, static=tuple(static.items()))
+
+    return op
+
+
+def _has_unsupported_gpu() -> bool:
+    return jax.default_backend() == "gpu" and triton_refusal() is not None

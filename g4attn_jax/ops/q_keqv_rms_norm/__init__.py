@@ -1,0 +1,78 @@
+"""RMSNorm of Q and K = V from two buffers, in one launch."""
+
+from jaxtyping import Array, Float
+
+from g4attn_jax.ops.head_norm import checks
+from g4attn_jax.ops.implementation import Implementation, differentiable_op
+from g4attn_jax.ops.q_keqv_rms_norm import reference, triton
+
+_op = differentiable_op(kernel=triton.q_keqv_rms_norm, reference=reference.q_keqv_rms_norm)
+
+
+def q_keqv_rms_norm(
+    q: Float[Array, "*batch Nq D"],
+    kv: Float[Array, "*batch Nkv D"],
+    q_scale: Float[Array, " D"],
+    k_scale: Float[Array, " D"],
+    v_scale: Float[Array, " D"] | None = None,
+    *,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "*batch Nq D"], Float[Array, "*batch Nkv D"], Float[Array, "*batch Nkv D"]]:
+    """Normalises Q, and K = V from one projection: `qkv_rms_norm` for buffers of your own.
+
+    With rms(x) = x * rsqrt(mean(x^2) + eps), in float32 and rounded once at the end:
+
+        q = rms(q) * q_scale        k = rms(kv) * k_scale       v = rms(kv)
+
+    Every row of `kv` is loaded once and has one rsqrt. `jit`, `vmap`, `jvp`, `grad`, `jax.export`
+    and the letters are as in `qkv_rms_norm`.
+
+    Args:
+        q: projected queries, [..., Nq, D]. bfloat16, float16 or float32.
+        kv: the projection that is both K and V, [..., Nkv, D], of the dtype of `q`. Nq need not be
+            a multiple of Nkv.
+        q_scale: learned scale of Q, [D].
+        k_scale: learned scale of K, [D].
+        v_scale: learned scale of V, [D], for models that have one. Gemma 4 has none.
+        eps: added to the mean square.
+        scale_offset: added to every scale given; 1.0 for checkpoints in the form of Gemma 3.
+        implementation: as in `qkv_rms_norm`.
+
+    Returns:
+        (q, k, v) in the dtype and the shapes of `q`, `kv` and `kv`.
+
+    Raises:
+        ValueError: an argument has the wrong rank, shape or dtype.
+        NotImplementedError: "triton" was demanded and there is no supported GPU.
+
+    Source: the contract of SGLang's fused Q and K = V norm (PR 25461).
+    """
+    checks.check_buffer("q", q, dims="Nq, D")
+    checks.check_buffer("kv", kv, dims="Nkv, D")
+    accepted = (*q.shape[:-2], "Nkv", q.shape[-1])
+    if kv.ndim != q.ndim or kv.shape[:-2] != q.shape[:-2] or kv.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"kv has shape {kv.shape}; with q of shape {q.shape} it must be "
+            f"({', '.join(map(str, accepted))})"
+        )
+    if kv.dtype != q.dtype:
+        raise ValueError(f"kv has dtype {kv.dtype}; accepted: that of q, {q.dtype}")
+    for name, scale in (("q_scale", q_scale), ("k_scale", k_scale)):
+        if scale is None:
+            raise ValueError(f"{name} is missing; it must have shape ({q.shape[-1]},)")
+    checks.check_scales(
+        {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}, head_dim=q.shape[-1]
+    )
+    checks.check_eps(eps, scale_offset)
+    return _op(
+        q,
+        kv,
+        q_scale,
+        k_scale,
+        v_scale,
+        implementation=implementation,
+        eps=eps,
+        scale_offset=scale_offset,
+    )

@@ -1,0 +1,94 @@
+"""RMSNorm of Q, K and V from the packed projection buffer, in one launch."""
+
+from jaxtyping import Array, Float
+
+from g4attn_jax.config import ProjectionMode
+from g4attn_jax.ops.head_norm import checks
+from g4attn_jax.ops.implementation import Implementation, differentiable_op
+from g4attn_jax.ops.qkv_rms_norm import reference, triton
+
+_op = differentiable_op(kernel=triton.qkv_rms_norm, reference=reference.qkv_rms_norm)
+
+
+def qkv_rms_norm(
+    qkv: Float[Array, "*batch Nkv G+P D"],
+    q_scale: Float[Array, " D"],
+    k_scale: Float[Array, " D"] | None = None,
+    v_scale: Float[Array, " D"] | None = None,
+    *,
+    mode: ProjectionMode,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    implementation: Implementation | None = None,
+) -> tuple[
+    Float[Array, "*batch Nkv*G D"],
+    Float[Array, "*batch Nkv D"] | None,
+    Float[Array, "*batch Nkv D"] | None,
+]:
+    """Normalises all heads of a layer, reading the packed projection once.
+
+    With rms(x) = x * rsqrt(mean(x^2) + eps), in float32 and rounded once at the end:
+
+        q = rms(x_q) * q_scale      k = rms(x_k) * k_scale      v = rms(x_v)
+
+    In QK_ONLY x_k and x_v are the same row: it is loaded once and has one rsqrt. Letters: Nq and
+    Nkv query and KV heads, G = Nq / Nkv, P = 0, 1, 2 for Q_ONLY, QK_ONLY, QKV_FULL, D head dim.
+
+    Works under `jit`, `vmap`, `jvp`, `grad` and `jax.export`. The derivative keeps nothing but
+    the arguments.
+
+    Args:
+        qkv: [..., Nkv, G + P, D], for each KV head its G query heads, then K, then V. bfloat16,
+            float16 or float32; any number of tokens, none included; fastest for D a power of two.
+        q_scale: learned scale of Q, [D], of any dtype that `qkv` may have.
+        k_scale: learned scale of K, [D]; required unless mode is Q_ONLY, where it must be None.
+        v_scale: learned scale of V, [D], for models that have one. Gemma 4 has none.
+        mode: which heads the buffer holds.
+        eps: added to the mean square.
+        scale_offset: added to every scale given; 1.0 for checkpoints in the form of Gemma 3, whose
+            norm multiplies by 1 + w.
+        implementation: None (the kernel on an NVIDIA GPU of compute capability 8.0 or higher, else
+            XLA), "triton", "xla", or "triton_interpret".
+
+    Returns:
+        (q, k, v) in the dtype of `qkv`: q [..., Nkv * G, D], query head g * G + r being row r of
+        KV head g; k and v [..., Nkv, D], both None for Q_ONLY.
+
+    Raises:
+        ValueError: an argument has the wrong rank, rows, length or dtype, or is missing or surplus.
+        NotImplementedError: "triton" was demanded and there is no supported GPU.
+
+    Source: Gemma 4's attention in Hugging Face transformers, and SGLang's change that fused its
+    QKV norms (PR 25461).
+    """
+    if not isinstance(mode, ProjectionMode):
+        raise ValueError(f"mode is {mode!r}; accepted: {', '.join(map(str, ProjectionMode))}")
+    checks.check_buffer("qkv", qkv, dims="Nkv, G + P, D")
+    rows, kv_rows = qkv.shape[-2], mode.num_kv_projections
+    if rows <= kv_rows:
+        raise ValueError(
+            f"qkv has {rows} rows per KV head; {mode.name} needs at least {1 + kv_rows}: "
+            f"1 or more query heads and {kv_rows} of K and V"
+        )
+    if mode is ProjectionMode.Q_ONLY:
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if scale is not None:
+                raise ValueError(f"{name} was given; Q_ONLY normalises no K or V and accepts None")
+    elif k_scale is None:
+        raise ValueError(f"k_scale is missing; {mode.name} needs it, of shape ({qkv.shape[-1]},)")
+    if q_scale is None:
+        raise ValueError(f"q_scale is missing; it must have shape ({qkv.shape[-1]},)")
+    checks.check_scales(
+        {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}, head_dim=qkv.shape[-1]
+    )
+    checks.check_eps(eps, scale_offset)
+    return _op(
+        qkv,
+        q_scale,
+        k_scale,
+        v_scale,
+        implementation=implementation,
+        mode=mode,
+        eps=eps,
+        scale_offset=scale_offset,
+    )

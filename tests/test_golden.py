@@ -1,0 +1,99 @@
+"""Our layer against outputs of Hugging Face's, prefill and cached decode past the window."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode
+
+GOLDEN = Path(__file__).parent / "golden"
+PROMPT = 12  # of make_golden.py; the window is 8
+LAYERS = [
+    ("k_eq_v", 0, ProjectionMode.QKV_FULL),
+    ("k_eq_v", 1, ProjectionMode.QK_ONLY),
+    ("kv_shared", 0, ProjectionMode.QKV_FULL),
+    ("kv_shared", 1, ProjectionMode.QKV_FULL),
+    ("kv_shared", 2, ProjectionMode.Q_ONLY),
+    ("kv_shared", 3, ProjectionMode.Q_ONLY),
+]
+
+
+def from_bits(array):
+    return array.view(jnp.bfloat16) if array.dtype == np.uint16 else array
+
+
+def load_layer(model, layer, dtype, implementation=None):
+    fixture = np.load(GOLDEN / f"{model}.npz")
+    attention = Gemma4Attention(
+        Gemma4Config.from_hf(GOLDEN / f"{model}.json"),
+        layer,
+        rngs=nnx.Rngs(0),
+        dtype=dtype,
+        implementation=implementation,
+    )
+    prefix = f"{layer}/"
+    arrays = {
+        key.removeprefix(prefix): from_bits(fixture[key])
+        for key in fixture.files
+        if key.startswith(prefix)
+    }
+    attention.load_hf({key: value for key, value in arrays.items() if key.endswith(".weight")})
+    return attention, arrays
+
+
+def run_layer(model, layer, dtype, implementation=None):
+    """Prefill of PROMPT tokens, then single steps, as the fixture was made; (ours, fixture)."""
+    attention, arrays = load_layer(model, layer, dtype, implementation)
+    x = jnp.asarray(arrays["x"])
+    cache = _cache_for(model, layer, dtype, attention, x)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    ys = []
+    bounds = [0, *range(PROMPT, x.shape[1] + 1)]
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        y, cache = attention(x[:, start:stop], positions[:, start:stop], cache)
+        ys.append(y)
+    return np.asarray(jnp.concatenate(ys, axis=1)), arrays
+
+
+def _cache_for(model, layer, dtype, attention, x):
+    producer = attention.spec.kv_layer
+    if producer == layer:
+        return attention.init_cache(x.shape[0], x.shape[1])
+    attention, arrays = load_layer(model, producer, dtype)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    return attention(jnp.asarray(arrays["x"]), positions)[1]
+
+
+@pytest.mark.parametrize(("model", "layer", "mode"), LAYERS)
+def test_float32_matches_hugging_face(model, layer, mode):
+    with jax.default_matmul_precision("highest"):
+        y, arrays = run_layer(model, layer, jnp.float32)
+    assert Gemma4Config.from_hf(GOLDEN / f"{model}.json").attention_spec(layer).mode is mode
+    np.testing.assert_allclose(y, arrays["y_float32"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [None, "triton_interpret"])
+@pytest.mark.parametrize(("model", "layer", "mode"), LAYERS)
+def test_bfloat16_is_no_worse_than_hugging_face(model, layer, mode, implementation):
+    y, arrays = run_layer(model, layer, jnp.bfloat16, implementation)
+    exact = arrays["y_float32"].astype(np.float64)
+    ours = y.astype(np.float64) - exact
+    theirs = arrays["y_bfloat16"].astype(np.float64) - exact
+    assert np.linalg.norm(ours) <= np.linalg.norm(theirs)
+    # Half an ulp of the largest outputs (2 to 4) and what the roundings before it add.
+    assert np.abs(ours).max() <= 2 * np.abs(theirs).max()
+
+
+def test_fixtures_are_small():
+    assert sum(path.stat().st_size for path in GOLDEN.iterdir()) < 2_000_000
+
+
+def test_configs_are_hugging_face_configs():
+    for model in {model for model, _, _ in LAYERS}:
+        config = json.loads((GOLDEN / f"{model}.json").read_text())
+        assert config["model_type"] == "gemma4_text"
