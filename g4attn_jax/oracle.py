@@ -47,7 +47,7 @@ def qkv_rms_norm(
     qkv = np.asarray(qkv)
     group = qkv.shape[-2] - mode.num_kv_projections
     q = norm(qkv[..., :group, :], q_scale, **constants)
-    q = q.reshape(*qkv.shape[:-3], -1, qkv.shape[-1])
+    q = q.reshape(*qkv.shape[:-3], qkv.shape[-3] * group, qkv.shape[-1])
     if mode is ProjectionMode.Q_ONLY:
         return q, None, None
     v_row = group if mode is ProjectionMode.QK_ONLY else group + 1

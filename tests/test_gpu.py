@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, ops
+from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, ops, oracle
 from g4attn_jax.commands import check, decode
 from tests.test_golden import LAYERS, run_layer
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("case", check.sweep(), ids=str)
+@pytest.mark.parametrize("case", list(check.sweep()), ids=str)
 def test_published_sweep(case):
     result = check.judge(case, case.arguments(), "triton")
     assert result.passed, result
@@ -37,7 +37,7 @@ def real_shapes():
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 33, 4096])
+@pytest.mark.parametrize("tokens", [1, 33, 1030])
 @pytest.mark.parametrize(("mode", "nq", "nkv", "d"), real_shapes())
 def test_real_model_shapes(mode, nq, nkv, d, tokens):
     case = check.Case(ProjectionMode[mode], nq, nkv, d, tokens)
@@ -47,22 +47,22 @@ def test_real_model_shapes(mode, nq, nkv, d, tokens):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("d", [1, 2, 17, 96, 320, 512])
-def test_odd_shapes_and_dtypes_agree_with_xla(d, dtype):
-    key = jax.random.key(d)
-    qkv = jax.random.normal(key, (13, 3, 5 + 2, d)).astype(dtype)
-    scale = jax.random.normal(key, (d,), jnp.bfloat16)
-    run = functools.partial(ops.qkv_rms_norm, qkv, scale, scale, mode=ProjectionMode.QKV_FULL)
-    for ours, reference in zip(
-        run(implementation="triton"), run(implementation="xla"), strict=True
-    ):
-        ulp = float(jnp.finfo(dtype).eps)
-        np.testing.assert_allclose(
-            np.asarray(ours, np.float64), np.asarray(reference, np.float64), rtol=2 * ulp, atol=ulp
-        )
+@pytest.mark.parametrize("mode", ProjectionMode)
+def test_odd_shapes_and_dtypes(mode, d, dtype):
+    case = check.Case(mode, 15, 3, d, 13)
+    arguments = case.arguments(dtype)
+    outputs = (
+        case.run(arguments, "triton"),
+        case.expected(arguments, oracle.rms_norm),
+        case.expected(arguments, oracle.usual_rms_norm),
+    )
+    for ours, exact, usual in zip(*map(jax.tree.leaves, outputs), strict=True):
+        error, usual_error = oracle.max_error(ours, exact), oracle.max_error(usual, exact)
+        assert oracle.no_worse_than(error, usual_error, dtype), (error, usual_error)
 
 
 def test_unwritten_rows_do_not_exist():
-    """Every element is written, however the rows divide among programs: NaN in freed memory shows."""
+    """Every element is written, however the rows divide: NaN in freed memory would show."""
     for tokens in (1, 3, 5, 129, 1025):
         qkv = jax.random.normal(jax.random.key(0), (tokens, 3, 7, 80), jnp.bfloat16)
         poison = [jnp.full((tokens * 3 * 7, 80), jnp.nan, jnp.bfloat16) for _ in range(4)]
@@ -131,9 +131,8 @@ def test_golden_through_the_kernel(model, layer, mode):
 
 
 def test_decode_of_real_layers_uses_the_kernel():
-    for preset in ("gemma-4-e2b", "gemma-4-31b"):
+    for preset, layers in (("gemma-4-e2b", [15]), ("gemma-4-31b", [0, 5])):
         config = Gemma4Config.preset(preset)
-        layers = decode.first_of_each_kind(config)
         for row in decode.decode_layers(config, layers, batch=4, prompt_len=64, steps=8):
             assert row.passed, row
             assert row.norm_launches == 1
@@ -180,7 +179,7 @@ def test_compute_sanitizer_is_clean(tool):
         env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "ERROR SUMMARY: 0 errors" in result.stdout or "RACECHECK SUMMARY: 0" in result.stdout

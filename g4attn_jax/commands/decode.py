@@ -74,7 +74,7 @@ def decode_layers(
     """Runs each layer by itself: a prefill, then `steps` jitted steps of one token a sequence.
 
     The caches are donated. Every step is compared with the reference path: the same weights in
-    float32 through XLA, all steps in one call. A layer that shares K and V reads the cache of its
+    float32 through XLA, prompt and steps in one call. A layer that shares K and V reads the cache of its
     producer, which is run first whether it is among `layers` or not.
     """
     producers = {config.attention_spec(layer).kv_layer for layer in layers}
@@ -113,8 +113,10 @@ class _LayerRun:
         expected, reference_cache = self._reference(shared and shared.reference)
         cache = shared.own if shared else self.attention.init_cache(self.batch, self.capacity)
         forward, params = _jitted(self.attention)
-        _, cache = forward(params, self.x[:, : self.prompt_len], self._prompt_positions, cache)
-        tokens = [(self.x[:, t, None], self.positions[:, t, None]) for t in self._decode_steps]
+        prompt = slice(self.prompt_len)
+        _, cache = forward(params, self.x[:, prompt], self.positions[:, prompt], cache)
+        steps = range(self.prompt_len, self.capacity)
+        tokens = [(self.x[:, t, None], self.positions[:, t, None]) for t in steps]
         step = forward.lower(params, *tokens[0], cache).compile()
         outputs, times = [], []
         for x, positions in tokens:
@@ -152,19 +154,8 @@ class _LayerRun:
             if cache is None:
                 cache = reference.init_cache(self.batch, self.capacity)
             forward, params = _jitted(reference)
-            x = self.x.astype(jnp.float32)
-            _, cache = forward(params, x[:, : self.prompt_len], self._prompt_positions, cache)
-            rest = slice(self.prompt_len, None)
-            y, cache = forward(params, x[:, rest], self.positions[:, rest], cache)
-        return np.asarray(y), cache
-
-    @property
-    def _prompt_positions(self):
-        return self.positions[:, : self.prompt_len]
-
-    @property
-    def _decode_steps(self):
-        return range(self.prompt_len, self.capacity)
+            y, cache = forward(params, self.x.astype(jnp.float32), self.positions, cache)
+        return np.asarray(y[:, self.prompt_len :]), cache
 
 
 def count_norm_launches(compiled_text: str) -> int:

@@ -30,6 +30,8 @@ warnings.filterwarnings(
 # One 16-byte load for each of the 32 lanes of a warp. A row is loaded in pieces of this size, so
 # that its sum of squares never leaves the warp: no shared memory, no barrier.
 _WARP_LOAD_BYTES = 512
+# Bounds the masks and sums of a program where heads are tiny.
+_MAX_BLOCK_ROWS = 16
 
 
 class Heads(NamedTuple):
@@ -48,18 +50,17 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-def choose_launch(num_rows: int) -> Launch:
-    """The launch for `num_rows` heads in all, from `bench/results/h200/tune_qkv_norm.json`.
+def choose_launch(num_rows: int, row_bytes: int) -> Launch:
+    """The launch for `num_rows` heads of `row_bytes` each, padding to a power of two included.
 
-    Few rows: latency is all, so every row gets a warp, and a program of its own while there are
-    multiprocessors to spare. Many: a warp with four rows has four loads in flight, and one-warp
-    programs retire and start independently of each other.
+    From `bench/results/h200/tune_qkv_norm.json`: programs of 2 KiB with a warp for each 512 bytes
+    or longer row, from hundreds of rows to the largest sizes. Few rows get a program each, to
+    spread over the multiprocessors; longer rows gain from it up to a larger number.
     """
-    if num_rows <= 128:
-        return Launch(block_rows=1, num_warps=1)
-    if num_rows <= 4096:
-        return Launch(block_rows=4, num_warps=4)
-    return Launch(block_rows=4, num_warps=1)
+    block_rows = 1
+    if num_rows > row_bytes // 4:
+        block_rows = min(max(1, 2048 // row_bytes), _MAX_BLOCK_ROWS)
+    return Launch(block_rows, num_warps=min(block_rows, 4))
 
 
 def head_norm(
@@ -85,43 +86,46 @@ def head_norm(
     Returns:
         For each kind in order, one array [groups * count, D] per scale.
     """
-    x_refs, scale_refs, kinds, out_shape = [], [], [], []
+    buffers, scales, kinds, out_shape = [], [], [], []
     for kind in heads:
         head_dim = kind.x.shape[-1]
         outputs = []
         for scale in kind.scales:
-            outputs.append((len(out_shape), _position(scale_refs, scale)))
+            outputs.append((len(out_shape), _position(scales, scale)))
             out_shape.append(jax.ShapeDtypeStruct((groups * kind.count, head_dim), kind.x.dtype))
         rows_per_group = kind.x.shape[0] // max(groups, 1)
         kinds.append(
-            _Kind(_position(x_refs, kind.x), rows_per_group, kind.first, kind.count, tuple(outputs))
+            _Kind(
+                _position(buffers, kind.x), rows_per_group, kind.first, kind.count, tuple(outputs)
+            )
         )
     if groups == 0:
         return [jnp.zeros(out.shape, out.dtype) for out in out_shape]
 
     units = sum(kind.count for kind in kinds)
     if launch is None:
-        launch = choose_launch(groups * units)
+        row_bytes = pl.next_power_of_2(head_dim) * buffers[0].dtype.itemsize
+        launch = choose_launch(groups * units, row_bytes)
     body = functools.partial(
         _kernel,
         kinds=tuple(kinds),
         groups=groups,
-        num_buffers=len(x_refs),
-        num_scales=len(scale_refs),
+        num_buffers=len(buffers),
+        num_scales=len(scales),
         eps=eps,
         scale_offset=scale_offset,
-        block_rows=launch.block_rows,
+        launch=launch,
     )
     return pl.pallas_call(
         body,
         name="head_norm",
         out_shape=out_shape,
         grid=(pl.cdiv(groups, launch.block_rows) * units,),
-        in_specs=[pl.no_block_spec] * (len(x_refs) + len(scale_refs)),
+        in_specs=[pl.no_block_spec] * (len(buffers) + len(scales)),
         out_specs=[pl.no_block_spec] * len(out_shape),
         compiler_params=plgpu.CompilerParams(num_warps=launch.num_warps, num_stages=1),
         interpret=interpret,
-    )(*x_refs, *scale_refs)
+    )(*buffers, *scales)
 
 
 class _Kind(NamedTuple):
@@ -145,77 +149,95 @@ def _position(arrays: list[jax.Array], array: jax.Array | None) -> int | None:
     return len(arrays) - 1
 
 
-def _kernel(*refs, kinds, groups, num_buffers, num_scales, eps, scale_offset, block_rows):
+def _kernel(*refs, kinds, groups, num_buffers, num_scales, eps, scale_offset, launch):
     x_refs = refs[:num_buffers]
     scale_refs = refs[num_buffers : num_buffers + num_scales]
     out_refs = refs[num_buffers + num_scales :]
-    # `block_rows` groups have `block_rows` rows for each head of a group. They are dealt to as many
-    # programs as a group has heads, kind by kind: every program has the same work, one kind of
-    # head, and neighbours in memory are neighbours in time.
-    units = sum(kind.count for kind in kinds)
-    block, unit = lax.div(pl.program_id(0), units), lax.rem(pl.program_id(0), units)
-    for kind in kinds:
+    for kind, mine, row, head, mask in rows_of_program(
+        pl.program_id(0), kinds, groups=groups, block_rows=launch.block_rows
+    ):
 
-        @pl.when((unit >= 0) & (unit < kind.count))
-        def _(kind=kind, unit=unit):
-            head = (block * kind.count + unit) * block_rows + _iota(block_rows)
-            group, head_in_group = lax.div(head, kind.count), lax.rem(head, kind.count)
-            row = group * kind.rows_per_group + kind.first + head_in_group
-            num_heads = groups * kind.count
+        @pl.when(mine)
+        def _(kind=kind, row=row, head=head, mask=mask):
+            outputs = [(out_refs[o], None if s is None else scale_refs[s]) for o, s in kind.outputs]
             _norm_rows(
-                x_refs[kind.buffer],
-                row,
-                head,
-                None if num_heads % block_rows == 0 else head < num_heads,
-                [(out_refs[o], None if s is None else scale_refs[s]) for o, s in kind.outputs],
-                eps,
-                scale_offset,
+                x_refs[kind.buffer], row, head, mask, outputs, eps, scale_offset, launch.num_warps
             )
 
+
+def rows_of_program(program, kinds, *, groups, block_rows):
+    """The rows that a program normalises.
+
+    `block_rows` groups have `block_rows` rows for each head of a group. They are dealt to as many
+    programs as a group has heads, kind by kind: every program has the same work, one kind of head,
+    and neighbours in memory are neighbours in time.
+
+    Args:
+        program: its index.
+        kinds: what `first`, `count` and `rows_per_group` are read of.
+        groups: number of groups.
+        block_rows: rows of a program.
+
+    Yields:
+        For each kind (kind, mine, row, head, mask): whether the program has this kind, and if so
+        its rows in the buffer, the same heads in the outputs, and which of them exist (None if all
+        do in every program).
+    """
+    units = sum(kind.count for kind in kinds)
+    block, unit = lax.div(program, units), lax.rem(program, units)
+    for kind in kinds:
+        head = (block * kind.count + unit) * block_rows + _iota(block_rows)
+        group, head_in_group = lax.div(head, kind.count), lax.rem(head, kind.count)
+        row = group * kind.rows_per_group + kind.first + head_in_group
+        mask = None if groups % block_rows == 0 else group < groups
+        yield kind, (unit >= 0) & (unit < kind.count), row, head, mask
         unit -= kind.count
 
 
-def _norm_rows(x_ref, row, out_row, row_mask, outputs, eps, scale_offset):
+def _norm_rows(x_ref, row, out_row, row_mask, outputs, eps, scale_offset, num_warps):
     """Rows `row` of x, normalised, into rows `out_row` of every output; masked rows are left out."""
     head_dim = x_ref.shape[-1]
     width = min(pl.next_power_of_2(head_dim), _WARP_LOAD_BYTES // x_ref.dtype.itemsize)
-    sum_of_squares = jnp.zeros(row.shape, jnp.float32)
-    pieces = []
+    # With several warps each row loads the scales anew: a row of them that all warps share would
+    # go through shared memory.
+    scale_row = jnp.zeros((row.size if num_warps > 1 else 1, 1), jnp.int32)
+    squares = jnp.zeros((row.size, width), jnp.float32)
+    stores = []
     for start in range(0, head_dim, width):
-        column = start + _iota(width)
-        column_mask = None if start + width <= head_dim else column < head_dim
-        mask = _outer_and(row_mask, column_mask, (row.size, width))
-        x = _load(x_ref.at[row[:, None], column[None, :]], mask).astype(jnp.float32)
-        sum_of_squares += jnp.sum(x * x, axis=1)
-        pieces.append((x, column, column_mask, mask))
-    rrms = lax.rsqrt(sum_of_squares * (1 / head_dim) + eps)[:, None]
-    for x, column, column_mask, mask in pieces:
-        norm = x * rrms
+        column = start + _iota(width)[None, :]
+        in_row = None if start + width <= head_dim else column < head_dim
+        mask = _and(None if row_mask is None else row_mask[:, None], in_row)
+        x = _load(x_ref.at[row[:, None], column], mask, (row.size, width)).astype(jnp.float32)
+        squares += x * x
         for out_ref, scale_ref in outputs:
-            y = norm
+            y = x
             if scale_ref is not None:
-                scale = _load(scale_ref.at[column], column_mask).astype(jnp.float32)
-                y = norm * (scale_offset + scale)[None, :]
-            target = out_ref.at[out_row[:, None], column[None, :]]
-            plgpu.store(target, y.astype(out_ref.dtype), mask=mask)
+                index = scale_row + column
+                scale = _load(scale_ref.at[index], in_row, index.shape).astype(jnp.float32)
+                # Scaled before the sum is known: the compiler would put off a load whose value is
+                # needed only after it, and the row would wait for memory twice.
+                y = x * (scale_offset + scale)
+            stores.append((out_ref.at[out_row[:, None], column], y, mask))
+    rrms = lax.rsqrt(jnp.sum(squares, axis=1) * (1 / head_dim) + eps)[:, None]
+    for target, y, mask in stores:
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, y.shape)
+        plgpu.store(target, (y * rrms).astype(target.dtype), mask=mask)
 
 
 def _iota(size):
     return jnp.arange(size, dtype=jnp.int32)
 
 
-def _load(ref, mask):
-    """Loads `ref`, zero where the mask is false; no mask loads all."""
-    return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
+def _load(ref, mask, shape):
+    """Loads `ref`, of `shape`, zero where the mask is false; None loads all."""
+    if mask is None:
+        return plgpu.load(ref)
+    return plgpu.load(ref, mask=jnp.broadcast_to(mask, shape), other=0)
 
 
-def _outer_and(row_mask, column_mask, shape):
-    """The mask of a tile from those of its rows and columns, either of which may be None."""
-    if row_mask is None and column_mask is None:
-        return None
-    mask = jnp.ones(shape, jnp.bool_)
-    if row_mask is not None:
-        mask &= row_mask[:, None]
-    if column_mask is not None:
-        mask &= column_mask[None, :]
-    return mask
+def _and(a, b):
+    """a & b of two masks, either of which may be None, which is all true."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b

@@ -1,0 +1,123 @@
+import chex
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from g4attn_jax import ProjectionMode, ops, oracle
+from g4attn_jax.commands import check
+
+RUNS_HERE = ("xla", "triton_interpret")
+SWEEP = [case for case in check.sweep(tokens=(1, 33)) if case.mode is None]
+
+
+def random_arguments(batch, num_q_heads, num_kv_heads, head_dim, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(head_dim), 4)
+    return (
+        jax.random.normal(keys[0], (*batch, num_q_heads, head_dim)).astype(dtype),
+        jax.random.normal(keys[1], (*batch, num_kv_heads, head_dim)).astype(dtype),
+        jax.random.normal(keys[2], (head_dim,)),
+        jax.random.normal(keys[3], (head_dim,)),
+    )
+
+
+@pytest.mark.parametrize("implementation", RUNS_HERE)
+@pytest.mark.parametrize("case", SWEEP, ids=str)
+def test_published_sweep(case, implementation):
+    result = check.judge(case, case.arguments(), implementation)
+    assert result.passed, result
+
+
+@pytest.mark.parametrize("implementation", RUNS_HERE)
+@hypothesis.given(
+    batch=st.lists(st.integers(0, 5), min_size=0, max_size=2),
+    num_q_heads=st.integers(1, 7),
+    num_kv_heads=st.integers(1, 4),
+    head_dim=st.one_of(st.integers(1, 70), st.sampled_from([96, 128, 320, 512])),
+    dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+    v_scale=st.booleans(),
+    scale_offset=st.sampled_from([0.0, 1.0]),
+)
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
+def test_any_shape(
+    implementation, batch, num_q_heads, num_kv_heads, head_dim, dtype, v_scale, scale_offset
+):
+    arguments = random_arguments(batch, num_q_heads, num_kv_heads, head_dim, dtype)
+    if v_scale:
+        arguments = (*arguments, 1 + arguments[-1])
+    run = {"scale_offset": scale_offset}
+    ours = ops.q_keqv_rms_norm(*arguments, **run, implementation=implementation)
+    exact = oracle.q_keqv_rms_norm(*arguments, **run)
+    usual = oracle.q_keqv_rms_norm(*arguments, **run, norm=oracle.usual_rms_norm)
+    for x, y, z in zip(ours, exact, usual, strict=True):
+        assert x.shape == y.shape
+        assert x.dtype == jnp.dtype(dtype)
+        assert oracle.no_worse_than(oracle.max_error(x, y), oracle.max_error(z, y), dtype)
+
+
+@pytest.mark.parametrize("implementation", RUNS_HERE)
+def test_is_the_packed_op_on_unpacked_buffers(implementation):
+    q, kv, q_scale, k_scale = random_arguments((5,), 8, 2, 64)
+    packed = jnp.concatenate([q.reshape(5, 2, 4, 64), kv[:, :, None]], axis=2)
+    chex.assert_trees_all_equal(
+        ops.q_keqv_rms_norm(q, kv, q_scale, k_scale, implementation=implementation),
+        ops.qkv_rms_norm(
+            packed, q_scale, k_scale, mode=ProjectionMode.QK_ONLY, implementation=implementation
+        ),
+    )
+
+
+@pytest.mark.parametrize("implementation", RUNS_HERE)
+def test_transformations_agree_with_the_formula(implementation):
+    arguments = random_arguments((3,), 4, 2, 32)
+
+    def loss(norm, q, kv, q_scale, k_scale):
+        q, k, v = norm(q, kv, q_scale, k_scale)
+        return jnp.sum(jnp.sin(q)) + jnp.sum(jnp.cos(k)) + jnp.sum(jnp.sin(2 * v))
+
+    def formula(q, kv, q_scale, k_scale):
+        def rms(x):
+            return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+        return rms(q) * q_scale, rms(kv) * k_scale, rms(kv)
+
+    def ours(*a):
+        return ops.q_keqv_rms_norm(*a, implementation=implementation)
+
+    for transform in (
+        lambda f: jax.grad(f, argnums=(0, 1, 2, 3)),
+        lambda f: lambda *a: jax.jvp(f, a, a),
+        lambda f: jax.vmap(f, in_axes=(0, 0, None, None)),
+        jax.jit,
+    ):
+        actual = transform(lambda *a: loss(ours, *a))(*arguments)
+        expected = transform(lambda *a: loss(formula, *a))(*arguments)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", RUNS_HERE)
+def test_no_tokens(implementation):
+    q, k, v = ops.q_keqv_rms_norm(*random_arguments((0,), 4, 2, 32), implementation=implementation)
+    assert (q.shape, k.shape, v.shape) == ((0, 4, 32), (0, 2, 32), (0, 2, 32))
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, np.zeros(8, np.float32), r"q has shape \(8,\); accepted: \[..., Nq, D\]"),
+        (0, np.zeros((5, 4, 32), np.int32), "q has dtype int32; accepted: bfloat16"),
+        (1, np.zeros((5, 2, 16), np.float32), r"kv has shape .* it must be \(5, Nkv, 32\)"),
+        (1, np.zeros((6, 2, 32), np.float32), r"kv has shape .* it must be \(5, Nkv, 32\)"),
+        (1, np.zeros((2, 32), np.float32), r"kv has shape .* it must be \(5, Nkv, 32\)"),
+        (1, np.zeros((5, 2, 32), np.float16), "kv has dtype float16; accepted: that of q, float32"),
+        (2, np.zeros(31, np.float32), r"q_scale has shape \(31,\); accepted: \(32,\)"),
+        (3, None, "k_scale is missing"),
+    ],
+)
+def test_bad_input_is_refused(position, value, message):
+    arguments = list(random_arguments((5,), 4, 2, 32))
+    arguments[position] = value
+    with pytest.raises(ValueError, match=message):
+        ops.q_keqv_rms_norm(*arguments)
