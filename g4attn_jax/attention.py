@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from g4attn_jax import ops
 from g4attn_jax.cache import KVCache
 from g4attn_jax.config import Gemma4Config, ProjectionMode
+from g4attn_jax.ops.implementation import check_implementation
 from g4attn_jax.rope import apply_rope, rope_cos_sin
 
 
@@ -56,7 +57,12 @@ class Gemma4Attention(nnx.Module):
             dtype: of activations and cache.
             param_dtype: of the weights; cast to `dtype` in every call where they differ.
             implementation: of the norm, see `ops.qkv_rms_norm`.
+
+        Raises:
+            ValueError: the model has no such layer, or there is no such implementation.
+            NotImplementedError: "triton" was demanded and there is no supported GPU.
         """
+        check_implementation(implementation)
         spec = config.attention_spec(layer)
         self.spec = spec
         self.layer = layer
@@ -78,8 +84,11 @@ class Gemma4Attention(nnx.Module):
         """An empty cache for `batch` sequences of up to `capacity` tokens, in the layer's dtype.
 
         Raises:
-            ValueError: the layer is Q_ONLY and has no cache of its own.
+            ValueError: the layer is Q_ONLY and has no cache of its own, or a size is below 1.
         """
+        for name, size in (("batch", batch), ("capacity", capacity)):
+            if size < 1:
+                raise ValueError(f"{name} is {size}; accepted: 1 or more")
         if self.spec.mode is ProjectionMode.Q_ONLY:
             raise ValueError(
                 f"layer {self.layer} is Q_ONLY: it reads the cache of layer {self.spec.kv_layer}; "
@@ -116,6 +125,7 @@ class Gemma4Attention(nnx.Module):
                 cache. Under `jit` positions are unknown: there a token past the capacity writes
                 nothing and its output is NaN.
         """
+        x, positions = jnp.asarray(x), jnp.asarray(positions)
         self._check_inputs(x, positions)
         if cache is None:
             cache = self.init_cache(*positions.shape)
@@ -192,9 +202,9 @@ class Gemma4Attention(nnx.Module):
             raise ValueError(f"x has shape {x.shape}; accepted: [B, T, {self.hidden_size}]")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x has dtype {x.dtype}; accepted: a floating-point dtype")
-        if jnp.shape(positions) != x.shape[:2]:
+        if positions.shape != x.shape[:2]:
             raise ValueError(
-                f"positions has shape {jnp.shape(positions)}; with x of shape {x.shape} it must be "
+                f"positions has shape {positions.shape}; with x of shape {x.shape} it must be "
                 f"{x.shape[:2]}"
             )
         if not jnp.issubdtype(positions.dtype, jnp.signedinteger):

@@ -130,6 +130,13 @@ def test_golden_through_the_kernel(model, layer, mode):
     assert np.linalg.norm(ours) <= np.linalg.norm(theirs)
 
 
+@pytest.mark.parametrize(("model", "layer", "mode"), LAYERS)
+def test_golden_in_float32(model, layer, mode):
+    with jax.default_matmul_precision("highest"):
+        y, arrays = run_layer(model, layer, jnp.float32, "triton")
+    np.testing.assert_allclose(y, arrays["y_float32"], rtol=0, atol=1e-5)
+
+
 def test_decode_of_real_layers_uses_the_kernel():
     for preset, layers in (("gemma-4-e2b", [15]), ("gemma-4-31b", [0, 5])):
         config = Gemma4Config.preset(preset)
