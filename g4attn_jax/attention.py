@@ -122,8 +122,8 @@ class Gemma4Attention(nnx.Module):
 
         Raises:
             ValueError: an argument has the wrong shape or dtype, or a position does not fit the
-                cache. Under `jit` positions are unknown: there a token past the capacity writes
-                nothing and its output is NaN.
+                cache or is there twice. Under `jit` positions are unknown: there a token past the
+                capacity writes nothing and its output is NaN.
         """
         x, positions = jnp.asarray(x), jnp.asarray(positions)
         self._check_inputs(x, positions)
@@ -230,6 +230,13 @@ class Gemma4Attention(nnx.Module):
             raise ValueError(
                 f"positions has {lowest if lowest < -1 else highest}; accepted: -1 (padding) and "
                 f"0 to {cache.capacity - 1}, the cache's capacity being {cache.capacity}"
+            )
+        in_order = np.sort(positions, axis=1)
+        repeated = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
+        if repeated.any():
+            raise ValueError(
+                f"positions has {in_order[:, 1:][repeated][0]} twice in a sequence; accepted: "
+                "every position once, -1 (padding) excepted"
             )
 
 

@@ -36,29 +36,14 @@ class KVCache(NamedTuple):
     ) -> Self:
         """The cache with k and v at `positions`; a position outside 0 .. S - 1 writes nothing.
 
+        The positions of one sequence must differ, those outside excepted.
         Inside `jax.jit`, with the cache donated, the update is in place.
         """
         sequence = jnp.arange(self.k.shape[0])[:, None]
         # A negative index counts from the end; a slot past the end is dropped.
         slots = jnp.where(positions < 0, self.capacity, positions)
+        at = {"mode": "drop", "unique_indices": True}
         return type(self)(
-            _set_rows(self.k, sequence, slots, k.astype(self.k.dtype)),
-            _set_rows(self.v, sequence, slots, v.astype(self.v.dtype)),
+            self.k.at[sequence, slots].set(k.astype(self.k.dtype), **at),
+            self.v.at[sequence, slots].set(v.astype(self.v.dtype), **at),
         )
-
-
-@jax.custom_jvp
-def _set_rows(array, sequence, slots, rows):
-    """array.at[sequence, slots].set(rows), as bits: XLA's CPU backend of JAX 0.10 converts an array
-    of bfloat16 to float32 and back for a scatter, which copies the whole cache."""
-    bits = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-    array_bits, row_bits = (jax.lax.bitcast_convert_type(x, bits) for x in (array, rows))
-    array_bits = array_bits.at[sequence, slots].set(row_bits, mode="drop")
-    return jax.lax.bitcast_convert_type(array_bits, array.dtype)
-
-
-@_set_rows.defjvp
-def _set_rows_jvp(primals, tangents):
-    _, sequence, slots, _ = primals
-    array_tangent, _, _, rows_tangent = tangents
-    return _set_rows(*primals), array_tangent.at[sequence, slots].set(rows_tangent, mode="drop")

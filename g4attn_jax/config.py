@@ -17,7 +17,7 @@ _SLIDING, _FULL = _LAYER_TYPES = ("sliding_attention", "full_attention")
 class ProjectionMode(enum.Enum):
     """Which of Q, K and V a layer projects; the value counts its K and V projections (P)."""
 
-    # KV-shared layers (the last `num_kv_shared_layers`): K and V come from an earlier layer's cache.
+    # KV-shared layers (the last `num_kv_shared_layers`): K and V are an earlier layer's.
     Q_ONLY = 0
     # Full-attention layers when `attention_k_eq_v`: one projection is both K and V.
     QK_ONLY = 1
@@ -35,15 +35,15 @@ class AttentionSpec:
     """One attention layer, resolved from the config; nothing below this asks the config again.
 
     Attributes:
-      mode: what the layer projects.
-      num_q_heads: Nq.
-      num_kv_heads: Nkv; divides Nq.
-      head_dim: D.
-      sliding_window: number of keys a query sees, its own included; None sees all earlier ones.
-      rope_theta: base of the rotary frequencies.
-      rotary_dim: R, twice the number of rotating pairs; the other D - R dims carry no position.
-      eps: added to the mean square in every RMSNorm.
-      kv_layer: index of the layer whose cache this one reads; its own unless `mode` is Q_ONLY.
+        mode: what the layer projects.
+        num_q_heads: Nq.
+        num_kv_heads: Nkv; divides Nq.
+        head_dim: D.
+        sliding_window: number of keys a query sees, its own included; None sees all earlier ones.
+        rope_theta: base of the rotary frequencies.
+        rotary_dim: R, twice the number of rotating pairs; the other D - R dims carry no position.
+        eps: added to the mean square in every RMSNorm.
+        kv_layer: index of the layer whose cache this one reads; its own unless `mode` is Q_ONLY.
     """
 
     mode: ProjectionMode
@@ -84,7 +84,7 @@ class Gemma4Config:
     num_kv_shared_layers: int
     sliding_window: int
     rms_norm_eps: float
-    rope_parameters: Mapping[str, Mapping[str, Any]]
+    rope_parameters: Mapping[str, Mapping[str, Any]] = dataclasses.field(hash=False)
     max_position_embeddings: int
 
     @classmethod
@@ -92,12 +92,12 @@ class Gemma4Config:
         """Reads a Hugging Face config.
 
         Args:
-          config: path of a `config.json`, or its contents as a dict; the text config may stand alone
-            or under `text_config`.
+            config: path of a `config.json`, or its contents as a dict; the text config may stand
+                alone or under `text_config`.
 
         Raises:
-          ValueError: a field is missing, has a wrong type, contradicts another, or asks for something
-            this attention does not do. The message names the field.
+            ValueError: a field is missing, has a wrong type, contradicts another, or asks for
+                something this attention does not do. The message names the field.
         """
         if not isinstance(config, Mapping):
             with open(config, encoding="utf-8") as file:
@@ -112,14 +112,15 @@ class Gemma4Config:
                 f"model_type is {text.get('model_type')!r}; a Gemma 4 text config has one of "
                 f"{', '.join(_TEXT_MODEL_TYPES)}"
             )
-        # Switches of the Hugging Face config that change the maths, and the only value each may have.
+        # Switches of the Hugging Face config that change the maths, and what they may be.
         for field, only in (
             ("attention_bias", (False, None)),
             ("use_bidirectional_attention", (None, "vision")),
         ):
             if text.get(field) not in only:
                 raise ValueError(
-                    f"{field} = {text[field]!r} is not supported; accepted: {only[0]!r} or {only[1]!r}"
+                    f"{field} = {text[field]!r} is not supported; accepted: {only[0]!r} or "
+                    f"{only[1]!r}"
                 )
         values = {}
         for field in dataclasses.fields(cls):
@@ -133,11 +134,11 @@ class Gemma4Config:
         """The config of a published model.
 
         Args:
-          name: "gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b" or "gemma-4-31b"; the
-            prefix "gemma-4-" may be left out.
+            name: "gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b" or "gemma-4-31b";
+                the prefix "gemma-4-" may be left out.
 
         Raises:
-          ValueError: there is no such model.
+            ValueError: there is no such model.
         """
         file = _CONFIGS / f"gemma-4-{name.removeprefix('gemma-4-')}.json"
         if not file.is_file():
@@ -184,7 +185,8 @@ class Gemma4Config:
             raise ValueError(f"layer_types must be a list, not {self.layer_types!r}")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries; num_hidden_layers = {self.num_hidden_layers} needs as many"
+                f"layer_types has {len(self.layer_types)} entries; num_hidden_layers = "
+                f"{self.num_hidden_layers} needs as many"
             )
         for layer, layer_type in enumerate(self.layer_types):
             if layer_type not in _LAYER_TYPES:
@@ -194,22 +196,26 @@ class Gemma4Config:
         object.__setattr__(self, "layer_types", tuple(self.layer_types))
         if self.num_kv_shared_layers > self.num_hidden_layers:
             raise ValueError(
-                f"num_kv_shared_layers = {self.num_kv_shared_layers} exceeds num_hidden_layers = {self.num_hidden_layers}"
+                f"num_kv_shared_layers = {self.num_kv_shared_layers} exceeds num_hidden_layers = "
+                f"{self.num_hidden_layers}"
             )
 
     def _check_rope_parameters(self):
         if not isinstance(self.rope_parameters, Mapping):
             raise ValueError(
-                f"rope_parameters must be an object with an entry per layer type, not {self.rope_parameters!r}"
+                "rope_parameters must be an object with an entry per layer type, not "
+                f"{self.rope_parameters!r}"
             )
-        for layer_type in sorted(set(self.layer_types)):
+        used = sorted(set(self.layer_types))
+        for layer_type in used:
             rope = self.rope_parameters.get(layer_type)
             where = f"rope_parameters.{layer_type}"
             if not isinstance(rope, Mapping):
                 raise ValueError(f"{where} is missing; layer_types has such layers")
             if rope.get("rope_type") not in ("default", "proportional"):
                 raise ValueError(
-                    f"{where}.rope_type is {rope.get('rope_type')!r}; accepted: default, proportional"
+                    f"{where}.rope_type is {rope.get('rope_type')!r}; accepted: default, "
+                    "proportional"
                 )
             if not _is_number(rope.get("rope_theta")) or rope["rope_theta"] <= 0:
                 raise ValueError(
@@ -222,19 +228,22 @@ class Gemma4Config:
                 )
             if rope["rope_type"] == "default" and factor != 1:
                 raise ValueError(
-                    f"{where}.partial_rotary_factor = {factor!r} needs rope_type proportional, not default"
+                    f"{where}.partial_rotary_factor = {factor!r} needs rope_type proportional, "
+                    "not default"
                 )
             if rope.get("factor", 1.0) != 1:
                 raise ValueError(
                     f"{where}.factor = {rope['factor']!r} is not supported; accepted: 1.0"
                 )
+        copies = {layer_type: dict(self.rope_parameters[layer_type]) for layer_type in used}
+        object.__setattr__(self, "rope_parameters", copies)
 
     def _check_layer(self, layer: int):
         spec = self.attention_spec(layer)
         if spec.num_q_heads % spec.num_kv_heads:
             raise ValueError(
-                f"num_attention_heads = {spec.num_q_heads} is not divisible by {self._kv_heads_field(layer)} = "
-                f"{spec.num_kv_heads} (layer {layer})"
+                f"num_attention_heads = {spec.num_q_heads} is not divisible by "
+                f"{self._kv_heads_field(layer)} = {spec.num_kv_heads} (layer {layer})"
             )
         if spec.head_dim % 2:
             field = "head_dim" if self.layer_types[layer] == _SLIDING else "global_head_dim"
@@ -252,7 +261,7 @@ class Gemma4Config:
         """What layer `layer` (0 to num_hidden_layers - 1) of this model needs to know.
 
         Raises:
-          ValueError: there is no such layer.
+            ValueError: there is no such layer.
         """
         if not 0 <= layer < self.num_hidden_layers:
             raise ValueError(
@@ -292,8 +301,9 @@ class Gemma4Config:
             if self.layer_types[candidate] == layer_type:
                 return candidate
         raise ValueError(
-            f"num_kv_shared_layers = {self.num_kv_shared_layers} makes layer {layer} read the K and V of an earlier "
-            f"{layer_type} layer, and layer_types has none before layer {first_shared}"
+            f"num_kv_shared_layers = {self.num_kv_shared_layers} makes layer {layer} read the K "
+            f"and V of an earlier {layer_type} layer, and layer_types has none before layer "
+            f"{first_shared}"
         )
 
 

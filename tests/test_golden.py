@@ -1,5 +1,6 @@
 """Our layer against outputs of Hugging Face's, prefill and cached decode past the window."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def run_layer(model, layer, dtype, implementation=None):
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     ys = []
     bounds = [0, *range(PROMPT, x.shape[1] + 1)]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         y, cache = attention(x[:, start:stop], positions[:, start:stop], cache)
         ys.append(y)
     return np.asarray(jnp.concatenate(ys, axis=1)), arrays

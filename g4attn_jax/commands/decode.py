@@ -1,4 +1,4 @@
-"""`decode`: real layers at their real shapes, prefill and jitted decode steps, checked and timed."""
+"""`decode`: real layers at real shapes, prefill and jitted decode steps, checked and timed."""
 
 import dataclasses
 import os
@@ -74,8 +74,8 @@ def decode_layers(
     """Runs each layer by itself: a prefill, then `steps` jitted steps of one token a sequence.
 
     The caches are donated. Every step is compared with the reference path: the same weights in
-    float32 through XLA, prompt and steps in one call. A layer that shares K and V reads the cache of its
-    producer, which is run first whether it is among `layers` or not.
+    float32 through XLA, prompt and steps in one call. A layer that shares K and V reads the cache
+    of its producer, which is run first whether it is among `layers` or not.
     """
     producers = {config.attention_spec(layer).kv_layer for layer in layers}
     caches = {}

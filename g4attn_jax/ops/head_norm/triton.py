@@ -195,7 +195,7 @@ def rows_of_program(program, kinds, *, groups, block_rows):
 
 
 def _norm_rows(x_ref, row, out_row, row_mask, outputs, eps, scale_offset, num_warps):
-    """Rows `row` of x, normalised, into rows `out_row` of every output; masked rows are left out."""
+    """Rows `row` of x, normalised, to rows `out_row` of every output; masked rows are left out."""
     head_dim = x_ref.shape[-1]
     width = min(pl.next_power_of_2(head_dim), _WARP_LOAD_BYTES // x_ref.dtype.itemsize)
     # With several warps each row loads the scales anew: a row of them that all warps share would

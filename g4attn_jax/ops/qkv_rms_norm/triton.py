@@ -30,7 +30,7 @@ def qkv_rms_norm(
 
 
 def packed_heads(qkv, q_scale, k_scale, v_scale, *, mode) -> list[Heads]:
-    """The kinds of head in a packed buffer [..., Nkv, G + P, D]; a group is a KV head of a token."""
+    """The kinds of head in a packed buffer [..., Nkv, G + P, D]; a group is a token's KV head."""
     *_, rows, head_dim = qkv.shape
     packed = qkv.reshape(-1, head_dim)
     group = rows - mode.num_kv_projections

@@ -1,0 +1,413 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, oracle
+from g4attn_jax.cache import KVCache
+
+# Small, with everything: a window shorter than the sequences, K = V in one model, a shared tail in
+# the other, G of 2 to 4.
+COMMON = {
+    "model_type": "gemma4_text",
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 5,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 64,
+    "rope_parameters": {
+        "full_attention": {
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1e6,
+            "rope_type": "proportional",
+        },
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    },
+}
+K_EQ_V = Gemma4Config.from_hf(
+    COMMON
+    | {
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 0,
+    }
+)
+KV_SHARED = Gemma4Config.from_hf(
+    COMMON
+    | {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "attention_k_eq_v": False,
+        "num_kv_shared_layers": 2,
+    }
+)
+LAYERS = [(K_EQ_V, 0), (K_EQ_V, 1), (KV_SHARED, 1), (KV_SHARED, 2), (KV_SHARED, 3)]
+on_every_layer = pytest.mark.parametrize(
+    ("config", "layer"), LAYERS, ids=[f"{c.attention_spec(i).mode.name}-{i}" for c, i in LAYERS]
+)
+B, T = 2, 21
+
+
+@functools.cache
+def build(config_id, layer, dtype=jnp.float32, implementation=None):
+    config = {id(K_EQ_V): K_EQ_V, id(KV_SHARED): KV_SHARED}[config_id]
+    attention = Gemma4Attention(
+        config,
+        layer,
+        rngs=nnx.Rngs(layer),
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        implementation=implementation,
+    )
+    keys = jax.random.split(jax.random.key(layer), 2)
+    attention.q_scale[...] = 0.5 + 0.2 * jax.random.normal(keys[0], attention.q_scale.shape)
+    if attention.k_scale is not None:
+        attention.k_scale[...] = 0.5 + 0.2 * jax.random.normal(keys[1], attention.k_scale.shape)
+    return attention
+
+
+def layer_of(config, layer, **kwargs):
+    return build(id(config), layer, **kwargs)
+
+
+def hidden(config, tokens=T, seed=0):
+    return jax.random.normal(jax.random.key(seed), (B, tokens, config.hidden_size))
+
+
+def positions_to(tokens):
+    return jnp.broadcast_to(jnp.arange(tokens), (B, tokens))
+
+
+def weights_of(attention):
+    return {name: param[...] for name, param in nnx.to_pure_dict(nnx.state(attention)).items()}
+
+
+def full_cache(config, layer, x):
+    """The cache the layer reads once all of x went through its producer; its own if empty."""
+    attention = layer_of(config, layer)
+    producer = attention.spec.kv_layer
+    if producer == layer:
+        return attention.init_cache(B, x.shape[1])
+    return layer_of(config, producer)(x, positions_to(x.shape[1]))[1]
+
+
+def expected(config, layer, x):
+    attention = layer_of(config, layer)
+    kv = None
+    if attention.spec.kv_layer != layer:
+        producer = layer_of(config, attention.spec.kv_layer)
+        _, kv = oracle.attention(producer.spec, weights_of(producer), x)
+    return oracle.attention(attention.spec, weights_of(attention), x, kv)[0]
+
+
+@on_every_layer
+@pytest.mark.parametrize("implementation", [None, "triton_interpret"])
+def test_prefill_against_float64(config, layer, implementation):
+    attention = layer_of(config, layer, implementation=implementation)
+    x = hidden(config)
+    y, cache = attention(x, positions_to(T), full_cache(config, layer, x))
+    np.testing.assert_allclose(y, expected(config, layer, x), atol=1e-5)
+    assert cache.capacity == T
+
+
+@on_every_layer
+@pytest.mark.parametrize("chunks", [[1] * T, [9, 4, 1, 1, 6], [17, 4], [3, 18]])
+def test_chunks_and_decode_steps_against_float64(config, layer, chunks):
+    """Prefill of many tokens, decode of one or a few, past the window, into one cache."""
+    attention = layer_of(config, layer)
+    x = hidden(config)
+    cache, ys, start = full_cache(config, layer, x), [], 0
+    step = jax.jit(lambda x, p, c: attention(x, p, c))
+    for tokens in chunks:
+        chunk = slice(start, start + tokens)
+        y, cache = step(x[:, chunk], positions_to(T)[:, chunk], cache)
+        ys.append(y)
+        start += tokens
+    np.testing.assert_allclose(jnp.concatenate(ys, 1), expected(config, layer, x), atol=1e-5)
+
+
+@on_every_layer
+def test_sequences_of_unequal_length(config, layer):
+    """Prompts padded to one length, then decode: each as if it were alone and unpadded."""
+    attention = layer_of(config, layer)
+    x = hidden(config)
+    lengths, prompt = (4, 11), 11
+    cache = full_cache(config, layer, x)
+    positions = jnp.arange(prompt)
+    positions = jnp.stack([jnp.where(positions < n, positions, -1) for n in lengths])
+    y, cache = attention(x[:, :prompt], positions, cache)
+    exact = expected(config, layer, x)
+    for b, n in enumerate(lengths):
+        np.testing.assert_allclose(y[b, :n], exact[b, :n], atol=1e-5)
+        np.testing.assert_array_equal(y[b, n:], 0)
+    for i in range(5):
+        at = jnp.array([[n + i] for n in lengths])
+        y, cache = attention(jnp.stack([x[b, at[b]] for b in range(B)]), at, cache)
+        for b in range(B):
+            np.testing.assert_allclose(y[b, 0], exact[b, at[b, 0]], atol=1e-5)
+
+
+@on_every_layer
+def test_a_sequence_does_not_depend_on_its_batch(config, layer):
+    attention = layer_of(config, layer)
+    x = hidden(config)
+    cache = full_cache(config, layer, x)
+    together, _ = attention(x, positions_to(T), cache)
+    for b in range(B):
+        alone, _ = attention(
+            x[b : b + 1], positions_to(T)[:1], KVCache(*(a[b : b + 1] for a in cache))
+        )
+        np.testing.assert_allclose(together[b : b + 1], alone, atol=1e-6)
+
+
+def test_later_tokens_and_those_before_the_window_are_not_seen():
+    x = hidden(K_EQ_V)
+    for layer, window in ((0, 5), (1, None)):
+        attention = layer_of(K_EQ_V, layer)
+        y, _ = attention(x, positions_to(T))
+        for changed in (3, 12):
+            other, _ = attention(x.at[:, changed].add(1.0), positions_to(T))
+            differs = np.any(np.asarray(jnp.abs(other - y)) > 1e-6, axis=(0, 2))
+            seen_by = np.arange(T) >= changed
+            if window is not None:
+                seen_by &= np.arange(T) < changed + window
+            np.testing.assert_array_equal(differs, seen_by)
+
+
+def test_no_cache_is_an_empty_one_for_these_tokens():
+    attention = layer_of(K_EQ_V, 1)
+    x = hidden(K_EQ_V)
+    given = attention(x, positions_to(T), attention.init_cache(B, T))
+    chex.assert_trees_all_equal(attention(x, positions_to(T)), given)
+
+
+@on_every_layer
+def test_gradients_against_finite_differences(config, layer):
+    attention = layer_of(config, layer)
+    x = hidden(config, tokens=7)
+    cache = full_cache(config, layer, x)
+    graph, params = nnx.split(attention)
+
+    def loss(params, x):
+        y, _ = nnx.merge(graph, params)(x, positions_to(7), cache)
+        return jnp.mean(jnp.sin(y))
+
+    jax.test_util.check_grads(
+        loss, (params, x), order=1, modes=("rev", "fwd"), atol=1e-2, rtol=1e-2, eps=1e-2
+    )
+
+
+@on_every_layer
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_donated_decode_step_updates_the_cache_in_place(config, layer, dtype):
+    attention = layer_of(config, layer, dtype=dtype)
+    spec, capacity = attention.spec, 4096
+    graph, params = nnx.split(attention)
+    shape = (B, capacity, spec.num_kv_heads, spec.head_dim)
+    cache = KVCache.zeros(shape, dtype)
+
+    @functools.partial(jax.jit, donate_argnums=3)
+    def step(params, x, positions, cache):
+        return nnx.merge(graph, params)(x, positions, cache)
+
+    arguments = params, hidden(config, 1), jnp.zeros((B, 1), jnp.int32)
+    memory = step.lower(*arguments, cache).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == cache.k.nbytes + cache.v.nbytes
+    # That nothing of its size is made beside it is for the GPU: tests/test_compile_for_gpu.py.
+    pointers = [a.unsafe_buffer_pointer() for a in cache]
+    _, cache = step(*arguments, cache)
+    assert [a.unsafe_buffer_pointer() for a in cache] == pointers
+
+
+def test_linen_bridge():
+    x, positions = hidden(K_EQ_V), positions_to(T)
+    module = nnx.bridge.to_linen(
+        Gemma4Attention, K_EQ_V, 1, dtype=jnp.float32, param_dtype=jnp.float32
+    )
+    variables = module.init(jax.random.key(0), x, positions)
+    shapes = jax.tree.map(jnp.shape, variables["params"])
+    assert shapes == {
+        "qkv_proj": (48, 1, 5, 32),
+        "o_proj": (4, 32, 48),
+        "q_scale": (32,),
+        "k_scale": (32,),
+    }
+    y, cache = jax.jit(module.apply)(variables, x, positions)
+    exact, _ = oracle.attention(K_EQ_V.attention_spec(1), variables["params"], x)
+    np.testing.assert_allclose(y, exact, atol=1e-5)
+    again, _ = module.apply(variables, x[:, -1:], positions[:, -1:], cache)
+    np.testing.assert_allclose(again, exact[:, -1:], atol=1e-5)
+
+
+def test_positions_past_the_capacity():
+    attention = layer_of(K_EQ_V, 0)
+    x = hidden(K_EQ_V, 2)
+    cache = attention.init_cache(B, 4)
+    for positions, given in (([3, 4], 4), ([0, 99], 99), ([0, -2], -2)):
+        with pytest.raises(ValueError, match=f"positions has {given}; accepted: -1 .* 0 to 3"):
+            attention(x, jnp.array([positions] * B), cache)
+    with pytest.raises(ValueError, match="positions has 3 twice in a sequence"):
+        attention(x, jnp.array([[0, 1], [3, 3]]), cache)
+    # Unknown under jit: nothing is written, and the output says so.
+    y, written = jax.jit(lambda x, p, c: attention(x, p, c))(x, jnp.array([[3, 4]] * B), cache)
+    assert bool(jnp.isfinite(y[:, 0]).all())
+    assert bool(jnp.isnan(y[:, 1]).all())
+    np.testing.assert_array_equal(written.k[:, :3], 0)
+
+
+class TestBadInput:
+    attention = layer_of(K_EQ_V, 1)
+
+    def call(self, **changes):
+        arguments = {
+            "x": hidden(K_EQ_V, 3),
+            "positions": positions_to(3),
+            "cache": self.attention.init_cache(B, 8),
+        }
+        return self.attention(**(arguments | changes))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"x": jnp.zeros((B, 3, 47))}, r"x has shape \(2, 3, 47\); accepted: \[B, T, 48\]"),
+            ({"x": jnp.zeros((B, 48))}, r"x has shape \(2, 48\)"),
+            ({"x": jnp.zeros((B, 3, 48), int)}, "x has dtype int32; accepted: a floating"),
+            ({"positions": jnp.arange(3)}, r"positions has shape \(3,\); .* must be \(2, 3\)"),
+            ({"positions": jnp.zeros((B, 3))}, "positions has dtype float32; accepted: a signed"),
+            ({"cache": (1, 2)}, "cache is a tuple; accepted: KVCache or None"),
+            (
+                {"cache": KVCache.zeros((B, 8, 2, 32), jnp.float32)},
+                r"cache.k has shape \(2, 8, 2, 32\); layer 1 with 2 seq.* needs \[2, S, 1, 32\]",
+            ),
+            ({"cache": KVCache.zeros((3, 8, 1, 32), jnp.float32)}, "cache.k has shape"),
+            (
+                {"cache": KVCache(jnp.zeros((B, 8, 1, 32)), jnp.zeros((B, 9, 1, 32)))},
+                "cache.v has shape .* cache.k has",
+            ),
+        ],
+    )
+    def test_refused(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            self.call(**changes)
+
+    def test_a_shared_layer_needs_its_producers_cache(self):
+        attention = layer_of(KV_SHARED, 3)
+        with pytest.raises(ValueError, match="layer 3 is Q_ONLY: it reads the cache of layer 1"):
+            attention(hidden(KV_SHARED, 3), positions_to(3))
+        with pytest.raises(ValueError, match="layer 3 is Q_ONLY"):
+            attention.init_cache(1, 8)
+
+    def test_sizes_of_a_cache(self):
+        with pytest.raises(ValueError, match="capacity is 0; accepted: 1 or more"):
+            self.attention.init_cache(1, 0)
+        with pytest.raises(ValueError, match="batch is -1; accepted: 1 or more"):
+            self.attention.init_cache(-1, 8)
+
+    def test_implementation(self):
+        with pytest.raises(ValueError, match="implementation is 'gpu'; accepted"):
+            Gemma4Attention(K_EQ_V, 0, rngs=nnx.Rngs(0), implementation="gpu")
+        if jax.default_backend() != "gpu":
+            with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+                Gemma4Attention(K_EQ_V, 0, rngs=nnx.Rngs(0), implementation="triton")
+
+
+class TestLoadHf:
+    def state_dict(self, config, layer):
+        spec, embed = config.attention_spec(layer), config.hidden_size
+        rng = np.random.default_rng(layer)
+        state = {
+            "q_proj.weight": (spec.num_q_heads * spec.head_dim, embed),
+            "o_proj.weight": (embed, spec.num_q_heads * spec.head_dim),
+            "q_norm.weight": (spec.head_dim,),
+        }
+        kv = (spec.num_kv_heads * spec.head_dim, embed)
+        if spec.mode is not ProjectionMode.Q_ONLY:
+            state |= {"k_proj.weight": kv, "k_norm.weight": (spec.head_dim,)}
+        if spec.mode is ProjectionMode.QKV_FULL:
+            state["v_proj.weight"] = kv
+        return {name: rng.normal(size=shape).astype(np.float32) for name, shape in state.items()}
+
+    def new(self, config, layer):
+        return Gemma4Attention(
+            config, layer, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32
+        )
+
+    @on_every_layer
+    def test_heads_land_in_their_groups(self, config, layer):
+        attention, state = self.new(config, layer), self.state_dict(config, layer)
+        attention.load_hf(state)
+        spec = attention.spec
+        d, group = spec.head_dim, spec.group_size
+        packed = np.asarray(attention.qkv_proj[...])
+        for head in range(spec.num_q_heads):
+            rows = state["q_proj.weight"][head * d : (head + 1) * d]
+            np.testing.assert_array_equal(packed[:, head // group, head % group], rows.T)
+            columns = state["o_proj.weight"][:, head * d : (head + 1) * d]
+            np.testing.assert_array_equal(attention.o_proj[...][head], columns.T)
+        names = ["k_proj.weight", "v_proj.weight"][: spec.mode.num_kv_projections]
+        for row, name in enumerate(names, start=group):
+            for head in range(spec.num_kv_heads):
+                rows = state[name][head * d : (head + 1) * d]
+                np.testing.assert_array_equal(packed[:, head, row], rows.T)
+        np.testing.assert_array_equal(attention.q_scale[...], state["q_norm.weight"])
+        if names:
+            np.testing.assert_array_equal(attention.k_scale[...], state["k_norm.weight"])
+
+    @on_every_layer
+    def test_jax_arrays_and_dtypes(self, config, layer):
+        state = self.state_dict(config, layer)
+        ours, theirs = self.new(config, layer), self.new(config, layer)
+        ours.load_hf({k: jnp.asarray(v, jnp.bfloat16) for k, v in state.items()})
+        theirs.load_hf({k: v.astype(jnp.bfloat16) for k, v in state.items()})
+        chex.assert_trees_all_equal(nnx.state(ours), nnx.state(theirs))
+        assert ours.qkv_proj.dtype == jnp.float32
+
+    @pytest.mark.parametrize(
+        ("layer", "changes", "message"),
+        [
+            (0, {"v_proj.weight": None}, r"lacks v_proj.weight of layer 0 \(QKV_FULL\)"),
+            (1, {"q_norm.weight": None}, r"lacks q_norm.weight of layer 1 \(QK_ONLY\)"),
+            (
+                1,
+                {"v_proj.weight": np.ones((32, 48))},
+                r"has v_proj.weight; layer 1 \(QK_ONLY\) has",
+            ),
+            (1, {"q_proj.bias": np.ones(4)}, "has q_proj.bias"),
+            (
+                1,
+                {"k_proj.weight": np.ones((48, 32))},
+                r"k_proj.weight has shape \(48, 32\); accept",
+            ),
+            (1, {"k_norm.weight": np.ones(32, int)}, "k_norm.weight has dtype int.*; accepted"),
+        ],
+    )
+    def test_wrong_tensors_are_named_and_change_nothing(self, layer, changes, message):
+        attention = self.new(K_EQ_V, layer)
+        before = jax.tree.map(jnp.copy, nnx.state(attention))
+        state = self.state_dict(K_EQ_V, layer) | changes
+        state = {name: tensor for name, tensor in state.items() if tensor is not None}
+        with pytest.raises(ValueError, match=message):
+            attention.load_hf(state)
+        chex.assert_trees_all_equal(nnx.state(attention), before)
+
+    def test_a_shared_layer_has_no_k_or_v(self):
+        state = self.state_dict(KV_SHARED, 3) | {"k_norm.weight": np.ones(32, np.float32)}
+        with pytest.raises(ValueError, match=r"has k_norm.weight; layer 3 \(Q_ONLY\) has no such"):
+            self.new(KV_SHARED, 3).load_hf(state)
+
+    def test_torch_tensors(self):
+        torch = pytest.importorskip("torch")
+        state = self.state_dict(K_EQ_V, 1)
+        ours, theirs = self.new(K_EQ_V, 1), self.new(K_EQ_V, 1)
+        ours.load_hf({k: torch.from_numpy(v).bfloat16() for k, v in state.items()})
+        theirs.load_hf({k: v.astype(jnp.bfloat16) for k, v in state.items()})
+        chex.assert_trees_all_equal(nnx.state(ours), nnx.state(theirs))

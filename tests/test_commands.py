@@ -1,0 +1,132 @@
+import json
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from g4attn_jax.__main__ import main
+from g4attn_jax.commands import check, decode
+from g4attn_jax.config import _CONFIGS, Gemma4Config, ProjectionMode
+from tests.test_attention import COMMON
+
+MODES = [mode.name for mode in ProjectionMode]
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    path = tmp_path / "tiny.json"
+    config = COMMON | {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 2,
+    }
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def rows_of(output):
+    return [line.split() for line in output.splitlines() if line.endswith(("pass", "FAIL"))]
+
+
+def test_decode_prints_a_row_a_layer(tiny_config, capsys):
+    code = main(
+        ["decode", "--config", tiny_config, "--batch", "2", "--prompt-len", "9", "--steps", "4"]
+    )
+    output = capsys.readouterr().out
+    assert code == 0
+    rows = rows_of(output)
+    assert [row[1] for row in rows] == ["0", "1", "2", "3"]
+    assert [row[2] for row in rows] == ["QKV_FULL", "QK_ONLY", "Q_ONLY", "Q_ONLY"]
+    assert all(row[-1] == "pass" for row in rows)
+    assert "all passed" in output
+
+
+def test_decode_of_a_shared_layer_runs_its_producer(tiny_config, capsys):
+    assert main(["decode", "--config", tiny_config, "--layers", "3", "--steps", "2"]) == 0
+    assert [row[1] for row in rows_of(capsys.readouterr().out)] == ["3"]
+
+
+def test_decode_fails_where_a_step_is_wrong(tiny_config, capsys, monkeypatch):
+    """A wrong norm in the float32 reference path must show as a failed layer."""
+    module = sys.modules["g4attn_jax.ops.qkv_rms_norm.reference"]
+    original = module.rms_norm
+
+    def wrong(x, *args, **kwargs):
+        y = original(x, *args, **kwargs)
+        return y * jnp.asarray(1.1, y.dtype) if x.dtype == jnp.float32 else y
+
+    monkeypatch.setattr(module, "rms_norm", wrong)
+    # Shapes no other test uses: what JAX has compiled already would hide the change.
+    assert main(["decode", "--config", tiny_config, "--prompt-len", "13", "--steps", "3"]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_defaults_show_all_three_modes():
+    kinds = [
+        Gemma4Config.preset(name).attention_spec(layer).mode.name
+        for name in ("gemma-4-e2b", "gemma-4-12b")
+        for layer in decode.first_of_each_kind(Gemma4Config.preset(name))
+    ]
+    assert sorted(set(kinds)) == sorted(MODES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "gemma-5"], "unknown preset 'gemma-5'; accepted: gemma-4-12b"),
+        (["--config", "nowhere/config.json"], "there is no such file"),
+        (
+            ["--config", "gemma-4-e2b", "--layers", "99"],
+            "layer is 99; this model has layers 0 to 34",
+        ),
+        (["--steps", "0"], "must be 1 or more, not 0"),
+        (["--layers", "a"], "invalid"),
+    ],
+)
+def test_bad_arguments_are_explained(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["decode", *arguments])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_presets_and_paths_are_the_same(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text((_CONFIGS / "gemma-4-12b.json").read_text())
+    assert decode.load_config(str(path)) == decode.load_config("gemma-4-12b")
+
+
+def test_check_covers_the_published_sweep():
+    cases = list(check.sweep())
+    assert len(cases) == len(set(cases)) == 4 * 3 * 2 * 4
+    assert {case.head_dim for case in cases} == {128, 256, 512}
+    assert {(case.num_q_heads, case.num_kv_heads) for case in cases} == {(32, 16), (16, 8)}
+    assert max(case.tokens for case in cases) == 1024
+
+
+@pytest.fixture
+def short_sweep(monkeypatch):
+    cases = [check.Case(mode, 4, 2, 128, 3) for mode in (None, *ProjectionMode)]
+    monkeypatch.setattr(check, "sweep", lambda: iter(cases))
+
+
+def test_check_passes(short_sweep, capsys):
+    assert main(["check"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert len(rows) == 8
+    assert all(row[-1] == "pass" for row in rows)
+
+
+def test_check_fails_with_exit_status_1(short_sweep, capsys, monkeypatch):
+    """A norm that is 1 % off is inside the limits' order of magnitude, and must still fail."""
+
+    def slightly_off(case, arguments, implementation):
+        outputs = original(case, arguments, implementation)
+        return [None if x is None else (x * jnp.asarray(1.0157, x.dtype)) for x in outputs]
+
+    original = check.Case.run
+    monkeypatch.setattr(check.Case, "run", slightly_off)
+    assert main(["check"]) == 1
+    assert all(row[-1] == "FAIL" for row in rows_of(capsys.readouterr().out))

@@ -1,0 +1,210 @@
+import copy
+import dataclasses
+import json
+from importlib import resources
+
+import pytest
+
+from g4attn_jax import AttentionSpec, Gemma4Config, ProjectionMode
+from g4attn_jax.config import _CONFIGS
+
+Q_ONLY, QK_ONLY, QKV_FULL = ProjectionMode
+
+
+def published(name="gemma-4-e2b"):
+    return json.loads((_CONFIGS / f"{name}.json").read_text())
+
+
+def text(name="gemma-4-e2b", **changes):
+    return published(name)["text_config"] | changes
+
+
+# Of the model cards' configs: E, layers, G = full every, Nq, sliding Nkv, window, full Nkv, K = V,
+# shared tail.
+MODELS = {
+    "e2b": (1536, 35, 5, 8, 1, 512, 1, False, 20),
+    "e4b": (2560, 42, 6, 8, 2, 512, 2, False, 18),
+    "12b": (3840, 48, 6, 16, 8, 1024, 1, True, 0),
+    "26b-a4b": (2816, 30, 6, 16, 8, 1024, 2, True, 0),
+    "31b": (5376, 60, 6, 32, 16, 1024, 4, True, 0),
+}
+
+
+@pytest.mark.parametrize("size", MODELS)
+def test_every_layer_of_every_size(size):
+    embed, layers, period, nq, sliding_nkv, window, full_nkv, k_eq_v, shared = MODELS[size]
+    config = Gemma4Config.preset(f"gemma-4-{size}")
+    assert (config.hidden_size, config.num_hidden_layers) == (embed, layers)
+    last_producer = {}
+    for layer in range(layers):
+        full = layer % period == period - 1
+        is_shared = layer >= layers - shared
+        if not is_shared:
+            last_producer[full] = layer
+        expected = AttentionSpec(
+            mode=Q_ONLY if is_shared else QK_ONLY if full and k_eq_v else QKV_FULL,
+            num_q_heads=nq,
+            num_kv_heads=full_nkv if full else sliding_nkv,
+            head_dim=512 if full else 256,
+            sliding_window=None if full else window,
+            rope_theta=1e6 if full else 1e4,
+            rotary_dim=128 if full else 256,
+            eps=1e-6,
+            kv_layer=last_producer[full] if is_shared else layer,
+        )
+        assert config.attention_spec(layer) == expected
+
+
+def test_preset_names():
+    assert {name.removeprefix("gemma-4-") for name in Gemma4Config.preset_names()} == set(MODELS)
+    assert Gemma4Config.preset("31b") == Gemma4Config.preset("gemma-4-31b")
+    with pytest.raises(
+        ValueError, match="unknown preset '32b'; accepted: gemma-4-12b, gemma-4-26b"
+    ):
+        Gemma4Config.preset("32b")
+
+
+def test_from_hf_takes_paths_dicts_and_bare_text_configs(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(published()))
+    expected = Gemma4Config.preset("e2b")
+    assert Gemma4Config.from_hf(path) == expected
+    assert Gemma4Config.from_hf(str(path)) == expected
+    assert Gemma4Config.from_hf(published()) == expected
+    assert Gemma4Config.from_hf(text()) == expected
+
+
+@pytest.mark.parametrize("name", ["gemma-4-12b", "gemma-4-31b"])
+def test_both_text_model_types_are_taken(name):
+    assert Gemma4Config.from_hf(published(name)) == Gemma4Config.preset(name)
+    model_types = {published(n)["text_config"]["model_type"] for n in Gemma4Config.preset_names()}
+    assert model_types == {"gemma4_text", "gemma4_unified_text"}
+
+
+def test_from_hf_keeps_no_reference_and_changes_nothing():
+    given = published("gemma-4-31b")
+    before = copy.deepcopy(given)
+    config = Gemma4Config.from_hf(given)
+    assert given == before
+    given["text_config"]["rope_parameters"]["full_attention"]["rope_theta"] = 1.0
+    assert config == Gemma4Config.preset("31b")
+    assert hash(config) == hash(Gemma4Config.preset("31b"))
+
+
+REQUIRED = [
+    field.name
+    for field in dataclasses.fields(Gemma4Config)
+    if field.name != "num_global_key_value_heads"
+]
+
+
+@pytest.mark.parametrize("field", REQUIRED)
+def test_a_missing_field_is_named(field):
+    config = text()
+    del config[field]
+    with pytest.raises(ValueError, match=f"^{field} is missing"):
+        Gemma4Config.from_hf(config)
+
+
+def test_global_kv_heads_may_be_absent():
+    """Transformers' default is null, which leaves `num_key_value_heads` in force."""
+    config = text("gemma-4-31b")
+    del config["num_global_key_value_heads"]
+    assert Gemma4Config.from_hf(config).attention_spec(5).num_kv_heads == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("e2b", {"layer_types": ["sliding_attention"] * 34}, "layer_types has 34 entries; .* = 35"),
+        ("e2b", {"num_hidden_layers": 34}, "layer_types has 35 entries"),
+        ("e2b", {"layer_types": "full_attention"}, "layer_types must be a list"),
+        ("31b", {"layer_types": ["linear"] * 60}, r"layer_types\[0\] is 'linear'; accepted: slid"),
+        (
+            "e2b",
+            {"layer_types": ["sliding_attention"] * 15 + ["full_attention"] * 20},
+            "num_kv_shared_layers = 20 makes layer 15 .* earlier full_attention layer",
+        ),
+        (
+            "e2b",
+            {"num_kv_shared_layers": 36},
+            "num_kv_shared_layers = 36 exceeds num_hidden_layers",
+        ),
+        ("e2b", {"num_kv_shared_layers": 35}, "num_kv_shared_layers = 35 makes layer 0 read"),
+        (
+            "e2b",
+            {"num_kv_shared_layers": -1},
+            "num_kv_shared_layers must be an integer of at least",
+        ),
+        ("e4b", {"num_attention_heads": 7}, "num_attention_heads = 7 is not divisible by num_key"),
+        (
+            "31b",
+            {"num_global_key_value_heads": 5},
+            "not divisible by num_global_key_value_heads = 5",
+        ),
+        ("31b", {"num_global_key_value_heads": 0}, "num_global_key_value_heads must be an integer"),
+        ("31b", {"head_dim": 255}, "head_dim = 255 is odd"),
+        ("31b", {"global_head_dim": 511}, "global_head_dim = 511 is odd"),
+        ("31b", {"head_dim": "256"}, "head_dim must be an integer of at least 1, not '256'"),
+        ("31b", {"hidden_size": True}, "hidden_size must be an integer"),
+        ("31b", {"sliding_window": 0}, "sliding_window must be an integer of at least 1, not 0"),
+        ("31b", {"rms_norm_eps": 0}, "rms_norm_eps must be a number above 0, not 0"),
+        ("31b", {"attention_k_eq_v": 1}, "attention_k_eq_v must be true or false, not 1"),
+        ("31b", {"attention_bias": True}, "attention_bias = True is not supported"),
+        (
+            "31b",
+            {"use_bidirectional_attention": "all"},
+            "use_bidirectional_attention = 'all' is not",
+        ),
+        ("31b", {"model_type": "gemma3_text"}, "model_type is 'gemma3_text'; .* gemma4_text"),
+        ("31b", {"rope_parameters": None}, "rope_parameters must be an object"),
+        ("31b", {"rope_parameters": {}}, "rope_parameters.full_attention is missing"),
+    ],
+)
+def test_contradictions_are_refused(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Gemma4Config.from_hf(text(f"gemma-4-{name}", **changes))
+
+
+@pytest.mark.parametrize(
+    ("layer_type", "changes", "message"),
+    [
+        ("full_attention", {"rope_type": "yarn"}, "full_attention.rope_type is 'yarn'; accepted"),
+        ("full_attention", {"rope_theta": None}, "full_attention.rope_theta must be a number"),
+        (
+            "full_attention",
+            {"partial_rotary_factor": 2},
+            "partial_rotary_factor must be a number fr",
+        ),
+        ("full_attention", {"factor": 8.0}, "full_attention.factor = 8.0 is not supported"),
+        ("sliding_attention", {"partial_rotary_factor": 0.5}, "needs rope_type proportional"),
+    ],
+)
+def test_rope_parameters_are_checked(layer_type, changes, message):
+    rope = copy.deepcopy(text()["rope_parameters"])
+    rope[layer_type] |= changes
+    with pytest.raises(ValueError, match=message):
+        Gemma4Config.from_hf(text(rope_parameters=rope))
+
+
+@pytest.mark.parametrize("layer", [-1, 35])
+def test_there_is_no_such_layer(layer):
+    with pytest.raises(ValueError, match=f"layer is {layer}; this model has layers 0 to 34"):
+        Gemma4Config.preset("e2b").attention_spec(layer)
+
+
+def test_not_a_config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="config must be a JSON object, not a list"):
+        Gemma4Config.from_hf(path)
+    with pytest.raises(ValueError, match="text_config must be an object"):
+        Gemma4Config.from_hf({"text_config": 3})
+
+
+def test_the_modes_count_their_kv_projections():
+    assert [mode.num_kv_projections for mode in ProjectionMode] == [0, 1, 2]
+
+
+def test_configs_ship_with_the_package():
+    assert (resources.files("g4attn_jax") / "configs" / "gemma-4-31b.json").is_file()
