@@ -75,6 +75,20 @@ def test_q_keqv_rms_norm_is_one_launch(gpu, tokens, nkv, group, d, dtype, scale_
 
 
 @on_every_gpu
+@pytest.mark.parametrize("mode", [ProjectionMode.QK_ONLY, ProjectionMode.QKV_FULL])
+def test_scale_offset_and_v_scale_stay_in_the_launch(gpu, mode):
+    qkv = packed(mode, tokens=32, num_kv_heads=4, group=8, head_dim=512)
+    compiled = gpu_target.compile_for(
+        gpu,
+        lambda *a: ops.qkv_rms_norm(*a, mode=mode, scale_offset=1.0),
+        qkv,
+        *[struct(512)] * 3,
+    )
+    assert count_norm_launches(compiled.as_text()) == 1
+    assert set(gpu_target.entry_opcodes(compiled)) <= {*gpu_target.FREE_OPCODES, "custom-call"}
+
+
+@on_every_gpu
 @pytest.mark.parametrize("mode", ProjectionMode)
 def test_vmap_stays_one_launch(gpu, mode):
     qkv = struct(8, *packed(mode, tokens=4, num_kv_heads=4, group=8, head_dim=512).shape)

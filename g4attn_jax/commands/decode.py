@@ -190,16 +190,16 @@ def decode(
         The number of layers that did not match the reference path.
     """
     loaded = {name: load_config(name) for name in configs}
-    device = jax.devices()[0]
+    device = jax.devices()[0].device_kind
     print(
-        f"{device.device_kind} ({device.platform}), JAX {jax.__version__}; batch {batch}, prompt "
-        f"{prompt_len}, {steps} decode steps, bfloat16, random weights"
+        f"JAX {jax.__version__}; batch {batch}, prompt {prompt_len}, {steps} decode steps, "
+        "bfloat16, random weights"
     )
-    layout = "{:<17} {:>5} {:<8} {:>7} {:>8} {:>13} {:>14} {:>8} {:>14} {}"
+    layout = "{:<17} {:>5} {:<8} {:>7} {:>8} {:>13} {:>14} {:>9}  {}"
     print(
         layout.format(
             *("model", "layer", "mode", "Nq/Nkv", "head_dim", "norm launches", "max difference"),
-            *("step ms", "implementation", ""),
+            *("median ms", "ran"),
         )
     )
     failures = 0
@@ -223,8 +223,7 @@ def decode(
                     row.norm_launches or "fused by XLA",
                     f"{row.max_difference:.2e}",
                     f"{row.median_step_ms:.3f}",
-                    row.implementation,
-                    "pass" if row.passed else "FAIL",
+                    f"{row.implementation} on {device}: {'pass' if row.passed else 'FAIL'}",
                 ),
                 flush=True,
             )
