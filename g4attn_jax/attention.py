@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from g4attn_jax import ops
 from g4attn_jax.cache import KVCache
 from g4attn_jax.config import Gemma4Config, ProjectionMode
+from g4attn_jax.ops import checks
 from g4attn_jax.ops.implementation import check_implementation
 from g4attn_jax.rope import apply_rope, rope_cos_sin
 
@@ -59,10 +60,13 @@ class Gemma4Attention(nnx.Module):
             implementation: of the norm, see `ops.qkv_rms_norm`.
 
         Raises:
-            ValueError: the model has no such layer, or there is no such implementation.
+            ValueError: the model has no such layer, a dtype is not bfloat16, float16 or float32, or
+                there is no such implementation.
             NotImplementedError: "triton" was demanded and there is no supported GPU.
         """
         check_implementation(implementation)
+        checks.check_dtype("dtype", dtype)
+        checks.check_dtype("param_dtype", param_dtype)
         spec = config.attention_spec(layer)
         self.spec = spec
         self.layer = layer
@@ -87,8 +91,8 @@ class Gemma4Attention(nnx.Module):
             ValueError: the layer is Q_ONLY and has no cache of its own, or a size is below 1.
         """
         for name, size in (("batch", batch), ("capacity", capacity)):
-            if size < 1:
-                raise ValueError(f"{name} is {size}; accepted: 1 or more")
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size!r}; accepted: an integer of 1 or more")
         if self.spec.mode is ProjectionMode.Q_ONLY:
             raise ValueError(
                 f"layer {self.layer} is Q_ONLY: it reads the cache of layer {self.spec.kv_layer}; "
@@ -122,16 +126,21 @@ class Gemma4Attention(nnx.Module):
 
         Raises:
             ValueError: an argument has the wrong shape or dtype, or a position does not fit the
-                cache or is there twice. Under `jit` positions are unknown: there a token past the
-                capacity writes nothing and its output is NaN.
+                cache or is there twice in a sequence. Under `jit` positions are unknown: there a
+                token past the capacity writes nothing and its output is NaN; of two tokens at one
+                position either may stay.
         """
-        x, positions = jnp.asarray(x), jnp.asarray(positions)
+        if not isinstance(positions, jax.core.Tracer):
+            positions = np.asarray(positions)  # as given: JAX would wrap what int32 does not hold
+        x = jnp.asarray(x)
         self._check_inputs(x, positions)
         if cache is None:
+            if x.size == 0:
+                raise ValueError(f"x has shape {x.shape}; without a cache B and T must not be 0")
             cache = self.init_cache(*positions.shape)
         self._check_cache(cache, positions)
 
-        x = x.astype(self.dtype)
+        x, positions = x.astype(self.dtype), _as_int32(positions)
         qkv = jnp.einsum("bte,eknd->btknd", x, self.qkv_proj[...].astype(self.dtype))
         q, k, v = ops.qkv_rms_norm(
             qkv,
@@ -184,7 +193,8 @@ class Gemma4Attention(nnx.Module):
         if missing:
             raise ValueError(f"state_dict lacks {', '.join(sorted(missing))} of {where}")
         if surplus:
-            raise ValueError(f"state_dict has {', '.join(sorted(surplus))}; {where} has no such")
+            names = ", ".join(sorted(map(str, surplus)))
+            raise ValueError(f"state_dict has {names}; {where} has no such")
         tensors = {name: _as_array(name, state_dict[name], shape) for name, shape in shapes.items()}
 
         rows = [tensors["q_proj.weight"].reshape(spec.num_kv_heads, -1, spec.head_dim, embed)]
@@ -215,6 +225,12 @@ class Gemma4Attention(nnx.Module):
             raise ValueError(f"cache is a {type(cache).__name__}; accepted: KVCache or None")
         heads = (self.spec.num_kv_heads, self.spec.head_dim)
         for name, array in cache._asdict().items():
+            if not isinstance(array, jax.Array) or array.dtype != self.dtype:
+                given = getattr(array, "dtype", None)
+                raise ValueError(
+                    f"cache.{name} is a {type(array).__name__} of dtype {given}; accepted: a JAX "
+                    f"array of the layer's dtype, {self.dtype}"
+                )
             shape = array.shape
             if len(shape) != 4 or shape[0] != positions.shape[0] or shape[2:] != heads:
                 raise ValueError(
@@ -240,7 +256,8 @@ class Gemma4Attention(nnx.Module):
             )
 
 
-# Up to this many tokens a sequence, attention is bound by reading the cache; above, by arithmetic.
+# Up to this many tokens a sequence a step decodes (16 is the most that speculative decoding
+# verifies at once) and is bound by reading the cache; above, it is a prefill, bound by arithmetic.
 _MAX_DECODE_TOKENS = 16
 
 
@@ -250,7 +267,7 @@ def _attend(q, cache, positions, sliding_window):
     visible = slot <= positions[..., None]
     if sliding_window is not None:
         visible &= slot > positions[..., None] - sliding_window
-    k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+    k, v = cache
     if q.shape[1] <= _MAX_DECODE_TOKENS:
         o = _decode_attention(q, k, v, visible)
     else:
@@ -283,8 +300,26 @@ def _decode_attention(q, k, v, visible):
     return jnp.where(own, o, 0).sum(axis=-2)
 
 
+def _as_int32(positions):
+    """Saturated, not wrapped: a position that int32 does not hold stays past any capacity."""
+    if positions.dtype.itemsize > 4:
+        limits = jnp.iinfo(jnp.int32)
+        positions = positions.clip(limits.min, limits.max)
+    return jnp.asarray(positions, jnp.int32)
+
+
 def _as_array(name, tensor, shape):
-    array = jnp.asarray(tensor) if isinstance(tensor, np.ndarray) else jnp.from_dlpack(tensor)
+    try:
+        if isinstance(tensor, np.ndarray):
+            array = jnp.asarray(tensor)
+        else:
+            # PyTorch hands out no tensor that gradients flow through.
+            array = jnp.from_dlpack(tensor.detach() if hasattr(tensor, "detach") else tensor)
+    except (TypeError, ValueError, BufferError, RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"{name} is a {type(tensor).__name__} that cannot be read ({error}); accepted: a NumPy "
+            "or JAX array, or a contiguous tensor with DLPack"
+        ) from error
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}; accepted: {shape}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -293,4 +328,5 @@ def _as_array(name, tensor, shape):
 
 
 def _assign(param, value):
-    param[...] = value.astype(param.dtype)
+    # To where the parameter is: tensors read through DLPack lie where PyTorch has them.
+    param[...] = jax.device_put(value.astype(param.dtype), param[...].sharding)

@@ -40,8 +40,9 @@ class KVCache(NamedTuple):
         Inside `jax.jit`, with the cache donated, the update is in place.
         """
         sequence = jnp.arange(self.k.shape[0])[:, None]
-        # A negative index counts from the end; a slot past the end is dropped.
-        slots = jnp.where(positions < 0, self.capacity, positions)
+        # A negative index would count from the end; the slot past the end is dropped.
+        inside = (positions >= 0) & (positions < self.capacity)
+        slots = jnp.where(inside, positions, self.capacity).astype(jnp.int32)
         at = {"mode": "drop", "unique_indices": True}
         return type(self)(
             self.k.at[sequence, slots].set(k.astype(self.k.dtype), **at),

@@ -85,7 +85,6 @@ class Gemma4Config:
     sliding_window: int
     rms_norm_eps: float
     rope_parameters: Mapping[str, Mapping[str, Any]] = dataclasses.field(hash=False)
-    max_position_embeddings: int
 
     @classmethod
     def from_hf(cls, config: str | PathLike | Mapping[str, Any]) -> Self:
@@ -99,6 +98,8 @@ class Gemma4Config:
             ValueError: a field is missing, has a wrong type, contradicts another, or asks for
                 something this attention does not do. The message names the field.
         """
+        if not isinstance(config, (str, PathLike, Mapping)):
+            raise ValueError(f"config is {config!r}; accepted: a path or a dict")
         if not isinstance(config, Mapping):
             with open(config, encoding="utf-8") as file:
                 config = json.load(file)
@@ -140,9 +141,11 @@ class Gemma4Config:
         Raises:
             ValueError: there is no such model.
         """
-        file = _CONFIGS / f"gemma-4-{name.removeprefix('gemma-4-')}.json"
-        if not file.is_file():
-            raise ValueError(f"unknown preset {name!r}; accepted: {', '.join(cls.preset_names())}")
+        accepted = cls.preset_names()
+        full_name = f"gemma-4-{str(name).removeprefix('gemma-4-')}"
+        if full_name not in accepted:
+            raise ValueError(f"unknown preset {name!r}; accepted: {', '.join(accepted)}")
+        file = _CONFIGS / f"{full_name}.json"
         return cls.from_hf(json.loads(file.read_text(encoding="utf-8")))
 
     @staticmethod
@@ -163,7 +166,6 @@ class Gemma4Config:
             "head_dim",
             "global_head_dim",
             "sliding_window",
-            "max_position_embeddings",
         ):
             _check_int(field, getattr(self, field), minimum=1)
         if self.num_global_key_value_heads is not None:
@@ -263,9 +265,10 @@ class Gemma4Config:
         Raises:
             ValueError: there is no such layer.
         """
-        if not 0 <= layer < self.num_hidden_layers:
+        is_index = isinstance(layer, int) and not isinstance(layer, bool)
+        if not is_index or not 0 <= layer < self.num_hidden_layers:
             raise ValueError(
-                f"layer is {layer}; this model has layers 0 to {self.num_hidden_layers - 1}"
+                f"layer is {layer!r}; this model has layers 0 to {self.num_hidden_layers - 1}"
             )
         layer_type = self.layer_types[layer]
         full = layer_type == _FULL

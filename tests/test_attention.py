@@ -21,7 +21,6 @@ COMMON = {
     "global_head_dim": 32,
     "sliding_window": 5,
     "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 64,
     "rope_parameters": {
         "full_attention": {
             "partial_rotary_factor": 0.25,
@@ -191,19 +190,38 @@ def test_no_cache_is_an_empty_one_for_these_tokens():
 
 
 @on_every_layer
-def test_gradients_against_finite_differences(config, layer):
+def test_every_gradient_against_the_oracle(config, layer):
+    """Along a random direction of each weight and x: the oracle's central difference, float64."""
     attention = layer_of(config, layer)
     x = hidden(config, tokens=7)
     cache = full_cache(config, layer, x)
     graph, params = nnx.split(attention)
+    target = jax.random.normal(jax.random.key(5), x.shape)
 
     def loss(params, x):
         y, _ = nnx.merge(graph, params)(x, positions_to(7), cache)
-        return jnp.mean(jnp.sin(y))
+        return jnp.sum(y * target)
 
-    jax.test_util.check_grads(
-        loss, (params, x), order=1, modes=("rev", "fwd"), atol=1e-2, rtol=1e-2, eps=1e-2
-    )
+    kv = None
+    if attention.spec.kv_layer != layer:
+        producer = layer_of(config, attention.spec.kv_layer)
+        _, kv = oracle.attention(producer.spec, weights_of(producer), x)
+
+    def exact(weights):
+        weights = dict(weights)
+        y, _ = oracle.attention(attention.spec, weights, weights.pop("x"), kv)
+        return np.sum(y * np.asarray(target, np.float64))
+
+    d_params, d_x = jax.grad(loss, argnums=(0, 1))(params, x)
+    gradients = nnx.to_pure_dict(d_params) | {"x": d_x}
+    values = {k: np.asarray(v, np.float64) for k, v in (weights_of(attention) | {"x": x}).items()}
+    step = 1e-5
+    for i, (name, value) in enumerate(values.items()):
+        direction = np.random.default_rng(i).normal(size=value.shape)
+        ahead = exact(values | {name: value + step * direction})
+        behind = exact(values | {name: value - step * direction})
+        slope = np.sum(np.asarray(gradients[name], np.float64) * direction)
+        assert slope == pytest.approx((ahead - behind) / (2 * step), rel=1e-3, abs=1e-3), name
 
 
 @on_every_layer
@@ -264,6 +282,30 @@ def test_positions_past_the_capacity():
     np.testing.assert_array_equal(written.k[:, :3], 0)
 
 
+def test_positions_that_int32_does_not_hold():
+    attention = layer_of(K_EQ_V, 0)
+    x, cache = hidden(K_EQ_V, 2), attention.init_cache(B, 4)
+    far = np.array([[2**32, 2**32 + 1]] * B)
+    with pytest.raises(ValueError, match="positions has 4294967297; accepted"):
+        attention(x, far, cache)
+    with jax.enable_x64(True):
+        y, written = jax.jit(lambda x, p, c: attention(x, p, c))(x, far, cache)
+        rows = jnp.ones((B, 2, 2, 16))
+        untouched = cache.write(jnp.asarray(far), rows, rows)
+        np.testing.assert_array_equal(untouched.k, 0)
+    assert bool(jnp.isnan(y).all())
+    np.testing.assert_array_equal(written.k, 0)
+
+
+def test_positions_of_any_integer_dtype():
+    attention = layer_of(K_EQ_V, 0)
+    x, cache = hidden(K_EQ_V, 3), attention.init_cache(B, 300)
+    expected, _ = attention(x, positions_to(3), cache)
+    for dtype in (np.int8, np.int16, np.int64):
+        y, _ = attention(x, np.asarray(positions_to(3), dtype), cache)
+        np.testing.assert_array_equal(y, expected)
+
+
 class TestBadInput:
     attention = layer_of(K_EQ_V, 1)
 
@@ -289,6 +331,15 @@ class TestBadInput:
                 r"cache.k has shape \(2, 8, 2, 32\); layer 1 with 2 seq.* needs \[2, S, 1, 32\]",
             ),
             ({"cache": KVCache.zeros((3, 8, 1, 32), jnp.float32)}, "cache.k has shape"),
+            ({"cache": KVCache.zeros((B, 8, 1, 32), jnp.int8)}, "cache.k is .* of dtype int8; acc"),
+            (
+                {"cache": KVCache(None, None)},
+                "cache.k is a NoneType of dtype None; accepted: a JAX",
+            ),
+            (
+                {"x": jnp.zeros((B, 0, 48)), "positions": positions_to(0), "cache": None},
+                "x has sha",
+            ),
             (
                 {"cache": KVCache(jnp.zeros((B, 8, 1, 32)), jnp.zeros((B, 9, 1, 32)))},
                 "cache.v has shape .* cache.k has",
@@ -307,10 +358,17 @@ class TestBadInput:
             attention.init_cache(1, 8)
 
     def test_sizes_of_a_cache(self):
-        with pytest.raises(ValueError, match="capacity is 0; accepted: 1 or more"):
+        with pytest.raises(ValueError, match="capacity is 0; accepted: an integer of 1 or more"):
             self.attention.init_cache(1, 0)
-        with pytest.raises(ValueError, match="batch is -1; accepted: 1 or more"):
+        with pytest.raises(ValueError, match="batch is -1; accepted: an integer of 1 or more"):
             self.attention.init_cache(-1, 8)
+
+    def test_dtypes(self):
+        for name in ("dtype", "param_dtype"):
+            with pytest.raises(
+                ValueError, match=f"{name} has dtype .*; accepted: bfloat16, float16"
+            ):
+                Gemma4Attention(K_EQ_V, 0, rngs=nnx.Rngs(0), **{name: jnp.int32})
 
     def test_implementation(self):
         with pytest.raises(ValueError, match="implementation is 'gpu'; accepted"):
@@ -388,6 +446,7 @@ class TestLoadHf:
                 r"k_proj.weight has shape \(48, 32\); accept",
             ),
             (1, {"k_norm.weight": np.ones(32, int)}, "k_norm.weight has dtype int.*; accepted"),
+            (1, {"k_norm.weight": [1.0] * 32}, "k_norm.weight is a list that cannot be read"),
         ],
     )
     def test_wrong_tensors_are_named_and_change_nothing(self, layer, changes, message):
@@ -408,6 +467,7 @@ class TestLoadHf:
         torch = pytest.importorskip("torch")
         state = self.state_dict(K_EQ_V, 1)
         ours, theirs = self.new(K_EQ_V, 1), self.new(K_EQ_V, 1)
-        ours.load_hf({k: torch.from_numpy(v).bfloat16() for k, v in state.items()})
+        tensors = {k: torch.from_numpy(v).bfloat16() for k, v in state.items()}
+        ours.load_hf({k: torch.nn.Parameter(v) for k, v in tensors.items()})
         theirs.load_hf({k: v.astype(jnp.bfloat16) for k, v in state.items()})
         chex.assert_trees_all_equal(nnx.state(ours), nnx.state(theirs))

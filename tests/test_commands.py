@@ -81,8 +81,9 @@ def test_defaults_show_all_three_modes():
             ["--config", "gemma-4-e2b", "--layers", "99"],
             "layer is 99; this model has layers 0 to 34",
         ),
-        (["--steps", "0"], "must be 1 or more, not 0"),
-        (["--layers", "a"], "invalid"),
+        (["--steps", "0"], "must be an integer of 1 or more, not '0'"),
+        (["--layers", "a"], "must be layer indices separated by commas, not 'a'"),
+        (["--batch", "two"], "must be an integer of 1 or more, not 'two'"),
     ],
 )
 def test_bad_arguments_are_explained(arguments, message, capsys):

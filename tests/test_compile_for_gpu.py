@@ -1,5 +1,7 @@
 """Compiled for NVIDIA GPUs on a machine without one: kernels compile, launches are counted."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,21 +178,23 @@ def test_decode_step_does_not_copy_the_cache(gpu, model, layer, tokens):
     assert memory.temp_size_in_bytes < cache_bytes / 4
 
 
-@pytest.mark.parametrize("mode", ProjectionMode)
-def test_export_for_cuda(mode):
+def export_cases():
+    for mode in ProjectionMode:
+        qkv = packed(mode, tokens=8, num_kv_heads=4, group=8, head_dim=512)
+        yield functools.partial(ops.qkv_rms_norm, mode=mode), (qkv, *scales(mode, 512))
+    yield ops.q_keqv_rms_norm, (struct(8, 32, 512), struct(8, 4, 512), struct(512), struct(512))
+
+
+@pytest.mark.parametrize(("op", "arguments"), list(export_cases()))
+def test_export_for_cuda(op, arguments):
     """Exported where there is no GPU, the program holds the kernel, with no choice left open."""
-    qkv = packed(mode, tokens=8, num_kv_heads=4, group=8, head_dim=512)
     with jax.sharding.use_abstract_mesh(gpu_target.mesh("9.0").abstract_mesh):
         exported = jax.export.export(
-            jax.jit(lambda *a: ops.qkv_rms_norm(*a, mode=mode)),
+            jax.jit(lambda *a: op(*a)),
             platforms=["cuda"],
             disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")],
-        )(qkv, *scales(mode, 512))
+        )(*arguments)
     assert exported.platforms == ("cuda",)
     assert exported.mlir_module().count("__gpu$xla.gpu.triton") == 1
-    assert [a.shape for a in exported.out_avals] == [
-        a.shape
-        for a in jax.tree.leaves(
-            jax.eval_shape(lambda *a: ops.qkv_rms_norm(*a, mode=mode), qkv, *scales(mode, 512))
-        )
-    ]
+    outputs = jax.tree.leaves(jax.eval_shape(op, *arguments))
+    assert [a.shape for a in exported.out_avals] == [a.shape for a in outputs]

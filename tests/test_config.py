@@ -187,9 +187,9 @@ def test_rope_parameters_are_checked(layer_type, changes, message):
         Gemma4Config.from_hf(text(rope_parameters=rope))
 
 
-@pytest.mark.parametrize("layer", [-1, 35])
+@pytest.mark.parametrize("layer", [-1, 35, 1.0, True, "1"])
 def test_there_is_no_such_layer(layer):
-    with pytest.raises(ValueError, match=f"layer is {layer}; this model has layers 0 to 34"):
+    with pytest.raises(ValueError, match=f"layer is {layer!r}; this model has layers 0 to 34"):
         Gemma4Config.preset("e2b").attention_spec(layer)
 
 
@@ -198,6 +198,10 @@ def test_not_a_config(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match="config must be a JSON object, not a list"):
         Gemma4Config.from_hf(path)
+    with pytest.raises(ValueError, match="config is None; accepted: a path or a dict"):
+        Gemma4Config.from_hf(None)
+    with pytest.raises(ValueError, match="unknown preset 5; accepted: gemma-4-12b"):
+        Gemma4Config.preset(5)
     with pytest.raises(ValueError, match="text_config must be an object"):
         Gemma4Config.from_hf({"text_config": 3})
 

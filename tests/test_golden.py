@@ -86,8 +86,8 @@ def test_bfloat16_is_no_worse_than_hugging_face(model, layer, mode, implementati
     ours = y.astype(np.float64) - exact
     theirs = arrays["y_bfloat16"].astype(np.float64) - exact
     assert np.linalg.norm(ours) <= np.linalg.norm(theirs)
-    # Half an ulp of the largest outputs (2 to 4) and what the roundings before it add.
-    assert np.abs(ours).max() <= 2 * np.abs(theirs).max()
+    # The largest of 2816 errors is one element's luck, so it may differ a little more.
+    assert np.abs(ours).max() <= 1.25 * np.abs(theirs).max()
 
 
 def test_fixtures_are_small():

@@ -119,6 +119,11 @@ def check() -> int:
         f"limits: max abs {MAX_ABSOLUTE_ERROR}, max rel {MAX_RELATIVE_ERROR}, and no worse than "
         "Hugging Face's roundings; all against float64"
     )
+    if kernel == "triton_interpret":
+        print(
+            "no supported GPU: the kernel runs in Pallas' interpreter, up to "
+            f"{MAX_INTERPRETED_TOKENS} tokens"
+        )
     header = ("op", "Nq/Nkv", "D", "M", "implementation", "max abs", "usual", "max rel", "")
     layout = "{:<24} {:>6} {:>4} {:>5} {:<17} {:>9} {:>9} {:>9} {}"
     print(layout.format(*header))

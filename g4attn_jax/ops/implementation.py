@@ -64,14 +64,23 @@ def differentiable_op(
 
     Returns:
         `op(*arrays, implementation, **static)`. With `implementation=None` the choice falls when
-        the program is lowered: the kernel on CUDA, the reference elsewhere. So one traced function
-        serves every device, `jax.export` included.
+        the program is lowered for a platform: the kernel on CUDA, the reference elsewhere and
+        where shapes are symbolic. Raises NotImplementedError for a kernel demanded of these.
     """
 
     @functools.partial(jax.jit, static_argnames=("implementation", "static"))
     def jitted(*arrays, implementation, static):
         run_reference = functools.partial(reference, **dict(static))
         run_kernel = functools.partial(kernel, **dict(static))
+
+        symbolic = any(
+            not isinstance(size, int) for x in jax.tree.leaves(arrays) for size in x.shape
+        )
+        if symbolic and implementation in ("triton", "triton_interpret"):
+            raise NotImplementedError(
+                f"implementation {implementation!r} needs shapes known at trace time; with the "
+                "symbolic ones of jax.export accepted: None, 'xla'"
+            )
 
         @jax.custom_jvp
         def run(*arrays):
@@ -80,7 +89,7 @@ def differentiable_op(
                     return run_reference(*arrays)
                 case "triton" | "triton_interpret":
                     return run_kernel(*arrays, interpret=implementation == "triton_interpret")
-            if _has_unsupported_gpu():
+            if symbolic or _has_unsupported_gpu():
                 return run_reference(*arrays)
             return jax.lax.platform_dependent(
                 *arrays,

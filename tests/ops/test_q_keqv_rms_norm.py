@@ -107,6 +107,8 @@ def test_no_tokens(implementation):
     ("position", "value", "message"),
     [
         (0, np.zeros(8, np.float32), r"q has shape \(8,\); accepted: \[..., Nq, D\]"),
+        (0, np.zeros((5, 0, 32), np.float32), "q has shape .*; none of Nq, D may be 0"),
+        (1, np.zeros((5, 0, 32), np.float32), "kv has shape .*; none of Nkv, D may be 0"),
         (0, np.zeros((5, 4, 32), np.int32), "q has dtype int32; accepted: bfloat16"),
         (1, np.zeros((5, 2, 16), np.float32), r"kv has shape .* it must be \(5, Nkv, 32\)"),
         (1, np.zeros((6, 2, 32), np.float32), r"kv has shape .* it must be \(5, Nkv, 32\)"),

@@ -180,6 +180,12 @@ class TestTransformations:
     def run(self, mode, implementation):
         return lambda *a: ops.qkv_rms_norm(*a, mode=mode, implementation=implementation)
 
+    def test_64_bit_mode(self, mode, implementation):
+        with jax.enable_x64(True):
+            arguments = random_arguments(mode, (3, 2, 3 + mode.num_kv_projections, 32))
+            ours = self.run(mode, implementation)(*arguments)
+            assert_no_worse_than_usual(ours, arguments, mode=mode)
+
     @pytest.mark.parametrize("axis", [0, 1, 2])
     def test_vmap_over_tokens(self, mode, implementation, axis):
         qkv, *scales = random_arguments(mode, (3, 5, 2, 3 + mode.num_kv_projections, 32))
@@ -227,6 +233,30 @@ def qkv_of(mode=ProjectionMode.QK_ONLY, rows=9, **kwargs):
     return random_arguments(mode, (4, 4, rows, 64), **kwargs)
 
 
+@pytest.mark.parametrize("mode", ProjectionMode)
+def test_export_with_a_symbolic_number_of_tokens(mode):
+    _, *scales = random_arguments(mode, (1, 2, 3 + mode.num_kv_projections, 32))
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    shape = (tokens, 2, 3 + mode.num_kv_projections, 32)
+    qkv = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def export(implementation):
+        run = jax.jit(
+            lambda x: ops.qkv_rms_norm(x, *scales, mode=mode, implementation=implementation)
+        )
+        return jax.export.export(run, platforms=["cpu"])(qkv)
+
+    exported = export(None)
+    for n in (1, 5):
+        x = jax.random.normal(jax.random.key(n), (n, *shape[1:]))
+        if jax.default_backend() == "cpu":
+            chex.assert_trees_all_close(
+                exported.call(x), ops.qkv_rms_norm(x, *scales, mode=mode), rtol=1e-6
+            )
+    with pytest.raises(NotImplementedError, match="needs shapes known at trace time"):
+        export("triton_interpret")
+
+
 class TestBadInput:
     mode = ProjectionMode.QK_ONLY
 
@@ -239,7 +269,7 @@ class TestBadInput:
                 "qkv has 1 rows per KV head; QK_ONLY needs at least 2",
             ),
             ({"qkv": jnp.zeros((4, 9, 64), jnp.int32)}, "qkv has dtype int32; accepted: bfloat16"),
-            ({"qkv": jnp.zeros((4, 9, 0))}, "qkv has shape .* D, must not be empty"),
+            ({"qkv": jnp.zeros((4, 9, 0))}, "qkv has shape .*; none of Nkv, G . P, D may be 0"),
             ({"q_scale": jnp.zeros(63)}, r"q_scale has shape \(63,\); accepted: \(64,\)"),
             ({"q_scale": None}, "q_scale is missing"),
             ({"k_scale": jnp.zeros((1, 64))}, r"k_scale has shape \(1, 64\); accepted: \(64,\)"),
@@ -249,8 +279,9 @@ class TestBadInput:
             ({"mode": "QK_ONLY"}, "mode is 'QK_ONLY'; accepted: ProjectionMode.Q_ONLY"),
             ({"mode": ProjectionMode.Q_ONLY}, "k_scale was given; Q_ONLY normalises no K"),
             ({"eps": -1.0}, "eps is -1.0; accepted: 0 or more"),
-            ({"eps": "small"}, "eps is 'small'; accepted: a Python number"),
-            ({"scale_offset": None}, "scale_offset is None; accepted: a Python number"),
+            ({"eps": "small"}, "eps is 'small'; accepted: a finite Python number"),
+            ({"eps": float("inf")}, "eps is inf; accepted: a finite Python number"),
+            ({"scale_offset": None}, "scale_offset is None; accepted: a finite Python number"),
             (
                 {"implementation": "cuda"},
                 "implementation is 'cuda'; accepted: None, 'triton', 'xla'",

@@ -55,7 +55,8 @@ def choose_launch(num_rows: int, row_bytes: int) -> Launch:
 
     From `bench/results/h200/tune_qkv_norm.json`: programs of 2 KiB with a warp for each 512 bytes
     or longer row, from hundreds of rows to the largest sizes. Few rows get a program each, to
-    spread over the multiprocessors; longer rows gain from it up to a larger number.
+    spread over the multiprocessors; longer rows gain from it up to a larger number. Over the whole
+    sweep this is at most 0.33 us, and at most 13 %, behind the best launch for that shape and size.
     """
     block_rows = 1
     if num_rows > row_bytes // 4:
@@ -184,10 +185,13 @@ def rows_of_program(program, kinds, *, groups, block_rows):
         do in every program).
     """
     units = sum(kind.count for kind in kinds)
+    # The divisors are int32 as the indices are, also where JAX_ENABLE_X64 makes Python's int64.
+    units = jnp.int32(units)
     block, unit = lax.div(program, units), lax.rem(program, units)
     for kind in kinds:
         head = (block * kind.count + unit) * block_rows + _iota(block_rows)
-        group, head_in_group = lax.div(head, kind.count), lax.rem(head, kind.count)
+        count = jnp.int32(kind.count)
+        group, head_in_group = lax.div(head, count), lax.rem(head, count)
         row = group * kind.rows_per_group + kind.first + head_in_group
         mask = None if groups % block_rows == 0 else group < groups
         yield kind, (unit >= 0) & (unit < kind.count), row, head, mask

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float
 
-from g4attn_jax.ops.head_norm import checks
+from g4attn_jax.ops import checks
 from g4attn_jax.ops.implementation import Implementation, differentiable_op
 from g4attn_jax.ops.q_keqv_rms_norm import reference, triton
 

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float
 
 from g4attn_jax.config import ProjectionMode
-from g4attn_jax.ops.head_norm import checks
+from g4attn_jax.ops import checks
 from g4attn_jax.ops.implementation import Implementation, differentiable_op
 from g4attn_jax.ops.qkv_rms_norm import reference, triton
 
@@ -11,7 +11,7 @@ _op = differentiable_op(kernel=triton.qkv_rms_norm, reference=reference.qkv_rms_
 
 
 def qkv_rms_norm(
-    qkv: Float[Array, "*batch Nkv G+P D"],
+    qkv: Float[Array, "*batch Nkv rows D"],
     q_scale: Float[Array, " D"],
     k_scale: Float[Array, " D"] | None = None,
     v_scale: Float[Array, " D"] | None = None,
@@ -21,7 +21,7 @@ def qkv_rms_norm(
     scale_offset: float = 0.0,
     implementation: Implementation | None = None,
 ) -> tuple[
-    Float[Array, "*batch Nkv*G D"],
+    Float[Array, "*batch Nq D"],
     Float[Array, "*batch Nkv D"] | None,
     Float[Array, "*batch Nkv D"] | None,
 ]:
@@ -34,8 +34,10 @@ def qkv_rms_norm(
     In QK_ONLY x_k and x_v are the same row: it is loaded once and has one rsqrt. Letters: Nq and
     Nkv query and KV heads, G = Nq / Nkv, P = 0, 1, 2 for Q_ONLY, QK_ONLY, QKV_FULL, D head dim.
 
-    Works under `jit`, `vmap`, `jvp`, `grad` and `jax.export`. The derivative keeps nothing but
-    the arguments.
+    Works under `jit`, `vmap`, `jvp`, `grad` and, for one platform at a time, `jax.export` (with the
+    check of the custom call `__gpu$xla.gpu.triton` disabled; on a machine without a GPU inside
+    `jax.sharding.use_abstract_mesh` of the target's mesh). The derivative keeps nothing but the
+    arguments.
 
     Args:
         qkv: [..., Nkv, G + P, D], for each KV head its G query heads, then K, then V. bfloat16,

@@ -1,5 +1,6 @@
-"""Argument checks that the norm ops share."""
+"""Argument checks that the ops and the module share."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -17,9 +18,9 @@ def check_buffer(name: str, buffer: jax.Array, *, dims: str) -> None:
     needed = len(dims.split(", "))
     if jnp.ndim(buffer) < needed:
         raise ValueError(f"{name} has shape {jnp.shape(buffer)}; accepted: [..., {dims}]")
-    _check_dtype(name, buffer)
-    if buffer.shape[-1] == 0:
-        raise ValueError(f"{name} has shape {buffer.shape}; its last axis, D, must not be empty")
+    check_dtype(name, getattr(buffer, "dtype", None))
+    if 0 in buffer.shape[-needed:]:
+        raise ValueError(f"{name} has shape {buffer.shape}; none of {dims} may be 0")
 
 
 def check_scales(scales: Mapping[str, jax.Array | None], *, head_dim: int) -> None:
@@ -33,7 +34,7 @@ def check_scales(scales: Mapping[str, jax.Array | None], *, head_dim: int) -> No
             continue
         if jnp.shape(scale) != (head_dim,):
             raise ValueError(f"{name} has shape {jnp.shape(scale)}; accepted: ({head_dim},)")
-        _check_dtype(name, scale)
+        check_dtype(name, getattr(scale, "dtype", None))
 
 
 def check_eps(eps: float, scale_offset: float) -> None:
@@ -43,13 +44,18 @@ def check_eps(eps: float, scale_offset: float) -> None:
         ValueError: naming the argument, what was given and what is accepted.
     """
     for name, value in (("eps", eps), ("scale_offset", scale_offset)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r}; accepted: a Python number")
-    if not eps >= 0:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}; accepted: a finite Python number")
+    if eps < 0:
         raise ValueError(f"eps is {eps!r}; accepted: 0 or more")
 
 
-def _check_dtype(name: str, array: jax.Array) -> None:
-    dtype = getattr(array, "dtype", None)
+def check_dtype(name: str, dtype: jax.typing.DTypeLike | None) -> None:
+    """Refuses a dtype the kernel does not take.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
     if dtype is None or jnp.dtype(dtype).name not in _DTYPES:
         raise ValueError(f"{name} has dtype {dtype}; accepted: {', '.join(_DTYPES)}")
