@@ -3,6 +3,7 @@
 import argparse
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,8 +110,6 @@ def machine() -> dict[str, str]:
 
 
 def _driver_version():
-    import subprocess
-
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
 
