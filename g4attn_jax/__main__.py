@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from g4attn_jax.commands.check import check
-from g4attn_jax.commands.decode import decode
+from g4attn_jax.commands.decode import decode, plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,15 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "check":
         return 1 if check() else 0
     try:
-        failures = decode(
-            args.config,
-            args.layers,
-            batch=args.batch,
-            prompt_len=args.prompt_len,
-            steps=args.steps,
-        )
+        jobs = plan(args.config, args.layers)
     except ValueError as error:
         parser.error(str(error))
+    failures = decode(jobs, batch=args.batch, prompt_len=args.prompt_len, steps=args.steps)
     return 1 if failures else 0
 
 

@@ -176,20 +176,37 @@ def _jitted(attention):
     return jax.jit(forward, donate_argnums=3), params
 
 
-def decode(
-    configs: Sequence[str],
-    layers: Sequence[int] | None,
-    *,
-    batch: int,
-    prompt_len: int,
-    steps: int,
-) -> int:
-    """Runs `decode_layers` for each config and prints a row a layer.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Layers of one model to decode."""
+
+    name: str
+    config: Gemma4Config
+    layers: tuple[int, ...]
+
+
+def plan(names: Sequence[str], layers: Sequence[int] | None) -> list[Job]:
+    """A job a config; `layers` None is the first of each kind.
+
+    Raises:
+        ValueError: there is no such config, or it has no such layer.
+    """
+    jobs = []
+    for name in names:
+        config = load_config(name)
+        chosen = first_of_each_kind(config) if layers is None else layers
+        for layer in chosen:
+            config.attention_spec(layer)
+        jobs.append(Job(os.path.basename(name), config, tuple(chosen)))
+    return jobs
+
+
+def decode(jobs: Sequence[Job], *, batch: int, prompt_len: int, steps: int) -> int:
+    """Runs `decode_layers` for each job and prints a row a layer.
 
     Returns:
         The number of layers that did not match the reference path.
     """
-    loaded = {name: load_config(name) for name in configs}
     device = jax.devices()[0].device_kind
     print(
         f"JAX {jax.__version__}; batch {batch}, prompt {prompt_len}, {steps} decode steps, "
@@ -203,10 +220,10 @@ def decode(
         )
     )
     failures = 0
-    for name, config in loaded.items():
+    for job in jobs:
         rows = decode_layers(
-            config,
-            first_of_each_kind(config) if layers is None else layers,
+            job.config,
+            job.layers,
             batch=batch,
             prompt_len=prompt_len,
             steps=steps,
@@ -215,7 +232,7 @@ def decode(
             failures += not row.passed
             print(
                 layout.format(
-                    os.path.basename(name),
+                    job.name,
                     row.layer,
                     row.spec.mode.name,
                     f"{row.spec.num_q_heads}/{row.spec.num_kv_heads}",
