@@ -7,11 +7,8 @@ import pytest
 from hypothesis import strategies as st
 
 from g4attn_jax import ProjectionMode, ops, oracle
-from g4attn_jax.commands import check
 
 RUNS_HERE = ("xla", "triton_interpret")
-# Thinned for the interpreter; tests/test_gpu.py runs all of it.
-SWEEP = [case for case in check.sweep(tokens=(1, 33)) if case.mode is not None]
 
 
 def random_arguments(mode, shape, *, dtype=jnp.float32, scale_dtype=jnp.float32, v_scale=False):
@@ -34,13 +31,6 @@ def assert_no_worse_than_usual(ours, arguments, **kwargs):
         assert x.dtype == arguments[0].dtype
         error, usual_error = oracle.max_error(x, y), oracle.max_error(z, y)
         assert oracle.no_worse_than(error, usual_error, x.dtype), (name, error, usual_error)
-
-
-@pytest.mark.parametrize("implementation", RUNS_HERE)
-@pytest.mark.parametrize("case", SWEEP, ids=str)
-def test_published_sweep(case, implementation):
-    result = check.judge(case, case.arguments(), implementation)
-    assert result.passed, result
 
 
 @pytest.mark.parametrize("implementation", RUNS_HERE)
@@ -100,7 +90,7 @@ def test_k_and_v_of_one_row_share_their_norm(implementation):
 @pytest.mark.parametrize("implementation", RUNS_HERE)
 @pytest.mark.parametrize("mode", ProjectionMode)
 class TestDifferentiation:
-    def loss(self, mode, implementation, *, dtype=jnp.float64):
+    def loss(self, mode, implementation):
         def loss(*arguments):
             outputs = ops.qkv_rms_norm(
                 *arguments, mode=mode, implementation=implementation, scale_offset=0.5
@@ -167,11 +157,18 @@ class TestDifferentiation:
 
     def test_second_derivative(self, mode, implementation):
         arguments = random_arguments(mode, (1, 1, 1 + mode.num_kv_projections, 4))
-        loss = self.loss(mode, implementation)
-        hessian = jax.hessian(loss)(*arguments)
-        expected = jax.jacrev(jax.grad(loss))(*arguments)
-        chex.assert_trees_all_close(hessian, expected, atol=1e-5, rtol=1e-4)
-        assert float(jnp.abs(hessian).max()) > 0
+
+        def formula(qkv):
+            n = qkv / jnp.sqrt(jnp.mean(qkv * qkv, axis=-1, keepdims=True) + 1e-6)
+            outputs = [n[..., 0, :] * (0.5 + arguments[1])]
+            if mode is not ProjectionMode.Q_ONLY:
+                outputs += [n[..., 1, :] * (0.5 + arguments[2]), n[..., -1, :]]
+            return sum(jnp.sum(jnp.sin((i + 1) * x)) for i, x in enumerate(outputs))
+
+        hessian = jax.hessian(self.loss(mode, implementation))(*arguments)
+        expected = jax.hessian(formula)(arguments[0])
+        np.testing.assert_allclose(hessian, expected, atol=1e-4, rtol=1e-4)
+        assert float(jnp.abs(expected).max()) > 0.1
 
 
 @pytest.mark.parametrize("implementation", [None, *RUNS_HERE])
