@@ -86,7 +86,7 @@ def test_bfloat16_is_no_worse_than_hugging_face(model, layer, mode, implementati
     ours = y.astype(np.float64) - exact
     theirs = arrays["y_bfloat16"].astype(np.float64) - exact
     assert np.linalg.norm(ours) <= np.linalg.norm(theirs)
-    # The largest of 2816 errors is one element's luck: 0.55 to 0.73 of theirs in five of the layers,
+    # The largest of 2816 errors is one element's luck: 0.55 to 0.73 of theirs in five layers,
     # 1.23 in kv_shared's layer 2.
     assert np.abs(ours).max() <= 1.25 * np.abs(theirs).max()
 
