@@ -1,50 +1,273 @@
-"""The KV cache: a plain pytree, passed in and returned."""
+"""What a KV cache holds: K and V, or for K = V layers V and the rotated band of K.
 
+A cache is a plain pytree, passed in and returned. Its arrays are [num_pages, page_size, Nkv,
+width]; slot s is row s of the first two axes taken as one. Which slot a token has is said by
+`g4attn_jax.layout`; the two do not know each other.
+
+Both forms have the same members, so that nothing that uses a cache asks which form it is.
+"""
+
+import math
 from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
+
+FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)
+
+
+class Stored(NamedTuple):
+    """An array of a cache; its true value is array * scale, None being 1."""
+
+    array: Float[Array, "num_pages page_size Nkv width"]
+    scale: Float[Array, ""] | None
+
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer; token at position p of a sequence lies in slot p.
+    """Keys and values of one layer.
 
     Attributes:
-        k: [B, S, Nkv, D], normalised and rotated keys.
-        v: [B, S, Nkv, D], normalised values.
+        k: [num_pages, page_size, Nkv, D], normalised and rotated keys.
+        v: [num_pages, page_size, Nkv, D], normalised values.
+        scale: float32 [2] if k and v are float8: what is stored is k / scale[0] and v / scale[1].
     """
 
-    k: Float[Array, "B S Nkv D"]
-    v: Float[Array, "B S Nkv D"]
+    k: Float[Array, "num_pages page_size Nkv D"]
+    v: Float[Array, "num_pages page_size Nkv D"]
+    scale: Float[Array, "2"] | None = None
 
     @classmethod
-    def zeros(cls, shape: tuple[int, int, int, int], dtype: jax.typing.DTypeLike) -> Self:
-        """An empty cache of shape [B, S, Nkv, D]."""
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    def widths(cls, spec: AttentionSpec) -> dict[str, int]:
+        """Numbers per slot and KV head in each array."""
+        return {"k": spec.head_dim, "v": spec.head_dim}
 
     @property
-    def capacity(self) -> int:
-        """S: positions 0 to S - 1 fit."""
-        return self.k.shape[1]
+    def key_parts(self) -> tuple[Stored, ...]:
+        """What queries are multiplied with: consecutive parts of the query, each with its keys."""
+        return (Stored(self.k, _of_k(self.scale)),)
+
+    @property
+    def value_part(self) -> Stored:
+        """What attention weights are multiplied with."""
+        return Stored(self.v, _of_v(self.scale))
+
+    @staticmethod
+    def query(
+        q: Float[Array, "*batch Nq D"], k_scale: Float[Array, " D"] | None, rotary_dim: int
+    ) -> Float[Array, "*batch Nq D"]:
+        """The query that `key_parts` are for: q itself."""
+        return q
 
     def write(
         self,
-        positions: Int[Array, "B T"],
-        k: Float[Array, "B T Nkv D"],
-        v: Float[Array, "B T Nkv D"],
+        slots: Int[Array, "*batch"],
+        k: Float[Array, "*batch Nkv D"],
+        v: Float[Array, "*batch Nkv D"],
     ) -> Self:
-        """The cache with k and v at `positions`; a position outside 0 .. S - 1 writes nothing.
+        """The cache with k and v in `slots`, rounded once; a slot it does not have is left out.
 
-        The positions of one sequence must differ, those outside excepted.
-        Inside `jax.jit`, with the cache donated, the update is in place.
+        Slots that it has must differ. Inside `jax.jit`, with the cache donated, it is in place.
         """
-        sequence = jnp.arange(self.k.shape[0])[:, None]
-        # A negative index would count from the end; the slot past the end is dropped.
-        inside = (positions >= 0) & (positions < self.capacity)
-        slots = jnp.where(inside, positions, self.capacity).astype(jnp.int32)
-        at = {"mode": "drop", "unique_indices": True}
-        return type(self)(
-            self.k.at[sequence, slots].set(k.astype(self.k.dtype), **at),
-            self.v.at[sequence, slots].set(v.astype(self.v.dtype), **at),
+        return self._replace(
+            k=_write(self.k, slots, k, _of_k(self.scale)),
+            v=_write(self.v, slots, v, _of_v(self.scale)),
         )
+
+
+class CompactKVCache(NamedTuple):
+    """Values and the rotated band of the keys, for layers where K = V up to scale and rotation.
+
+    With n = rms(Wk x), V = n and K = rope(n * k_scale), of which R dims carry position. The others
+    are n * k_scale, so V has them already, and k_scale goes to the query:
+
+        q k^T = [q * k_scale, 0 in the band ; q in the band] [v ; k_rot]^T
+
+    Attributes:
+        v: [num_pages, page_size, Nkv, D], normalised values.
+        k_rot: [num_pages, page_size, Nkv, R], dims 0 .. R/2 - 1 and D/2 .. D/2 + R/2 - 1 of the
+            rotated keys.
+        scale: float32 [2] if they are float8: what is stored is k_rot / scale[0] and v / scale[1].
+    """
+
+    v: Float[Array, "num_pages page_size Nkv D"]
+    k_rot: Float[Array, "num_pages page_size Nkv R"]
+    scale: Float[Array, "2"] | None = None
+
+    @classmethod
+    def widths(cls, spec: AttentionSpec) -> dict[str, int]:
+        """Numbers per slot and KV head in each array.
+
+        Raises:
+            ValueError: K and V of the layer are not one projection, or no dim rotates.
+        """
+        if spec.mode is not ProjectionMode.QK_ONLY:
+            raise ValueError(
+                f"CompactKVCache holds one projection as K and V; {spec.mode.name} layers have "
+                "none such. Accepted: QK_ONLY layers, or KVCache"
+            )
+        if spec.rotary_dim == 0:
+            raise ValueError("rotary_dim is 0; CompactKVCache accepts 2 or more")
+        return {"v": spec.head_dim, "k_rot": spec.rotary_dim}
+
+    @property
+    def key_parts(self) -> tuple[Stored, ...]:
+        """What queries are multiplied with: consecutive parts of the query, each with its keys."""
+        return self.value_part, Stored(self.k_rot, _of_k(self.scale))
+
+    @property
+    def value_part(self) -> Stored:
+        """What attention weights are multiplied with."""
+        return Stored(self.v, _of_v(self.scale))
+
+    @staticmethod
+    def query(
+        q: Float[Array, "*batch Nq D"], k_scale: Float[Array, " D"], rotary_dim: int
+    ) -> Float[Array, "*batch Nq D+R"]:
+        """The absorbed query that `key_parts` are for, of rotated q: D numbers for v, R for
+        k_rot."""
+        half, pairs = q.shape[-1] // 2, rotary_dim // 2
+        rotates = jnp.arange(2 * half) % half < pairs
+        absorbed = jnp.where(rotates, 0, q * k_scale.astype(q.dtype))
+        return jnp.concatenate([absorbed, _band(q, rotary_dim)], axis=-1)
+
+    def write(
+        self,
+        slots: Int[Array, "*batch"],
+        k: Float[Array, "*batch Nkv D"],
+        v: Float[Array, "*batch Nkv D"],
+    ) -> Self:
+        """As `KVCache.write`, of whole keys."""
+        k_rot = _band(k, self.k_rot.shape[-1])
+        return self._replace(
+            v=_write(self.v, slots, v, _of_v(self.scale)),
+            k_rot=_write(self.k_rot, slots, k_rot, _of_k(self.scale)),
+        )
+
+
+Cache = KVCache | CompactKVCache
+
+
+def check_form(form: type[Cache]) -> None:
+    """Refuses what is no form of a cache.
+
+    Raises:
+        ValueError: saying what is accepted.
+    """
+    if form not in (KVCache, CompactKVCache):
+        raise ValueError(f"form is {form!r}; accepted: KVCache, CompactKVCache")
+
+
+def zeros(
+    form: type[Cache],
+    spec: AttentionSpec,
+    *,
+    num_pages: int,
+    page_size: int,
+    dtype: jax.typing.DTypeLike,
+    scale: Float[Array, "2"] | None = None,
+) -> Cache:
+    """An empty cache of a layer; float8_e4m3fn needs a scale, see `float8_scale`.
+
+    Raises:
+        ValueError: the layer cannot have a cache of this form, or scale is missing or surplus.
+    """
+    check_form(form)
+    if (scale is None) != (jnp.dtype(dtype) != FLOAT8):
+        raise ValueError(
+            f"dtype is {jnp.dtype(dtype)} and scale is {'missing' if scale is None else 'given'}; "
+            f"accepted: a scale with {FLOAT8}, None with others"
+        )
+    return form(
+        **{
+            name: jnp.zeros((num_pages, page_size, spec.num_kv_heads, width), dtype)
+            for name, width in form.widths(spec).items()
+        },
+        scale=scale,
+    )
+
+
+def float8_scale(k_scale: Float[Array, " D"]) -> Float[Array, "2"]:
+    """Scales of K and V with which no key or value overflows float8_e4m3fn.
+
+    A normalised head has the norm sqrt(D) at most, so no dim of V exceeds it, and none of K,
+    rotated or not, sqrt(D) max |k_scale|. These become 448, the largest float8_e4m3fn.
+    """
+    largest = jnp.stack([jnp.max(jnp.abs(k_scale.astype(jnp.float32))), jnp.float32(1)])
+    largest = jnp.maximum(largest, 1e-20)  # a K of zeros is to be 0 / scale, not 0 / 0
+    return largest * math.sqrt(k_scale.shape[-1]) / float(jnp.finfo(FLOAT8).max)
+
+
+def bytes_per_token(
+    spec: AttentionSpec, form: type[Cache] = KVCache, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> int:
+    """Bytes that one token takes in one layer's cache of the given form; 0 for a Q_ONLY layer.
+
+    Raises:
+        ValueError: the layer cannot have a cache of this form.
+    """
+    check_form(form)
+    if spec.mode is ProjectionMode.Q_ONLY:
+        return 0
+    return sum(form.widths(spec).values()) * spec.num_kv_heads * jnp.dtype(dtype).itemsize
+
+
+def model_bytes(
+    config: Gemma4Config,
+    tokens: int,
+    *,
+    compact: bool = False,
+    ring_capacity: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> int:
+    """Bytes that one sequence of `tokens` takes in the caches of a whole model.
+
+    Args:
+        config: of the model.
+        tokens: the sequence's length.
+        compact: whether QK_ONLY layers have the compact form.
+        ring_capacity: slots of a sliding layer's ring (`Ring.capacity`); None if sliding layers
+            keep every token as full ones do.
+        dtype: of the storage.
+
+    Raises:
+        ValueError: tokens or ring_capacity is negative.
+    """
+    for name, number in (("tokens", tokens), ("ring_capacity", ring_capacity)):
+        if number is not None and number < 0:
+            raise ValueError(f"{name} is {number}; accepted: 0 or more")
+    total = 0
+    for layer in range(config.num_hidden_layers):
+        spec = config.attention_spec(layer)
+        form = CompactKVCache if compact and spec.mode is ProjectionMode.QK_ONLY else KVCache
+        ring = spec.sliding_window is not None and ring_capacity is not None
+        total += bytes_per_token(spec, form, dtype) * (ring_capacity if ring else tokens)
+    return total
+
+
+def _of_k(scale):
+    return None if scale is None else scale[0]
+
+
+def _of_v(scale):
+    return None if scale is None else scale[1]
+
+
+def _band(x, rotary_dim):
+    """The dims of x that rotate: [..., R]."""
+    half, pairs = x.shape[-1] // 2, rotary_dim // 2
+    return jnp.concatenate([x[..., :pairs], x[..., half : half + pairs]], axis=-1)
+
+
+def _write(array, slots, rows, scale):
+    """`array` [num_pages, page_size, Nkv, width] with rows [..., Nkv, width] in `slots` [...]."""
+    if scale is not None:
+        rows = rows / scale
+    flat = array.reshape(-1, *array.shape[2:])
+    # A negative index would count from the end; those past the end are dropped. They differ too.
+    past = flat.shape[0] + jnp.arange(slots.size, dtype=slots.dtype).reshape(slots.shape)
+    slots = jnp.where((slots >= 0) & (slots < flat.shape[0]), slots, past)
+    flat = flat.at[slots].set(rows.astype(array.dtype), mode="drop", unique_indices=True)
+    return flat.reshape(array.shape)

@@ -1,0 +1,354 @@
+"""Where a token lies in a cache: contiguous, ring and paged layouts, and the plan of a step.
+
+One rule addresses all of them. A sequence owns the pages in its row of the page table, C slots in
+all, and the token at position p lies in
+
+    slot(b, p) = page_table[b, s // page_size] * page_size + s % page_size,    s = p mod C
+
+and so s holds, for a sequence whose last position is n, position n - (n - s) mod C; a negative one
+means that nothing was written there yet. Layouts differ in their table and in whether p may pass C.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from g4attn_jax.config import AttentionSpec
+from g4attn_jax.page_allocator import check_page_size
+from g4attn_jax.rope import rope_cos_sin
+
+# A ring is a whole number of these, so that an attention kernel reads it in whole tiles.
+_RING_TILE = 64
+
+
+class _OnePagePerSequence:
+    """Sequence b owns page b."""
+
+    @property
+    def num_pages(self) -> int:
+        """One page a sequence."""
+        return self.batch
+
+    @property
+    def page_size(self) -> int:
+        """Slots of a page."""
+        return self.capacity
+
+    def pages(self) -> Int[Array, "B 1"]:
+        """The page table: the identity."""
+        return jnp.arange(self.batch, dtype=jnp.int32)[:, None]
+
+    def sequences(self, array: Float[Array, "B C *rest"]) -> Float[Array, "B C *rest"]:
+        """The slots of each sequence: the array as it is."""
+        return array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Contiguous(_OnePagePerSequence):
+    """Position p of a sequence is the p-th of its slots.
+
+    Attributes:
+        batch: B, number of sequences.
+        capacity: S, slots of each; positions 0 to S - 1 fit.
+    """
+
+    batch: int = dataclasses.field(metadata={"static": True})
+    capacity: int = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        _check_sizes(self, "batch", "capacity")
+        _check_num_slots(self)
+
+    @property
+    def max_position(self) -> int:
+        """The last position that fits."""
+        return self.capacity - 1
+
+    def check_step(self, spec: AttentionSpec, num_tokens: int) -> None:
+        """Any layer, any number of tokens."""
+
+    def slots(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """The slot of each position; -1 if it is negative or past the capacity."""
+        first = jnp.arange(self.batch, dtype=jnp.int32)[:, None] * self.capacity
+        fits = (positions >= 0) & (positions < self.capacity)
+        return jnp.where(fits, first + positions, -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ring(_OnePagePerSequence):
+    """A sliding layer's cache, bounded by the window: position p overwrites p - capacity.
+
+    Attributes:
+        batch: B, number of sequences.
+        sliding_window: keys a query sees, its own included.
+        max_new_tokens: the most tokens of a sequence in one step. They are written before they are
+            read, and none may overwrite what the first of them sees.
+    """
+
+    batch: int = dataclasses.field(metadata={"static": True})
+    sliding_window: int = dataclasses.field(metadata={"static": True})
+    max_new_tokens: int = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        _check_sizes(self, "batch", "sliding_window", "max_new_tokens")
+        _check_num_slots(self)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each sequence: window + max_new_tokens, rounded up to a tile."""
+        return -(-(self.sliding_window + self.max_new_tokens) // _RING_TILE) * _RING_TILE
+
+    @property
+    def max_position(self) -> int:
+        """The last position that fits; the largest int32 stands for all that it does not hold."""
+        return jnp.iinfo(jnp.int32).max - 1
+
+    def check_step(self, spec: AttentionSpec, num_tokens: int) -> None:
+        """Refuses layers that see more than the window, and steps that overwrite it.
+
+        Raises:
+            ValueError: naming what was given and what is accepted.
+        """
+        if spec.sliding_window != self.sliding_window:
+            raise ValueError(
+                f"the layer has sliding_window {spec.sliding_window}; this ring accepts "
+                f"{self.sliding_window}"
+            )
+        if num_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"positions has {num_tokens} tokens a sequence; the ring's max_new_tokens accepts "
+                f"{self.max_new_tokens} in a step"
+            )
+
+    def slots(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """The slot of each position; -1 if it is negative."""
+        first = jnp.arange(self.batch, dtype=jnp.int32)[:, None] * self.capacity
+        fits = (positions >= 0) & (positions <= self.max_position)
+        return jnp.where(fits, first + positions % self.capacity, -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Paged:
+    """Sequences own pages of a common pool, as `PageAllocator` deals them.
+
+    Attributes:
+        page_table: integer [B, pages], the pages of each sequence in order; -1 where it has none.
+        num_pages: pages of the pool.
+        page_size: slots of a page, 16 to 256.
+    """
+
+    page_table: Int[Array, "B pages"]
+    num_pages: int = dataclasses.field(metadata={"static": True})
+    page_size: int = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        _check_sizes(self, "num_pages", "page_size")
+        check_page_size(self.page_size)
+        _check_num_slots(self)
+
+    @property
+    def batch(self) -> int:
+        """B, number of sequences."""
+        return self.page_table.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens of a sequence."""
+        return self.page_table.shape[1] * self.page_size
+
+    @property
+    def max_position(self) -> int:
+        """The last position that fits, if the sequence has all its pages."""
+        return self.capacity - 1
+
+    def check_step(self, spec: AttentionSpec, num_tokens: int) -> None:
+        """Refuses a page table that is none.
+
+        Raises:
+            ValueError: naming what was given and what is accepted.
+        """
+        shape = getattr(self.page_table, "shape", None)
+        dtype = getattr(self.page_table, "dtype", None)
+        if shape is None or len(shape) != 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(
+                f"page_table is a {type(self.page_table).__name__} of shape {shape} and dtype "
+                f"{dtype}; accepted: an integer array [B, pages], neither 0"
+            )
+
+    def pages(self) -> Int[Array, "B pages"]:
+        """The page table in int32, -1 for whatever is no page of the pool."""
+        table = _as_int32(self.page_table)
+        return jnp.where((table >= 0) & (table < self.num_pages), table, -1)
+
+    def slots(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """The slot of each position; -1 if it is negative or the sequence has no page for it."""
+        fits = (positions >= 0) & (positions < self.capacity)
+        column = jnp.where(fits, positions, 0) // self.page_size
+        page = jnp.take_along_axis(self.pages(), column, axis=1)
+        slot = page * self.page_size + positions % self.page_size
+        return jnp.where(fits & (page >= 0), slot, -1)
+
+    def sequences(self, array: Float[Array, "num_pages page_size *rest"]):
+        """The slots of each sequence, [B, C, ...]: gathered, zero where it has no page."""
+        table = self.pages()
+        # A negative index would count from the end.
+        table = jnp.where(table >= 0, table, self.num_pages)
+        pages = array.at[table].get(mode="fill", fill_value=0)
+        return pages.reshape(self.batch, self.capacity, *array.shape[2:])
+
+
+Layout = Contiguous | Ring | Paged
+
+
+class LayerType(NamedTuple):
+    """What layers must have in common to share a `StepPlan`."""
+
+    head_dim: int
+    rotary_dim: int
+    rope_theta: float
+    sliding_window: int | None
+
+    @classmethod
+    def of(cls, spec: AttentionSpec) -> "LayerType":
+        """The type of a layer."""
+        return cls(spec.head_dim, spec.rotary_dim, spec.rope_theta, spec.sliding_window)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """What all layers of one type share in one step: made once, by `plan_step`.
+
+    Attributes:
+        positions: int32 [B, T], -1 for padding.
+        cos: float32 [B, T, R/2].
+        sin: float32 [B, T, R/2].
+        slots: int32 [B, T], where the tokens go in every cache; -1 is nowhere.
+        layout: of every cache.
+        layer_type: the layers that the plan is for.
+    """
+
+    positions: Int[Array, "B T"]
+    cos: Float[Array, "B T R/2"]
+    sin: Float[Array, "B T R/2"]
+    slots: Int[Array, "B T"]
+    layout: Layout
+    layer_type: LayerType = dataclasses.field(metadata={"static": True})
+
+    @property
+    def unplaced(self) -> Bool[Array, "B T"]:
+        """Tokens that are no padding and have no slot: they can be neither stored nor attended."""
+        return (self.positions >= 0) & (self.slots < 0)
+
+    def key_positions(self) -> Int[Array, "B C"]:
+        """The position of the token in each of a sequence's slots, negative where there is none."""
+        capacity = self.layout.capacity
+        placed = jnp.where(self.slots >= 0, self.positions, -1)
+        last = jnp.max(placed, axis=1, initial=-1)[:, None]
+        newest = last - (last - jnp.arange(capacity, dtype=jnp.int32)) % capacity
+        has_page = jnp.repeat(self.layout.pages() >= 0, self.layout.page_size, axis=1)
+        return jnp.where(has_page, newest, -1)
+
+
+def plan_step(spec: AttentionSpec, positions: Int[Array, "B T"], layout: Layout) -> StepPlan:
+    """Everything of a step that depends on positions and layout, for all layers like `spec`.
+
+    Args:
+        spec: of any layer of the type.
+        positions: integer [B, T], where the new tokens are. -1 marks padding. Sequences may be at
+            different positions.
+        layout: of the caches.
+
+    Raises:
+        ValueError: an argument has the wrong shape or dtype, a ring is too small for T tokens, or
+            a position has no slot or the slot of another token. Under `jit` positions are unknown:
+            there a token without a slot writes nothing and its output is NaN; of two tokens with
+            one slot either may stay.
+    """
+    if not isinstance(spec, AttentionSpec):
+        raise ValueError(f"spec is a {type(spec).__name__}; accepted: AttentionSpec")
+    check_layout(layout)
+    known = not isinstance(positions, jax.core.Tracer)
+    if known:
+        positions = np.asarray(positions)  # as given: JAX would wrap what int32 does not hold
+    layout.check_step(spec, positions.shape[1] if positions.ndim == 2 else 0)
+    if positions.ndim != 2 or positions.shape[0] != layout.batch:
+        raise ValueError(
+            f"positions has shape {positions.shape}; accepted: [{layout.batch}, T], the layout "
+            f"having {layout.batch} sequences"
+        )
+    if not jnp.issubdtype(positions.dtype, jnp.signedinteger):
+        raise ValueError(f"positions has dtype {positions.dtype}; accepted: a signed integer")
+    int32 = _as_int32(positions)
+    slots = layout.slots(int32)
+    if known and not isinstance(slots, jax.core.Tracer):
+        _check_placed(positions, np.asarray(slots), layout)
+    cos, sin = rope_cos_sin(
+        int32, theta=spec.rope_theta, head_dim=spec.head_dim, rotary_dim=spec.rotary_dim
+    )
+    return StepPlan(int32, cos, sin, slots, layout, LayerType.of(spec))
+
+
+def check_layout(layout: Layout) -> None:
+    """Refuses what is no layout.
+
+    Raises:
+        ValueError: saying what is accepted.
+    """
+    if not isinstance(layout, Layout):
+        raise ValueError(
+            f"layout is a {type(layout).__name__}; accepted: Contiguous, Ring or Paged"
+        )
+
+
+def _check_sizes(layout, *names):
+    for name in names:
+        size = getattr(layout, name)
+        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} is {size!r}; accepted: an integer of 1 or more")
+        object.__setattr__(layout, name, int(size))  # NumPy's would wrap what they do not hold
+
+
+def _check_num_slots(layout):
+    num_slots = int(layout.num_pages) * int(layout.page_size)
+    if num_slots >= 2**31:
+        raise ValueError(
+            f"num_pages * page_size is {num_slots}; accepted: below 2^31, slots being int32"
+        )
+
+
+def _check_placed(positions, slots, layout):
+    wrong = positions < -1
+    if wrong.any():
+        raise ValueError(
+            f"positions has {positions[wrong][0]}; accepted: -1 (padding) and 0 or more"
+        )
+    lost = (positions >= 0) & (slots < 0)
+    if lost.any():
+        sequence = int(np.argwhere(lost)[0, 0])
+        raise ValueError(
+            f"positions has {positions[lost][0]}, for which sequence {sequence} has no slot; "
+            f"accepted: -1 (padding) and 0 to {layout.max_position}, within its pages"
+        )
+    used, count = np.unique(slots[slots >= 0], return_counts=True)
+    if (count > 1).any():
+        (b, t), (other_b, other_t) = np.argwhere(slots == used[count > 1][0])[:2]
+        raise ValueError(
+            f"positions has {positions[b, t]} in sequence {b} and {positions[other_b, other_t]} in "
+            f"sequence {other_b}, which have the same slot; accepted: one for every token"
+        )
+
+
+def _as_int32(integers):
+    """Saturated, not wrapped: a position or page that int32 does not hold stays out of range."""
+    given, limits = jnp.iinfo(integers.dtype), jnp.iinfo(jnp.int32)
+    if given.max > limits.max:
+        integers = integers.clip(max(given.min, limits.min), limits.max)
+    return jnp.asarray(integers, jnp.int32)
