@@ -68,16 +68,75 @@ def q_keqv_rms_norm(
     )
 
 
-def rope(x, positions, *, theta, rotary_dim):
-    """Rotates pairs (i, i + D/2), i < R/2, of [..., N, D] by positions [...] * theta^(-2i/D)."""
+def rotate(x, cos, sin):
+    """Rotates pairs (i, i + D/2), i < R/2, of [..., N, D] by angles of cos and sin [..., R/2]."""
     x = np.array(x, np.float64)
-    head_dim, pairs = x.shape[-1], rotary_dim // 2
-    inv_freq = theta ** (-2.0 * np.arange(pairs) / head_dim)
-    angle = (np.asarray(positions, np.float64)[..., None] * inv_freq)[..., None, :]
-    low, high = x[..., :pairs].copy(), x[..., head_dim // 2 : head_dim // 2 + pairs].copy()
-    x[..., :pairs] = low * np.cos(angle) - high * np.sin(angle)
-    x[..., head_dim // 2 : head_dim // 2 + pairs] = high * np.cos(angle) + low * np.sin(angle)
+    cos, sin = (np.asarray(a, np.float64)[..., None, :] for a in (cos, sin))
+    pairs, half = cos.shape[-1], x.shape[-1] // 2
+    low, high = x[..., :pairs].copy(), x[..., half : half + pairs].copy()
+    x[..., :pairs] = low * cos - high * sin
+    x[..., half : half + pairs] = high * cos + low * sin
     return x
+
+
+def usual_rotate(x, cos, sin):
+    """The same with the roundings of Hugging Face transformers: cos and sin in x's dtype, and a
+    rounding after each product and sum."""
+    x = np.array(x)
+    cos, sin = (np.asarray(a).astype(x.dtype)[..., None, :] for a in (cos, sin))
+    pairs, half = cos.shape[-1], x.shape[-1] // 2
+    low, high = x[..., :pairs].copy(), x[..., half : half + pairs].copy()
+    x[..., :pairs] = low * cos + -high * sin
+    x[..., half : half + pairs] = high * cos + low * sin
+    return x
+
+
+def rope(x, positions, *, theta, rotary_dim):
+    """`rotate` by positions [...] * theta^(-2i/D)."""
+    inv_freq = theta ** (-2.0 * np.arange(rotary_dim // 2) / np.shape(x)[-1])
+    angle = np.asarray(positions, np.float64)[..., None] * inv_freq
+    return rotate(x, np.cos(angle), np.sin(angle))
+
+
+def qkv_norm_rope(
+    qkv,
+    q_scale,
+    k_scale,
+    cos,
+    sin,
+    *,
+    mode: ProjectionMode,
+    eps=1e-6,
+    norm: Norm = rms_norm,
+    turn=rotate,
+):
+    """`ops.qkv_norm_rope` with the given norm and rotation."""
+    q, k, v = qkv_rms_norm(qkv, q_scale, k_scale, mode=mode, eps=eps, norm=norm)
+    return turn(q, cos, sin), None if k is None else turn(k, cos, sin), v
+
+
+def band(x, rotary_dim):
+    """The rotating dims of [..., D]: [..., R]."""
+    half, pairs = x.shape[-1] // 2, rotary_dim // 2
+    return np.concatenate([x[..., :pairs], x[..., half : half + pairs]], axis=-1)
+
+
+def absorbed_query(q, k_scale, rotary_dim):
+    """The query of a compact cache, of rotated q [..., D]: [..., D + R] in q's dtype."""
+    absorbed = q * np.asarray(k_scale).astype(q.dtype)
+    half, pairs = q.shape[-1] // 2, rotary_dim // 2
+    absorbed[..., :pairs] = absorbed[..., half : half + pairs] = 0
+    return np.concatenate([absorbed, band(q, rotary_dim)], axis=-1)
+
+
+def write(array, slots, rows):
+    """`array` [num_pages, page_size, Nkv, width] with rows [M, Nkv, width] in slots, float64."""
+    written = np.array(array).astype(np.float64)
+    flat = written.reshape(-1, *written.shape[2:])
+    for slot, row in zip(slots, rows, strict=True):
+        if 0 <= slot < len(flat):
+            flat[slot] = row
+    return written
 
 
 def attention(spec: AttentionSpec, weights, x, kv=None):
@@ -97,7 +156,7 @@ def attention(spec: AttentionSpec, weights, x, kv=None):
     x = np.asarray(x).astype(np.float64)
     batch, tokens, _ = x.shape
     positions = np.broadcast_to(np.arange(tokens), (batch, tokens))
-    rotate = {"positions": positions, "theta": spec.rope_theta, "rotary_dim": spec.rotary_dim}
+    turn = {"positions": positions, "theta": spec.rope_theta, "rotary_dim": spec.rotary_dim}
     q, k, v = qkv_rms_norm(
         np.einsum("bte,eknd->btknd", x, weights["qkv_proj"]),
         weights["q_scale"],
@@ -105,11 +164,11 @@ def attention(spec: AttentionSpec, weights, x, kv=None):
         mode=spec.mode,
         eps=spec.eps,
     )
-    q = rope(q, **rotate)
+    q = rope(q, **turn)
     if spec.mode is ProjectionMode.Q_ONLY:
         k, v = kv
     else:
-        k = rope(k, **rotate)
+        k = rope(k, **turn)
     age = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
     visible = age >= 0
     if spec.sliding_window is not None:

@@ -1,23 +1,32 @@
-"""Launches the kernel on every kind of shape; run under compute-sanitizer by test_gpu.py."""
+"""Launches the kernels on every kind of shape; run under compute-sanitizer by test_gpu.py."""
 
 import itertools
 
 import jax
-import jax.numpy as jnp
 
-from g4attn_jax import ProjectionMode, ops
+from g4attn_jax import CompactKVCache, KVCache, ProjectionMode
+from g4attn_jax.cache import FLOAT8, float8_scale
+from g4attn_jax.commands.cases import NormCase, PrologueCase
+
+
+def all_cases():
+    for mode, tokens, d in itertools.product(ProjectionMode, (1, 5, 50, 700), (80, 512)):
+        yield NormCase(mode, 12, 3, d, tokens)
+        yield PrologueCase(mode, KVCache, 12, 3, d, d // 4, tokens)
+        if mode is not ProjectionMode.QKV_FULL:
+            yield PrologueCase(mode, CompactKVCache, 12, 3, d, d // 4, tokens)
 
 
 def main():
     launched = 0
-    for mode, tokens, d in itertools.product(ProjectionMode, (1, 5, 50, 700), (80, 512)):
-        qkv = jax.random.normal(
-            jax.random.key(0), (tokens, 3, 4 + mode.num_kv_projections, d), jnp.bfloat16
-        )
-        scales = [jnp.ones(d)] * (1 if mode is ProjectionMode.Q_ONLY else 2)
-        outputs = ops.qkv_rms_norm(qkv, *scales, mode=mode, implementation="triton")
-        jax.block_until_ready(outputs)
+    for case in all_cases():
+        arguments = case.arguments()
+        jax.block_until_ready(case.run(arguments, "triton"))
         launched += 1
+        if isinstance(case, PrologueCase):
+            cache = case.arguments(FLOAT8)[6]._replace(scale=float8_scale(arguments[2]))
+            jax.block_until_ready(case.run([*arguments[:6], cache], "triton"))
+            launched += 1
     print("launched", launched)
 
 

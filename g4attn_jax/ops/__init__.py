@@ -2,6 +2,14 @@
 
 from g4attn_jax.ops.implementation import Implementation
 from g4attn_jax.ops.q_keqv_rms_norm import q_keqv_rms_norm
+from g4attn_jax.ops.qkv_norm_rope import qkv_norm_rope
+from g4attn_jax.ops.qkv_norm_rope_write import qkv_norm_rope_write
 from g4attn_jax.ops.qkv_rms_norm import qkv_rms_norm
 
-__all__ = ["Implementation", "q_keqv_rms_norm", "qkv_rms_norm"]
+__all__ = [
+    "Implementation",
+    "q_keqv_rms_norm",
+    "qkv_norm_rope",
+    "qkv_norm_rope_write",
+    "qkv_rms_norm",
+]

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache
+from g4attn_jax.config import ProjectionMode
+
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -21,6 +24,82 @@ def check_buffer(name: str, buffer: jax.Array, *, dims: str) -> None:
     check_dtype(name, getattr(buffer, "dtype", None))
     if 0 in buffer.shape[-needed:]:
         raise ValueError(f"{name} has shape {buffer.shape}; none of {dims} may be 0")
+
+
+def check_packed(qkv: jax.Array, mode: ProjectionMode) -> None:
+    """Refuses what is not a packed projection [..., Nkv, G + P, D] of this mode.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    if not isinstance(mode, ProjectionMode):
+        raise ValueError(f"mode is {mode!r}; accepted: {', '.join(map(str, ProjectionMode))}")
+    check_buffer("qkv", qkv, dims="Nkv, G + P, D")
+    rows, kv_rows = qkv.shape[-2], mode.num_kv_projections
+    if rows <= kv_rows:
+        raise ValueError(
+            f"qkv has {rows} rows per KV head; {mode.name} needs at least {1 + kv_rows}: "
+            f"1 or more query heads and {kv_rows} of K and V"
+        )
+
+
+def check_k_scale(k_scale: jax.Array | None, *, mode: ProjectionMode) -> None:
+    """Refuses a missing or a surplus scale of K.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    if mode is ProjectionMode.Q_ONLY:
+        if k_scale is not None:
+            raise ValueError("k_scale was given; Q_ONLY normalises no K and accepts None")
+    elif k_scale is None:
+        raise ValueError(f"k_scale is missing; {mode.name} needs it, of shape (D,)")
+
+
+def check_cache(
+    cache: Cache,
+    *,
+    mode: ProjectionMode,
+    dtype: jax.typing.DTypeLike,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+) -> None:
+    """Refuses a cache that such a layer cannot write or read.
+
+    Raises:
+        ValueError: naming the array, what was given and what is accepted.
+    """
+    if not isinstance(cache, Cache):
+        raise ValueError(f"cache is a {type(cache).__name__}; accepted: KVCache or CompactKVCache")
+    widths = {"k": head_dim, "v": head_dim}
+    if isinstance(cache, CompactKVCache):
+        if mode is ProjectionMode.QKV_FULL:
+            raise ValueError("cache is a CompactKVCache; QKV_FULL accepts KVCache")
+        widths = {"v": head_dim, "k_rot": rotary_dim}
+    accepted = jnp.dtype(dtype) if cache.scale is None else FLOAT8
+    for name, width in widths.items():
+        array = getattr(cache, name)
+        if getattr(array, "dtype", None) != accepted:
+            raise ValueError(
+                f"cache.{name} is a {type(array).__name__} of dtype "
+                f"{getattr(array, 'dtype', None)}; accepted: an array of the layer's dtype, "
+                f"{dtype}, or of float8_e4m3fn together with cache.scale"
+            )
+        if array.ndim != 4 or array.shape[2:] != (num_kv_heads, width) or 0 in array.shape:
+            raise ValueError(
+                f"cache.{name} has shape {array.shape}; accepted: [num_pages, page_size, "
+                f"{num_kv_heads}, {width}], none of them 0"
+            )
+    pages = {name: getattr(cache, name).shape[:2] for name in widths}
+    if len(set(pages.values())) > 1:
+        raise ValueError(f"the arrays of cache have [num_pages, page_size] {pages}; accepted: one")
+    scale = cache.scale
+    if scale is not None and (jnp.shape(scale) != (2,) or jnp.result_type(scale) != "float32"):
+        raise ValueError(
+            f"cache.scale has shape {jnp.shape(scale)} and dtype {jnp.result_type(scale)}; "
+            "accepted: float32 [2], of K and of V"
+        )
 
 
 def check_scales(scales: Mapping[str, jax.Array | None], *, head_dim: int) -> None:

@@ -8,11 +8,14 @@ import jax
 
 Implementation = Literal["triton", "xla", "triton_interpret"]
 
-# Triton's bf16 instructions start with Ampere.
-_MIN_COMPUTE_CAPABILITY = 8.0
+# Triton's bf16 instructions start with Ampere, its float8 conversions with Ada.
+MIN_COMPUTE_CAPABILITY = 8.0
+MIN_COMPUTE_CAPABILITY_FLOAT8 = 8.9
 
 
-def check_implementation(implementation: Implementation | None) -> None:
+def check_implementation(
+    implementation: Implementation | None, min_compute_capability: float = MIN_COMPUTE_CAPABILITY
+) -> None:
     """Refuses what cannot run here.
 
     Raises:
@@ -25,16 +28,16 @@ def check_implementation(implementation: Implementation | None) -> None:
             + ", ".join(map(repr, get_args(Implementation)))
         )
     if implementation == "triton":
-        reason = triton_refusal()
+        reason = triton_refusal(min_compute_capability)
         if reason is not None:
             raise NotImplementedError(
                 f"implementation 'triton' needs an NVIDIA GPU of compute capability "
-                f"{_MIN_COMPUTE_CAPABILITY} or higher; {reason}. Accepted here: None, 'xla', "
+                f"{min_compute_capability} or higher; {reason}. Accepted here: None, 'xla', "
                 "'triton_interpret'"
             )
 
 
-def triton_refusal() -> str | None:
+def triton_refusal(min_compute_capability: float = MIN_COMPUTE_CAPABILITY) -> str | None:
     """Why Triton kernels cannot run on (or be compiled for) the GPUs of this process, or None."""
     target = jax.sharding.get_abstract_mesh().abstract_device
     if target is not None and target.platform == "gpu":
@@ -44,7 +47,7 @@ def triton_refusal() -> str | None:
     except RuntimeError:
         return f"this process has none (devices: {', '.join(d.device_kind for d in jax.devices())})"
     for device in devices:
-        if float(device.compute_capability) < _MIN_COMPUTE_CAPABILITY:
+        if float(device.compute_capability) < min_compute_capability:
             return f"{device.device_kind} has {device.compute_capability}"
     return None
 
@@ -63,15 +66,40 @@ def differentiable_op(
         reference: `reference(*arrays, **static)`, the same function in `jnp`.
 
     Returns:
-        `op(*arrays, implementation, **static)`. With `implementation=None` the choice falls when
-        the program is lowered for a platform: the kernel on CUDA, the reference elsewhere and
-        where shapes are symbolic. Raises NotImplementedError for a kernel demanded of these.
+        `op(*arrays, implementation, **static)`; `min_compute_capability` may be given too. With
+        `implementation=None` the choice falls when the program is lowered for a platform: the
+        kernel on CUDA, the reference elsewhere and where shapes are symbolic. Raises
+        NotImplementedError for a kernel demanded of these.
     """
 
-    @functools.partial(jax.jit, static_argnames=("implementation", "static"))
-    def jitted(*arrays, implementation, static):
-        run_reference = functools.partial(reference, **dict(static))
-        run_kernel = functools.partial(kernel, **dict(static))
+    def tangent(static, primals, tangents):
+        def tangent_out(primals, tangents):
+            return jax.jvp(functools.partial(reference, **static), primals, tangents)[1]
+
+        return jax.checkpoint(tangent_out)(primals, tangents)
+
+    return _op(kernel, reference, tangent)
+
+
+def inference_op(
+    *, kernel: Callable[..., Any], reference: Callable[..., Any], refusal: str
+) -> Callable[..., Any]:
+    """The same without a derivative: differentiating it raises NotImplementedError(`refusal`)."""
+
+    def tangent(static, primals, tangents):
+        raise NotImplementedError(refusal)
+
+    return _op(kernel, reference, tangent)
+
+
+def _op(kernel, reference, tangent):
+    @functools.partial(
+        jax.jit, static_argnames=("implementation", "min_compute_capability", "static")
+    )
+    def jitted(*arrays, implementation, min_compute_capability, static):
+        static = dict(static)
+        run_reference = functools.partial(reference, **static)
+        run_kernel = functools.partial(kernel, **static)
 
         symbolic = any(
             not isinstance(size, int) for x in jax.tree.leaves(arrays) for size in x.shape
@@ -89,7 +117,7 @@ def differentiable_op(
                     return run_reference(*arrays)
                 case "triton" | "triton_interpret":
                     return run_kernel(*arrays, interpret=implementation == "triton_interpret")
-            if symbolic or _has_unsupported_gpu():
+            if symbolic or _has_unsupported_gpu(min_compute_capability):
                 return run_reference(*arrays)
             return jax.lax.platform_dependent(
                 *arrays,
@@ -99,17 +127,21 @@ def differentiable_op(
 
         @run.defjvp
         def _(primals, tangents):
-            tangent_out = jax.checkpoint(lambda p, t: jax.jvp(run_reference, p, t)[1])
-            return run(*primals), tangent_out(primals, tangents)
+            return run(*primals), tangent(static, primals, tangents)
 
         return run(*arrays)
 
-    def op(*arrays, implementation, **static):
-        check_implementation(implementation)
-        return jitted(*arrays, implementation=implementation, static=tuple(static.items()))
+    def op(*arrays, implementation, min_compute_capability=MIN_COMPUTE_CAPABILITY, **static):
+        check_implementation(implementation, min_compute_capability)
+        return jitted(
+            *arrays,
+            implementation=implementation,
+            min_compute_capability=min_compute_capability,
+            static=tuple(static.items()),
+        )
 
     return op
 
 
-def _has_unsupported_gpu() -> bool:
-    return jax.default_backend() == "gpu" and triton_refusal() is not None
+def _has_unsupported_gpu(min_compute_capability) -> bool:
+    return jax.default_backend() == "gpu" and triton_refusal(min_compute_capability) is not None

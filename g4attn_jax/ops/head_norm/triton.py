@@ -29,9 +29,9 @@ warnings.filterwarnings(
 
 # One 16-byte load for each of the 32 lanes of a warp. A row is loaded in pieces of this size, so
 # that its sum of squares never leaves the warp: no shared memory, no barrier.
-_WARP_LOAD_BYTES = 512
+WARP_LOAD_BYTES = 512
 # Bounds the masks and sums of a program where heads are tiny.
-_MAX_BLOCK_ROWS = 16
+MAX_BLOCK_ROWS = 16
 
 
 class Heads(NamedTuple):
@@ -60,7 +60,7 @@ def choose_launch(num_rows: int, row_bytes: int) -> Launch:
     """
     block_rows = 1
     if num_rows > row_bytes // 4:
-        block_rows = min(max(1, 2048 // row_bytes), _MAX_BLOCK_ROWS)
+        block_rows = min(max(1, 2048 // row_bytes), MAX_BLOCK_ROWS)
     return Launch(block_rows, num_warps=min(block_rows, 4))
 
 
@@ -154,16 +154,23 @@ def _kernel(*refs, kinds, groups, num_buffers, num_scales, eps, scale_offset, la
     x_refs = refs[:num_buffers]
     scale_refs = refs[num_buffers : num_buffers + num_scales]
     out_refs = refs[num_buffers + num_scales :]
-    for kind, mine, row, head, mask in rows_of_program(
+    for kind, mine, rows in rows_of_program(
         pl.program_id(0), kinds, groups=groups, block_rows=launch.block_rows
     ):
 
         @pl.when(mine)
-        def _(kind=kind, row=row, head=head, mask=mask):
+        def _(kind=kind, rows=rows):
             outputs = [(out_refs[o], None if s is None else scale_refs[s]) for o, s in kind.outputs]
-            _norm_rows(
-                x_refs[kind.buffer], row, head, mask, outputs, eps, scale_offset, launch.num_warps
-            )
+            _norm_rows(x_refs[kind.buffer], rows, outputs, eps, scale_offset, launch.num_warps)
+
+
+class Rows(NamedTuple):
+    """Rows that a program normalises, all of one kind; int32 [block_rows] each."""
+
+    group: jax.Array
+    row: jax.Array  # in the buffer
+    head: jax.Array  # the same in the outputs
+    mask: jax.Array | None  # which of them exist; None if all do in every program
 
 
 def rows_of_program(program, kinds, *, groups, block_rows):
@@ -180,44 +187,43 @@ def rows_of_program(program, kinds, *, groups, block_rows):
         block_rows: rows of a program.
 
     Yields:
-        For each kind (kind, mine, row, head, mask): whether the program has this kind, and if so
-        its rows in the buffer, the same heads in the outputs, and which of them exist (None if all
-        do in every program).
+        For each kind (kind, mine, rows): whether the program has this kind, and if so its `Rows`.
     """
     units = sum(kind.count for kind in kinds)
     # The divisors are int32 as the indices are, also where JAX_ENABLE_X64 makes Python's int64.
     units = jnp.int32(units)
     block, unit = lax.div(program, units), lax.rem(program, units)
     for kind in kinds:
-        head = (block * kind.count + unit) * block_rows + _iota(block_rows)
+        head = (block * kind.count + unit) * block_rows + iota(block_rows)
         count = jnp.int32(kind.count)
         group, head_in_group = lax.div(head, count), lax.rem(head, count)
         row = group * kind.rows_per_group + kind.first + head_in_group
         mask = None if groups % block_rows == 0 else group < groups
-        yield kind, (unit >= 0) & (unit < kind.count), row, head, mask
+        yield kind, (unit >= 0) & (unit < kind.count), Rows(group, row, head, mask)
         unit -= kind.count
 
 
-def _norm_rows(x_ref, row, out_row, row_mask, outputs, eps, scale_offset, num_warps):
-    """Rows `row` of x, normalised, to rows `out_row` of every output; masked rows are left out."""
+def _norm_rows(x_ref, rows, outputs, eps, scale_offset, num_warps):
+    """Rows of x, normalised, to every output; masked rows are left out."""
+    _, row, out_row, row_mask = rows
     head_dim = x_ref.shape[-1]
-    width = min(pl.next_power_of_2(head_dim), _WARP_LOAD_BYTES // x_ref.dtype.itemsize)
+    width = min(pl.next_power_of_2(head_dim), WARP_LOAD_BYTES // x_ref.dtype.itemsize)
     # With several warps each row loads the scales anew: a row of them that all warps share would
     # go through shared memory.
     scale_row = jnp.zeros((row.size if num_warps > 1 else 1, 1), jnp.int32)
     squares = jnp.zeros((row.size, width), jnp.float32)
     stores = []
     for start in range(0, head_dim, width):
-        column = start + _iota(width)[None, :]
+        column = start + iota(width)[None, :]
         in_row = None if start + width <= head_dim else column < head_dim
-        mask = _and(None if row_mask is None else row_mask[:, None], in_row)
-        x = _load(x_ref.at[row[:, None], column], mask, (row.size, width)).astype(jnp.float32)
+        mask = both(None if row_mask is None else row_mask[:, None], in_row)
+        x = load(x_ref.at[row[:, None], column], mask, (row.size, width)).astype(jnp.float32)
         squares += x * x
         for out_ref, scale_ref in outputs:
             y = x
             if scale_ref is not None:
                 index = scale_row + column
-                scale = _load(scale_ref.at[index], in_row, index.shape).astype(jnp.float32)
+                scale = load(scale_ref.at[index], in_row, index.shape).astype(jnp.float32)
                 # Scaled before the sum is known: the compiler would put off a load whose value is
                 # needed only after it, and the row would wait for memory twice.
                 y = x * (scale_offset + scale)
@@ -229,18 +235,19 @@ def _norm_rows(x_ref, row, out_row, row_mask, outputs, eps, scale_offset, num_wa
         plgpu.store(target, (y * rrms).astype(target.dtype), mask=mask)
 
 
-def _iota(size):
+def iota(size: int) -> jax.Array:
+    """int32 0 .. size - 1."""
     return jnp.arange(size, dtype=jnp.int32)
 
 
-def _load(ref, mask, shape):
-    """Loads `ref`, of `shape`, zero where the mask is false; None loads all."""
+def load(ref, mask: jax.Array | None, shape: tuple[int, ...], other: int = 0) -> jax.Array:
+    """Loads `ref`, of `shape`, `other` where the mask is false; None loads all."""
     if mask is None:
         return plgpu.load(ref)
-    return plgpu.load(ref, mask=jnp.broadcast_to(mask, shape), other=0)
+    return plgpu.load(ref, mask=jnp.broadcast_to(mask, shape), other=other)
 
 
-def _and(a, b):
+def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
     """a & b of two masks, either of which may be None, which is all true."""
     if a is None or b is None:
         return b if a is None else a

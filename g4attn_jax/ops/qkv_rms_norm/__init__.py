@@ -63,21 +63,10 @@ def qkv_rms_norm(
     Source: Gemma 4's attention in Hugging Face transformers, and SGLang's change that fused its
     QKV norms (PR 25461).
     """
-    if not isinstance(mode, ProjectionMode):
-        raise ValueError(f"mode is {mode!r}; accepted: {', '.join(map(str, ProjectionMode))}")
-    checks.check_buffer("qkv", qkv, dims="Nkv, G + P, D")
-    rows, kv_rows = qkv.shape[-2], mode.num_kv_projections
-    if rows <= kv_rows:
-        raise ValueError(
-            f"qkv has {rows} rows per KV head; {mode.name} needs at least {1 + kv_rows}: "
-            f"1 or more query heads and {kv_rows} of K and V"
-        )
-    if mode is ProjectionMode.Q_ONLY:
-        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-            if scale is not None:
-                raise ValueError(f"{name} was given; Q_ONLY normalises no K or V and accepts None")
-    elif k_scale is None:
-        raise ValueError(f"k_scale is missing; {mode.name} needs it, of shape ({qkv.shape[-1]},)")
+    checks.check_packed(qkv, mode)
+    checks.check_k_scale(k_scale, mode=mode)
+    if mode is ProjectionMode.Q_ONLY and v_scale is not None:
+        raise ValueError("v_scale was given; Q_ONLY normalises no V and accepts None")
     if q_scale is None:
         raise ValueError(f"q_scale is missing; it must have shape ({qkv.shape[-1]},)")
     checks.check_scales(

@@ -1,0 +1,173 @@
+"""Cases that `check` and the tests run: arguments, the op, and what NumPy says of it."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from g4attn_jax import ops, oracle
+from g4attn_jax.cache import Cache, CompactKVCache, KVCache
+from g4attn_jax.config import ProjectionMode
+from g4attn_jax.rope import rope_cos_sin
+
+# The sweep of the original kernel's tests (SGLang PR 25461).
+HEAD_DIMS = (128, 256, 512)
+HEADS = ((32, 16), (16, 8))
+TOKENS = (1, 7, 64, 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormCase:
+    """A norm on one shape; `mode` None is `q_keqv_rms_norm`, the rest is `qkv_rms_norm`."""
+
+    mode: ProjectionMode | None
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tokens: int
+
+    @property
+    def op(self) -> str:
+        """Name and mode of the op."""
+        return "q_keqv_rms_norm" if self.mode is None else f"qkv_rms_norm {self.mode.name}"
+
+    def arguments(self, dtype=jnp.bfloat16, seed=0) -> list[jax.Array]:
+        """Random buffers and scales, of magnitudes as trained ones have."""
+        keys = jax.random.split(jax.random.key(seed), 4)
+        m, nq, nkv, d = self.tokens, self.num_q_heads, self.num_kv_heads, self.head_dim
+        if self.mode is None:
+            shapes = [(m, nq, d), (m, nkv, d)]
+        else:
+            shapes = [(m, nkv, nq // nkv + self.mode.num_kv_projections, d)]
+        buffers = [
+            3 * jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=False)
+        ]
+        # Up to 1.25, so that no result reaches 8, where half an ulp of bfloat16 is above 2e-2.
+        scales = jax.random.uniform(keys[3], (2, d), minval=0.5, maxval=1.25).astype(dtype)
+        return [*buffers, *(scales[:1] if self.mode is ProjectionMode.Q_ONLY else scales)]
+
+    def run(self, arguments, implementation):
+        """The op's outputs."""
+        if self.mode is None:
+            return ops.q_keqv_rms_norm(*arguments, implementation=implementation)
+        return ops.qkv_rms_norm(*arguments, mode=self.mode, implementation=implementation)
+
+    def exact(self, arguments):
+        """The op's outputs in float64."""
+        return self._in_numpy(arguments, oracle.rms_norm)
+
+    def usual(self, arguments):
+        """The op's outputs with the usual path's roundings."""
+        return self._in_numpy(arguments, oracle.usual_rms_norm)
+
+    def _in_numpy(self, arguments, norm):
+        if self.mode is None:
+            return oracle.q_keqv_rms_norm(*arguments, norm=norm)
+        return oracle.qkv_rms_norm(*arguments, mode=self.mode, norm=norm)
+
+    @staticmethod
+    def relative_error(actual, exact) -> float:
+        """The largest of all elements."""
+        return oracle.max_error(actual / exact, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrologueCase:
+    """`qkv_norm_rope_write` on one shape, into a cache full of sevens."""
+
+    mode: ProjectionMode
+    form: type[Cache]
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    tokens: int
+    page_size: int = 16
+
+    @property
+    def op(self) -> str:
+        """Name and mode of the op, and what it writes."""
+        return f"qkv_norm_rope_write {self.mode.name} {self.form.__name__}"
+
+    def arguments(self, dtype=jnp.bfloat16, seed=0) -> list:
+        """Random heads, scales, positions to 262143 and slots, one token in eight without one."""
+        keys = jax.random.split(jax.random.key(seed), 4)
+        m, nkv, d = self.tokens, self.num_kv_heads, self.head_dim
+        group = self.num_q_heads // nkv
+        shape = (m, nkv, group + self.mode.num_kv_projections, d)
+        qkv = 3 * jax.random.normal(keys[0], shape).astype(dtype)
+        # Below 1, so that no rotated pair reaches 8, as above.
+        q_scale, k_scale = jax.random.uniform(keys[1], (2, d), minval=0.25, maxval=0.75).astype(
+            dtype
+        )
+        positions = jax.random.randint(keys[2], (m,), 0, 262144)
+        cos, sin = rope_cos_sin(positions, theta=1e6, head_dim=d, rotary_dim=self.rotary_dim)
+        num_pages = 2 + 2 * m // self.page_size
+        slots = jax.random.permutation(keys[3], num_pages * self.page_size)[:m]
+        slots = jnp.where(jnp.arange(m) % 8 == 7, -1, slots).astype(jnp.int32)
+        widths = {"k": d, "v": d}
+        if self.form is CompactKVCache:
+            widths = {"v": d, "k_rot": self.rotary_dim}
+        cache = self.form(
+            **{
+                n: jnp.full((num_pages, self.page_size, nkv, w), 7, dtype)
+                for n, w in widths.items()
+            }
+        )
+        return [qkv, q_scale, k_scale, cos, sin, slots, cache]
+
+    def run(self, arguments, implementation):
+        """The query and the arrays of the cache."""
+        return ops.qkv_norm_rope_write(*arguments, mode=self.mode, implementation=implementation)
+
+    def exact(self, arguments):
+        """The same in float64."""
+        return self._in_numpy(arguments, oracle.rms_norm, oracle.rotate)
+
+    def usual(self, arguments):
+        """The same with the usual path's roundings."""
+        return self._in_numpy(arguments, oracle.usual_rms_norm, oracle.usual_rotate)
+
+    def _in_numpy(self, arguments, norm, turn):
+        qkv, q_scale, k_scale, cos, sin, slots, cache = arguments
+        q, k, v = oracle.qkv_norm_rope(
+            qkv, q_scale, k_scale, cos, sin, mode=self.mode, norm=norm, turn=turn
+        )
+        # The next op reads what this one stored, so the usual path's rotation is rounded too.
+        rows = {"k": k, "v": v}
+        if self.form is CompactKVCache:
+            q = oracle.absorbed_query(q, k_scale, self.rotary_dim)
+            rows["k_rot"] = None if k is None else oracle.band(k, self.rotary_dim)
+        if self.mode is ProjectionMode.Q_ONLY:
+            return q, cache
+        written = {n: oracle.write(getattr(cache, n), slots, rows[n]) for n in cache._fields[:2]}
+        return q, self.form(**written)
+
+    @staticmethod
+    def relative_error(actual, exact) -> float:
+        """Norm-wise: a rotation may cancel to nearly nothing in one element."""
+        difference = np.asarray(actual).astype(np.float64) - exact
+        return float(np.linalg.norm(difference) / max(np.linalg.norm(exact), 1e-300))
+
+
+Case = NormCase | PrologueCase
+
+
+def norm_sweep(tokens: Sequence[int] = TOKENS) -> Iterator[NormCase]:
+    """Every norm and mode over the published shapes."""
+    modes = (None, *ProjectionMode)
+    for mode, d, (nq, nkv), m in itertools.product(modes, HEAD_DIMS, HEADS, tokens):
+        yield NormCase(mode, nq, nkv, d, m)
+
+
+def prologue_sweep(tokens: Sequence[int] = TOKENS) -> Iterator[PrologueCase]:
+    """Every mode and form over the same head dims; a quarter of them rotates but for QKV_FULL."""
+    for mode, form in itertools.product(ProjectionMode, (KVCache, CompactKVCache)):
+        if mode is ProjectionMode.QKV_FULL and form is CompactKVCache:
+            continue
+        for d, m in itertools.product(HEAD_DIMS, tokens):
+            rotary_dim = d if mode is ProjectionMode.QKV_FULL else d // 4
+            yield PrologueCase(mode, form, 16, 8, d, rotary_dim, m)

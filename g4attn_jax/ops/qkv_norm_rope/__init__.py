@@ -1,0 +1,91 @@
+"""RMSNorm and RoPE of Q and K, RMSNorm of V, from the packed projection, in one launch."""
+
+from jaxtyping import Array, Float
+
+from g4attn_jax.config import ProjectionMode
+from g4attn_jax.ops import checks
+from g4attn_jax.ops.implementation import Implementation, differentiable_op
+from g4attn_jax.ops.qkv_norm_rope import reference, triton
+
+_op = differentiable_op(kernel=triton.qkv_norm_rope, reference=reference.qkv_norm_rope)
+
+
+def qkv_norm_rope(
+    qkv: Float[Array, "*batch Nkv rows D"],
+    q_scale: Float[Array, " D"],
+    k_scale: Float[Array, " D"] | None,
+    cos: Float[Array, "*batch R/2"],
+    sin: Float[Array, "*batch R/2"],
+    *,
+    mode: ProjectionMode,
+    eps: float = 1e-6,
+    implementation: Implementation | None = None,
+) -> tuple[
+    Float[Array, "*batch Nq D"],
+    Float[Array, "*batch Nkv D"] | None,
+    Float[Array, "*batch Nkv D"] | None,
+]:
+    """Queries, keys and values of new tokens, ready for attention: training, prefill without reuse.
+
+    With rms(x) = x * rsqrt(mean(x^2) + eps), in float32 and rounded once at the end:
+
+        q = rope(rms(x_q) * q_scale)      k = rope(rms(x_k) * k_scale)      v = rms(x_v)
+
+    where rope rotates dims i and i + D/2 by the angle of pair i < R/2. In QK_ONLY x_k and x_v are
+    the same row. Works under `jit`, `vmap`, `jvp`, `grad`; the derivative keeps the arguments only.
+
+    Args:
+        qkv: [..., Nkv, G + P, D], for each KV head its G query heads, then K, then V. bfloat16,
+            float16 or float32; D even, fastest as a power of two.
+        q_scale: learned scale of Q, [D], of any dtype that `qkv` may have.
+        k_scale: learned scale of K, [D]; required unless mode is Q_ONLY, where it must be None.
+        cos: float32 [..., R/2], from `rope.rope_cos_sin`; R is 0 to D.
+        sin: float32 [..., R/2].
+        mode: which heads the buffer holds.
+        eps: added to the mean square.
+        implementation: None (the kernel on an NVIDIA GPU of compute capability 8.0 or higher, else
+            XLA), "triton", "xla", or "triton_interpret".
+
+    Returns:
+        (q, k, v) in the dtype of `qkv`: q [..., Nkv * G, D]; k and v [..., Nkv, D], both None for
+        Q_ONLY.
+
+    Raises:
+        ValueError: an argument has the wrong rank, rows, length or dtype, or is missing or surplus.
+        NotImplementedError: "triton" was demanded and there is no supported GPU.
+
+    Source: Gemma 4's attention in Hugging Face transformers; Su et al., "RoFormer" (2021).
+    """
+    check_heads(qkv, q_scale, k_scale, cos, sin, mode=mode, eps=eps)
+    checks.check_k_scale(k_scale, mode=mode)
+    return _op(qkv, q_scale, k_scale, cos, sin, implementation=implementation, mode=mode, eps=eps)
+
+
+def check_heads(qkv, q_scale, k_scale, cos, sin, *, mode, eps) -> None:
+    """Refuses what neither this op nor `qkv_norm_rope_write` takes.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    checks.check_packed(qkv, mode)
+    head_dim = qkv.shape[-1]
+    if head_dim % 2:
+        raise ValueError(f"qkv has shape {qkv.shape}; its last size, D, must be even")
+    if q_scale is None:
+        raise ValueError(f"q_scale is missing; it must have shape ({head_dim},)")
+    checks.check_scales({"q_scale": q_scale, "k_scale": k_scale}, head_dim=head_dim)
+    batch = qkv.shape[:-3]
+    for name, array in (("cos", cos), ("sin", sin)):
+        if getattr(array, "dtype", None) != "float32":
+            raise ValueError(
+                f"{name} is a {type(array).__name__} of dtype {getattr(array, 'dtype', None)}; "
+                "accepted: an array of float32"
+            )
+        if array.shape[:-1] != batch or array.ndim == 0 or 2 * array.shape[-1] > head_dim:
+            raise ValueError(
+                f"{name} has shape {array.shape}; with qkv of shape {qkv.shape} it must be "
+                f"({', '.join(map(str, (*batch, 'R/2')))}), R being at most {head_dim}"
+            )
+    if cos.shape != sin.shape:
+        raise ValueError(f"sin has shape {sin.shape}; cos has {cos.shape}")
+    checks.check_eps(eps, 0.0)

@@ -1,0 +1,351 @@
+"""One launch from the packed projection to rotated queries and keys, wherever they are to lie.
+
+For every head of a packed buffer [..., Nkv, G + P, D], with x in float32 and its halves
+lo = x[:D/2], hi = x[D/2:],
+
+    rrms = rsqrt(mean(x^2) + eps)
+    v    = x * rrms
+    k    = rotate(x * k_scale) * rrms
+    q    = rotate(x * q_scale) * rrms
+    rotate(lo, hi) = (lo cos - hi sin, hi cos + lo sin)     for dims i < R/2 of a half, else as is
+
+A head is loaded as its two halves, so that a rotation needs no exchange between threads. K = V
+rows are loaded once. K and V go to row slot * Nkv + g of their outputs; a slot out of range is left
+out.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from g4attn_jax.config import ProjectionMode
+from g4attn_jax.ops.head_norm.triton import (
+    MAX_BLOCK_ROWS,
+    WARP_LOAD_BYTES,
+    Launch,
+    both,
+    iota,
+    load,
+    rows_of_program,
+)
+
+
+class Kind(NamedTuple):
+    """Heads of one kind: rows `first` to `first + count - 1` of every group of the buffer."""
+
+    outputs: tuple[str, ...]  # "q", "k", "v"
+    first: int
+    count: int
+    rows_per_group: int
+
+
+class Inputs(NamedTuple):
+    """What the kernel reads; None is not there."""
+
+    x: jax.Array  # [..., Nkv, G + P, D], in the kernel [M * Nkv * (G + P), D]
+    q_scale: jax.Array  # [D]
+    k_scale: jax.Array | None  # [D]
+    cos: jax.Array | None  # float32 [..., R/2], in the kernel [M, R/2]; None if R = 0
+    sin: jax.Array | None
+    slots: jax.Array | None  # int32 [...], in the kernel [M]; None: token m is in slot m
+    scale: jax.Array | None  # float32 [2], what K and V are divided by before storage
+
+
+class Outputs(NamedTuple):
+    """What it writes: arrays, their shapes, or refs."""
+
+    q: jax.Array  # [M * Nq, D], absorbed [M * Nq, D + R]
+    k: jax.Array | None  # [slots * Nkv, D], of a compact cache [slots * Nkv, R]
+    v: jax.Array | None  # [slots * Nkv, D]
+
+
+def qkv_norm_rope(qkv, q_scale, k_scale, cos, sin, *, mode, eps, interpret=False, launch=None):
+    """See `g4attn_jax.ops.qkv_norm_rope`; `launch` overrides the heuristics, for tuning."""
+    *batch, num_kv_heads, rows, head_dim = qkv.shape
+    num_q_heads = num_kv_heads * (rows - mode.num_kv_projections)
+    q = jax.ShapeDtypeStruct((math.prod(batch) * num_q_heads, head_dim), qkv.dtype)
+    kv = None
+    if mode is not ProjectionMode.Q_ONLY:
+        kv = jax.ShapeDtypeStruct((math.prod(batch) * num_kv_heads, head_dim), qkv.dtype)
+    q, k, v = norm_rope(
+        Inputs(qkv, q_scale, k_scale, cos, sin, None, None),
+        Outputs(q, kv, kv),
+        mode=mode,
+        eps=eps,
+        interpret=interpret,
+        launch=launch,
+    )
+    q = q.reshape(*batch, num_q_heads, head_dim)
+    k, v = (None if x is None else x.reshape(*batch, num_kv_heads, head_dim) for x in (k, v))
+    return q, k, v
+
+
+# Heads from which a launch fills the GPU many times over.
+_MANY_ROWS = 4096
+_FEW_ROWS = 256
+
+
+def choose_launch(num_rows: int, half_bytes: int, *, absorbed: bool) -> Launch:
+    """The launch for `num_rows` heads.
+
+    From `bench/results/h200/tune_qkv_prologue.json`: programs of 2 KiB with a warp for every
+    kibibyte, two heads a program where there are few, and where queries are absorbed and heads are
+    many, programs of 8 KiB with four warps.
+
+    Args:
+        num_rows: heads to be read.
+        half_bytes: of half a head, padding to a power of two included.
+        absorbed: whether queries have D + R numbers.
+    """
+    if num_rows <= _FEW_ROWS:
+        return Launch(block_rows=2, num_warps=2)
+    program_bytes = 8192 if absorbed and num_rows > _MANY_ROWS else 2048
+    block_rows = min(max(1, program_bytes // (2 * half_bytes)), MAX_BLOCK_ROWS)
+    return Launch(block_rows, num_warps=min(block_rows, 4 if program_bytes == 8192 else 2))
+
+
+def norm_rope(inputs: Inputs, outputs: Outputs, *, mode, eps, interpret, launch=None) -> Outputs:
+    """Launches the kernel.
+
+    Args:
+        inputs: what to read.
+        outputs: ShapeDtypeStructs of what to make, arrays of what to write into (aliased).
+        mode: which heads the buffer holds.
+        eps: added to the mean square.
+        interpret: runs the kernel body in Pallas' interpreter.
+        launch: overrides `choose_launch`.
+    """
+    *_, num_kv_heads, rows_per_group, head_dim = inputs.x.shape
+    x = inputs.x.reshape(-1, head_dim)
+    groups = x.shape[0] // rows_per_group
+    given = [array for array in outputs if isinstance(array, jax.Array)]
+    if groups == 0:
+        return Outputs(*(_empty(array) for array in outputs))
+    pairs = inputs.cos.shape[-1]
+    inputs = inputs._replace(
+        x=x,
+        cos=inputs.cos.reshape(-1, pairs) if pairs else None,
+        sin=inputs.sin.reshape(-1, pairs) if pairs else None,
+        slots=None if inputs.slots is None else inputs.slots.reshape(-1),
+    )
+    kinds = _kinds(mode, rows_per_group)
+    half = head_dim // 2
+    width = min(pl.next_power_of_2(half), WARP_LOAD_BYTES // x.dtype.itemsize)
+    if launch is None:
+        launch = choose_launch(
+            groups * sum(kind.count for kind in kinds),
+            pl.next_power_of_2(half) * x.dtype.itemsize,
+            absorbed=outputs.q.shape[-1] != head_dim,
+        )
+    shapes = Outputs(
+        *(None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outputs)
+    )
+    num_inputs = len(jax.tree.leaves(inputs))
+    first_output = len(jax.tree.leaves(shapes)) - len(given)
+    body = functools.partial(
+        _kernel,
+        kinds=kinds,
+        groups=groups,
+        num_kv_heads=num_kv_heads,
+        width=width,
+        eps=eps,
+        launch=launch,
+    )
+    (written,) = pl.pallas_call(
+        body,
+        name="norm_rope",
+        out_shape=(shapes,),
+        grid=(pl.cdiv(groups, launch.block_rows) * sum(kind.count for kind in kinds),),
+        in_specs=jax.tree.map(lambda _: pl.no_block_spec, (inputs, given)),
+        out_specs=(jax.tree.map(lambda _: pl.no_block_spec, shapes),),
+        input_output_aliases={num_inputs + i: first_output + i for i in range(len(given))},
+        compiler_params=plgpu.CompilerParams(num_warps=launch.num_warps, num_stages=1),
+        interpret=interpret,
+    )(inputs, given)
+    return written
+
+
+def _empty(array):
+    """An output of a launch for no tokens."""
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jnp.zeros(array.shape, array.dtype)
+    return array
+
+
+def _kinds(mode, rows_per_group):
+    """The kinds of head in a packed buffer."""
+    group = rows_per_group - mode.num_kv_projections
+    outputs = {
+        ProjectionMode.Q_ONLY: (),
+        ProjectionMode.QK_ONLY: (("k", "v"),),
+        ProjectionMode.QKV_FULL: (("k",), ("v",)),
+    }[mode]
+    kinds = [Kind(("q",), 0, group, rows_per_group)]
+    kinds += [Kind(o, group + i, 1, rows_per_group) for i, o in enumerate(outputs)]
+    return tuple(kinds)
+
+
+def _kernel(inputs, _, outputs, *, kinds, groups, num_kv_heads, width, eps, launch):
+    for kind, mine, rows in rows_of_program(
+        pl.program_id(0), kinds, groups=groups, block_rows=launch.block_rows
+    ):
+
+        @pl.when(mine)
+        def _(kind=kind, rows=rows):
+            _norm_rope_rows(inputs, outputs, kind, rows, num_kv_heads, width, eps)
+
+
+class _Store(NamedTuple):
+    """What is multiplied with rrms and stored."""
+
+    output: str
+    row: jax.Array
+    column: jax.Array
+    value: jax.Array
+    mask: jax.Array | None
+
+
+def _norm_rope_rows(inputs, outputs, kind, rows, num_kv_heads, width, eps):
+    head_dim = inputs.x.shape[-1]
+    half = head_dim // 2
+    token = lax.div(rows.group, jnp.int32(num_kv_heads))
+    row_mask = None if rows.mask is None else rows.mask[:, None]
+    target, target_mask = rows.head, row_mask
+    if kind.outputs != ("q",) and inputs.slots is not None:
+        target, in_range = cache_rows(
+            load(inputs.slots.at[token], rows.mask, token.shape),
+            lax.rem(rows.group, jnp.int32(num_kv_heads)),
+            num_kv_heads=num_kv_heads,
+            num_slots=outputs.v.shape[0] // num_kv_heads,
+        )
+        target_mask = both(in_range[:, None], row_mask)
+
+    squares = jnp.zeros((rows.row.size, width), jnp.float32)
+    stores = []
+    for start in range(0, half, width):
+        piece = _Piece(inputs, rows.row, token, row_mask, start, width, half)
+        squares += piece.low * piece.low + piece.high * piece.high
+        # Scaled and rotated before the sum is known: the compiler would put off loads whose values
+        # are needed only after it, and the row would wait for memory twice.
+        for output in kind.outputs:
+            stores += _STORES[output](piece, inputs, outputs, target, target_mask)
+    rrms = lax.rsqrt(jnp.sum(squares, axis=1) * (1 / head_dim) + eps)[:, None]
+    for store in stores:
+        _store(store, rrms, inputs, outputs)
+
+
+def cache_rows(slot, kv_head, *, num_kv_heads, num_slots):
+    """Rows of slots in an array [num_slots * num_kv_heads, width], and which of them it has."""
+    in_range = (slot >= 0) & (slot < num_slots)
+    return jnp.where(in_range, slot, 0) * num_kv_heads + kv_head, in_range
+
+
+class _Piece:
+    """Columns start .. start + width - 1 of both halves of some rows."""
+
+    def __init__(self, inputs, row, token, row_mask, start, width, half):
+        self.inputs, self.token, self.half = inputs, token, half
+        self.row_mask, self.shape = row_mask, (row.size, width)
+        self.pairs = 0 if inputs.cos is None else inputs.cos.shape[-1]
+        self.column = start + iota(width)[None, :]
+        self.in_half = None if start + width <= half else self.column < half
+        # Which columns rotate: None if all, False if none.
+        self.rotates = self.column < self.pairs
+        if start >= self.pairs:
+            self.rotates = False
+        elif start + width <= self.pairs:
+            self.rotates = None
+        mask = both(self.in_half, row_mask)
+        self.low, self.high = (
+            load(inputs.x.at[row[:, None], c], mask, self.shape).astype(jnp.float32)
+            for c in (self.column, half + self.column)
+        )
+        if self.rotates is not False:
+            mask = both(self.rotates, row_mask)
+            index = token[:, None], self.column
+            self.cos = load(inputs.cos.at[index], mask, self.shape, other=1)
+            self.sin = load(inputs.sin.at[index], mask, self.shape)
+
+    def scaled(self, low, high, scale_ref):
+        """Both halves times a scale."""
+        # Each row loads the scale anew: one row of it that all warps share would go through shared
+        # memory.
+        column = jnp.zeros((self.shape[0], 1), jnp.int32) + self.column
+        return tuple(
+            x * load(scale_ref.at[c], self.in_half, self.shape).astype(jnp.float32)
+            for x, c in ((low, column), (high, self.half + column))
+        )
+
+    def rotated(self, low, high):
+        """Both halves rotated."""
+        if self.rotates is False:
+            return low, high
+        return low * self.cos - high * self.sin, high * self.cos + low * self.sin
+
+
+def _whole(output, piece, low, high, row, mask):
+    """Stores of both halves of a head."""
+    mask = both(piece.in_half, mask)
+    return [
+        _Store(output, row, piece.column, low, mask),
+        _Store(output, row, piece.half + piece.column, high, mask),
+    ]
+
+
+def _band(output, piece, low, high, row, mask, first=0):
+    """Stores of the rotating dims of a head, at columns `first` to `first + R - 1`."""
+    if piece.rotates is False:
+        return []
+    mask = both(piece.rotates, mask)
+    return [
+        _Store(output, row, first + piece.column, low, mask),
+        _Store(output, row, first + piece.pairs + piece.column, high, mask),
+    ]
+
+
+def _store_q(piece, inputs, outputs, row, mask):
+    scaled = piece.scaled(piece.low, piece.high, inputs.q_scale)
+    rotated = piece.rotated(*scaled)
+    if outputs.q.shape[-1] == 2 * piece.half:
+        return _whole("q", piece, *rotated, row, mask)
+    # The absorbed query of a compact cache: scaled as a key, zero where it rotates; what rotates.
+    low, high = piece.scaled(*scaled, inputs.k_scale)
+    if piece.rotates is not False:
+        still = jnp.zeros(piece.shape, bool) if piece.rotates is None else ~piece.rotates
+        low, high = jnp.where(still, low, 0), jnp.where(still, high, 0)
+    return [
+        *_whole("q", piece, low, high, row, mask),
+        *_band("q", piece, *rotated, row, mask, first=2 * piece.half),
+    ]
+
+
+def _store_k(piece, inputs, outputs, row, mask):
+    rotated = piece.rotated(*piece.scaled(piece.low, piece.high, inputs.k_scale))
+    stores = _whole if outputs.k.shape[-1] == 2 * piece.half else _band
+    return stores("k", piece, *rotated, row, mask)
+
+
+def _store_v(piece, inputs, outputs, row, mask):
+    return _whole("v", piece, piece.low, piece.high, row, mask)
+
+
+_STORES = {"q": _store_q, "k": _store_k, "v": _store_v}
+_SCALE_OF = {"k": 0, "v": 1}
+
+
+def _store(store, rrms, inputs, outputs):
+    ref = getattr(outputs, store.output)
+    value = store.value * rrms
+    if store.output in _SCALE_OF and inputs.scale is not None:
+        value *= 1 / inputs.scale[_SCALE_OF[store.output]]
+        # Out of range is NaN, as in XLA; the conversion of the GPU would saturate.
+        value = jnp.where(jnp.abs(value) <= 464, value, jnp.nan)
+    mask = None if store.mask is None else jnp.broadcast_to(store.mask, value.shape)
+    index = store.row[:, None], store.column
+    plgpu.store(ref.at[index], value.astype(ref.dtype), mask=mask)

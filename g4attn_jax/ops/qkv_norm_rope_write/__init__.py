@@ -1,0 +1,113 @@
+"""Everything between the QKV matmul and attention: norm, RoPE and cache write, in one launch."""
+
+from jaxtyping import Array, Float, Int
+
+from g4attn_jax.cache import Cache, CompactKVCache
+from g4attn_jax.config import ProjectionMode
+from g4attn_jax.ops import checks
+from g4attn_jax.ops.implementation import (
+    MIN_COMPUTE_CAPABILITY_FLOAT8,
+    Implementation,
+    differentiable_op,
+    inference_op,
+)
+from g4attn_jax.ops.qkv_norm_rope import check_heads
+from g4attn_jax.ops.qkv_norm_rope_write import reference, triton
+
+_write_op = inference_op(
+    kernel=triton.qkv_norm_rope_write,
+    reference=reference.qkv_norm_rope_write,
+    refusal=(
+        "qkv_norm_rope_write updates a cache and has no derivative; accepted: no cache, "
+        "ops.qkv_norm_rope (Gemma4Attention with cache=None)"
+    ),
+)
+_query_op = differentiable_op(kernel=triton.query, reference=reference.query)
+
+
+def qkv_norm_rope_write(
+    qkv: Float[Array, "*batch Nkv rows D"],
+    q_scale: Float[Array, " D"],
+    k_scale: Float[Array, " D"] | None,
+    cos: Float[Array, "*batch R/2"],
+    sin: Float[Array, "*batch R/2"],
+    slots: Int[Array, "*batch"] | None,
+    cache: Cache,
+    *,
+    mode: ProjectionMode,
+    eps: float = 1e-6,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "*batch Nq width"], Cache]:
+    """Normalises and rotates all heads of a layer and writes K and V into the cache.
+
+    With rms(x) = x * rsqrt(mean(x^2) + eps), in float32 and rounded once, where it is stored:
+
+        q = rope(rms(x_q) * q_scale)      k = rope(rms(x_k) * k_scale)      v = rms(x_v)
+
+    A `KVCache` takes k and v. A `CompactKVCache` takes v and the R rotating dims of k, and q is the
+    absorbed query, of D + R numbers (see there). A Q_ONLY layer writes nothing.
+
+    With the cache donated to a jitted step the update is in place; every other byte of the cache
+    stays as it is. Inference only, but for Q_ONLY: differentiating it raises.
+
+    Args:
+        qkv: [..., Nkv, G + P, D], for each KV head its G query heads, then K, then V. bfloat16,
+            float16 or float32; D even, fastest as a power of two; any number of tokens.
+        q_scale: learned scale of Q, [D], of any dtype that `qkv` may have.
+        k_scale: learned scale of K, [D]. For Q_ONLY that of the layer that made the cache, which
+            is needed if it is compact.
+        cos: float32 [..., R/2], from `rope.rope_cos_sin`; R is 0 to D.
+        sin: float32 [..., R/2].
+        slots: int32 [...], the slot of each token; those that the cache does not have (-1) write
+            nothing, the others must differ. Not read in Q_ONLY, where it may be None.
+        cache: its arrays have the dtype of `qkv`, or float8_e4m3fn together with `cache.scale`.
+        mode: which heads the buffer holds.
+        eps: added to the mean square.
+        implementation: None (the kernel on an NVIDIA GPU of compute capability 8.0 or higher, else
+            XLA), "triton", "xla", or "triton_interpret". float8 needs 8.9 for the kernel.
+
+    Returns:
+        (q, cache): q in the dtype of `qkv`, [..., Nkv * G, D], or [..., Nkv * G, D + R] for a
+        compact cache; the updated cache, in Q_ONLY the given one.
+
+    Raises:
+        ValueError: an argument has the wrong rank, rows, length or dtype, or is missing or surplus.
+        NotImplementedError: "triton" was demanded and there is no supported GPU, or it cannot
+            address a float8 array of 2^31 to 2^32 elements; or the op is differentiated.
+
+    Source: Gemma 4's attention in Hugging Face transformers; the compact form is this project's.
+    """
+    check_heads(qkv, q_scale, k_scale, cos, sin, mode=mode, eps=eps)
+    checks.check_cache(
+        cache,
+        mode=mode,
+        dtype=qkv.dtype,
+        num_kv_heads=qkv.shape[-3],
+        head_dim=qkv.shape[-1],
+        rotary_dim=2 * cos.shape[-1],
+    )
+    constants = {"mode": mode, "eps": eps, "implementation": implementation}
+    form = type(cache)
+    compact = form is CompactKVCache
+    if k_scale is None and (compact or mode is not ProjectionMode.Q_ONLY):
+        raise ValueError(
+            f"k_scale is missing; {mode.name} with a {form.__name__} needs it, of shape "
+            f"({qkv.shape[-1]},)"
+        )
+    if mode is ProjectionMode.Q_ONLY:
+        k_scale = k_scale if compact else None
+        return _query_op(qkv, q_scale, k_scale, cos, sin, form=form, **constants), cache
+    shape, dtype = getattr(slots, "shape", None), getattr(slots, "dtype", None)
+    if dtype != "int32" or shape != qkv.shape[:-3]:
+        raise ValueError(
+            f"slots is a {type(slots).__name__} of shape {shape} and dtype {dtype}; accepted: an "
+            f"array of int32 {qkv.shape[:-3]}"
+        )
+    if cache.scale is not None:
+        constants["min_compute_capability"] = MIN_COMPUTE_CAPABILITY_FLOAT8
+    refusal = triton.refusal(cache)
+    if refusal is not None and implementation is None:
+        constants["implementation"] = "xla"
+    elif refusal is not None and implementation != "xla":
+        raise NotImplementedError(refusal)
+    return _write_op(qkv, q_scale, k_scale, cos, sin, slots, cache, **constants)

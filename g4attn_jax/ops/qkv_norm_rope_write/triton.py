@@ -1,0 +1,85 @@
+"""`qkv_norm_rope_write` as one launch: where the heads lie in a cache of either form."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache, KVCache
+from g4attn_jax.ops.qkv_norm_rope.triton import Inputs, Outputs, norm_rope
+
+
+def refusal(cache: Cache) -> str | None:
+    """Why the kernel cannot write into a cache, or None.
+
+    Pallas' offsets are int32 numbers of elements in arrays of up to 2^32 bytes.
+    """
+    for name, array in zip(cache._fields, cache, strict=True):
+        if array is not None and array.dtype == FLOAT8 and 2**31 < array.size <= 2**32:
+            return (
+                f"cache.{name} has {array.size} elements of float8; the kernel accepts up to 2^31, "
+                "or more than 2^32"
+            )
+    return None
+
+
+def qkv_norm_rope_write(
+    qkv,
+    q_scale,
+    k_scale,
+    cos,
+    sin,
+    slots,
+    cache,
+    *,
+    mode,
+    eps,
+    interpret=False,
+    launch=None,
+):
+    """See `g4attn_jax.ops.qkv_norm_rope_write`; `launch` overrides the heuristics, for tuning."""
+    names = _FIELDS[type(cache)]
+    k, v = (getattr(cache, name) for name in names)
+
+    def run(inputs, k, v):
+        flat = (x.reshape(-1, x.shape[-1]) for x in (k, v))
+        q = _query(inputs.x, inputs.cos, mode, type(cache))
+        return norm_rope(
+            inputs, Outputs(q, *flat), mode=mode, eps=eps, interpret=interpret, launch=launch
+        )
+
+    if cache.scale is not None:
+        # A batch of float8 arrays may be one that `refusal` is about.
+        run = jax.custom_batching.sequential_vmap(run)
+    q, new_k, new_v = run(Inputs(qkv, q_scale, k_scale, cos, sin, slots, cache.scale), k, v)
+    arrays = {names[0]: new_k.reshape(k.shape), names[1]: new_v.reshape(v.shape)}
+    return _heads(q, qkv, mode), cache._replace(**arrays)
+
+
+def query(qkv, q_scale, k_scale, cos, sin, *, form, mode, eps, interpret=False, launch=None):
+    """Q_ONLY: the query for a cache of the given form."""
+    q, _, _ = norm_rope(
+        Inputs(qkv, q_scale, k_scale, cos, sin, None, None),
+        Outputs(_query(qkv, cos, mode, form), None, None),
+        mode=mode,
+        eps=eps,
+        interpret=interpret,
+        launch=launch,
+    )
+    return _heads(q, qkv, mode)
+
+
+# The cache's names of what the kernel calls k and v.
+_FIELDS = {KVCache: ("k", "v"), CompactKVCache: ("k_rot", "v")}
+
+
+def _query(qkv, cos, mode, form):
+    """Shape of q: [M * Nq, D], or for a compact cache [M * Nq, D + R]."""
+    rows = math.prod(qkv.shape[:-2]) * (qkv.shape[-2] - mode.num_kv_projections)
+    width = qkv.shape[-1] + (2 * cos.shape[-1] if form is CompactKVCache else 0)
+    return jax.ShapeDtypeStruct((rows, width), qkv.dtype)
+
+
+def _heads(q, qkv, mode):
+    num_q_heads = qkv.shape[-3] * (qkv.shape[-2] - mode.num_kv_projections)
+    return jnp.reshape(q, (*qkv.shape[:-3], num_q_heads, q.shape[-1]))

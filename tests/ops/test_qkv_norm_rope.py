@@ -1,0 +1,152 @@
+import chex
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from g4attn_jax import ProjectionMode, ops, oracle
+from g4attn_jax.rope import rope_cos_sin
+
+RUNS_HERE = ("xla", "triton_interpret")
+
+
+def random_arguments(mode, batch, num_kv_heads, group, head_dim, rotary_dim, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(head_dim), 3)
+    shape = (*batch, num_kv_heads, group + mode.num_kv_projections, head_dim)
+    qkv = jax.random.normal(keys[0], shape).astype(dtype)
+    q_scale, k_scale = jax.random.normal(keys[1], (2, head_dim)).astype(dtype)
+    positions = jax.random.randint(keys[2], batch, 0, 262144)
+    cos, sin = rope_cos_sin(positions, theta=1e4, head_dim=head_dim, rotary_dim=rotary_dim)
+    return [qkv, q_scale, None if mode is ProjectionMode.Q_ONLY else k_scale, cos, sin]
+
+
+@pytest.mark.parametrize("implementation", RUNS_HERE)
+@hypothesis.given(
+    mode=st.sampled_from(ProjectionMode),
+    batch=st.lists(st.integers(0, 5), min_size=0, max_size=2),
+    num_kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    pairs=st.one_of(st.integers(1, 35), st.sampled_from([48, 64, 160, 256])),
+    rotating=st.sampled_from([0, 0.25, 0.6, 1]),
+    dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+)
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+def test_any_shape(implementation, mode, batch, num_kv_heads, group, pairs, rotating, dtype):
+    rotary_dim = 2 * int(rotating * pairs)
+    arguments = random_arguments(mode, batch, num_kv_heads, group, 2 * pairs, rotary_dim, dtype)
+    outputs = (
+        ops.qkv_norm_rope(*arguments, mode=mode, implementation=implementation),
+        oracle.qkv_norm_rope(*arguments, mode=mode),
+        oracle.qkv_norm_rope(
+            *arguments, mode=mode, norm=oracle.usual_rms_norm, turn=oracle.usual_rotate
+        ),
+    )
+    for ours, exact, usual in zip(*outputs, strict=True):
+        if exact is None:
+            assert ours is None
+            continue
+        assert ours.shape == exact.shape
+        assert ours.dtype == dtype
+        error, usual_error = oracle.max_error(ours, exact), oracle.max_error(usual, exact)
+        assert oracle.no_worse_than(error, usual_error, dtype), (error, usual_error)
+
+
+@pytest.mark.parametrize("implementation", RUNS_HERE)
+@pytest.mark.parametrize("mode", ProjectionMode)
+class TestDifferentiation:
+    def run(self, mode, implementation):
+        return lambda *a: ops.qkv_norm_rope(*a, mode=mode, implementation=implementation)
+
+    def test_forward_and_reverse_against_float64(self, mode, implementation):
+        """Along a random direction of each argument: the oracle's central difference."""
+        arguments = random_arguments(mode, (5,), 2, 3, 24, 12)
+        outputs = jax.eval_shape(self.run(mode, implementation), *arguments)
+        keys = jax.random.split(jax.random.key(1), 3)
+        weights = [
+            None if x is None else jax.random.normal(k, x.shape)
+            for k, x in zip(keys, outputs, strict=True)
+        ]
+
+        def weighted(outputs):
+            pairs = zip(weights, outputs, strict=True)
+            return sum(np.sum(np.asarray(w) * x) for w, x in pairs if x is not None)
+
+        def loss(*arguments):
+            outputs = self.run(mode, implementation)(*arguments)
+            pairs = zip(weights, outputs, strict=True)
+            return sum(jnp.sum(w * x) for w, x in pairs if x is not None)
+
+        exact = [None if a is None else np.asarray(a, np.float64) for a in arguments]
+        indices = [i for i, a in enumerate(arguments) if a is not None]
+        gradients = dict(zip(indices, jax.grad(loss, argnums=indices)(*arguments), strict=True))
+        step = 1e-6
+        for i in indices:
+            direction = np.random.default_rng(i).normal(size=exact[i].shape)
+            ahead, behind = (
+                weighted(
+                    oracle.qkv_norm_rope(
+                        *exact[:i], exact[i] + sign * step * direction, *exact[i + 1 :], mode=mode
+                    )
+                )
+                for sign in (1, -1)
+            )
+            slope = (ahead - behind) / (2 * step)
+            assert np.sum(np.asarray(gradients[i]) * direction) == pytest.approx(slope, rel=1e-4)
+            _, tangent = jax.jvp(
+                lambda x, i=i: loss(*arguments[:i], x, *arguments[i + 1 :]),
+                (arguments[i],),
+                (jnp.asarray(direction, jnp.float32),),
+            )
+            assert float(tangent) == pytest.approx(slope, rel=1e-4)
+
+    def test_nothing_but_the_arguments_is_kept(self, mode, implementation):
+        arguments = random_arguments(mode, (16,), 2, 3, 64, 32, jnp.bfloat16)
+        _, pullback = jax.vjp(self.run(mode, implementation), *arguments)
+        kept = sorted((x.shape, x.dtype.name) for x in jax.tree.leaves(pullback))
+        given = sorted((x.shape, x.dtype.name) for x in jax.tree.leaves(arguments))
+        assert kept == given
+
+    def test_vmap_jit_and_gradient_together(self, mode, implementation):
+        qkv, q_scale, k_scale, cos, sin = random_arguments(mode, (4,), 2, 3, 32, 16)
+
+        def loss(qkv, cos, sin):
+            outputs = self.run(mode, implementation)(qkv, q_scale, k_scale, cos, sin)
+            return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(outputs))
+
+        expected = jax.grad(loss)(qkv, cos, sin)
+        batched = jax.jit(jax.vmap(jax.grad(loss)))(qkv, cos, sin)
+        chex.assert_trees_all_close(batched, expected, rtol=1e-5, atol=1e-6)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"qkv": jnp.zeros((5, 2, 4, 31))}, r"qkv has shape .* its last size, D, must be even"),
+            ({"qkv": jnp.zeros((5, 2, 1, 32))}, "qkv has 1 rows per KV head; QK_ONLY needs"),
+            ({"q_scale": None}, "q_scale is missing"),
+            ({"q_scale": jnp.zeros(16)}, r"q_scale has shape \(16,\); accepted: \(32,\)"),
+            ({"k_scale": None}, "k_scale is missing; QK_ONLY needs it"),
+            ({"mode": ProjectionMode.Q_ONLY}, "k_scale was given; Q_ONLY normalises no K"),
+            ({"cos": jnp.zeros((5, 4), jnp.bfloat16)}, "cos is .* of dtype bfloat16; accepted"),
+            (
+                {"cos": np.zeros((5, 4), np.float64)},
+                "cos is a ndarray of dtype float64; accepted: an array",
+            ),
+            ({"sin": jnp.zeros((4, 4))}, r"sin has shape \(4, 4\); with qkv .* \(5, R/2\)"),
+            ({"cos": jnp.zeros((5, 17))}, r"cos has shape \(5, 17\).* R being at most 32"),
+            ({"sin": jnp.zeros((5, 3))}, r"sin has shape \(5, 3\); cos has \(5, 8\)"),
+            ({"eps": -1.0}, "eps is -1.0; accepted: 0 or more"),
+            ({"mode": 1}, "mode is 1; accepted: ProjectionMode.Q_ONLY"),
+            ({"implementation": "cuda"}, "implementation is 'cuda'; accepted"),
+        ],
+    )
+    def test_refused(self, change, message):
+        mode = ProjectionMode.QK_ONLY
+        names = "qkv", "q_scale", "k_scale", "cos", "sin"
+        values = random_arguments(mode, (5,), 2, 3, 32, 16)
+        arguments = dict(zip(names, values, strict=True)) | {"mode": mode}
+        with pytest.raises(ValueError, match=message):
+            ops.qkv_norm_rope(**(arguments | change))
