@@ -2,6 +2,22 @@
 
 from g4attn_jax import ops
 from g4attn_jax.attention import Gemma4Attention
+from g4attn_jax.cache import CompactKVCache, KVCache
 from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
+from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
+from g4attn_jax.page_allocator import PageAllocator
 
-__all__ = ["AttentionSpec", "Gemma4Attention", "Gemma4Config", "ProjectionMode", "ops"]
+__all__ = [
+    "AttentionSpec",
+    "CompactKVCache",
+    "Contiguous",
+    "Gemma4Attention",
+    "Gemma4Config",
+    "KVCache",
+    "PageAllocator",
+    "Paged",
+    "ProjectionMode",
+    "Ring",
+    "ops",
+    "plan_step",
+]

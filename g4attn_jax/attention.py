@@ -9,12 +9,21 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from g4attn_jax import cache as caches
 from g4attn_jax import ops
-from g4attn_jax.cache import KVCache
+from g4attn_jax.cache import Cache, KVCache
+from g4attn_jax.cached_attention import cached_attention
 from g4attn_jax.config import Gemma4Config, ProjectionMode
+from g4attn_jax.layout import (
+    Contiguous,
+    LayerType,
+    Layout,
+    StepPlan,
+    check_layout,
+    plan_step,
+)
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.implementation import check_implementation
-from g4attn_jax.rope import apply_rope, rope_cos_sin
 
 
 class Gemma4Attention(nnx.Module):
@@ -55,9 +64,9 @@ class Gemma4Attention(nnx.Module):
             config: of the whole model.
             layer: 0 to num_hidden_layers - 1.
             rngs: stream `params` draws the weights.
-            dtype: of activations and cache.
+            dtype: of activations, and of caches unless `init_cache` is told otherwise.
             param_dtype: of the weights; cast to `dtype` in every call where they differ.
-            implementation: of the norm, see `ops.qkv_rms_norm`.
+            implementation: of the kernels, see `ops.qkv_norm_rope_write`.
 
         Raises:
             ValueError: the model has no such layer, a dtype is not bfloat16, float16 or float32, or
@@ -84,85 +93,105 @@ class Gemma4Attention(nnx.Module):
         projects_k = spec.mode is not ProjectionMode.Q_ONLY
         self.k_scale = nnx.Param(jnp.ones(spec.head_dim, param_dtype)) if projects_k else None
 
-    def init_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens, in the layer's dtype.
+    def init_cache(
+        self,
+        layout: Layout,
+        form: type[Cache] = KVCache,
+        *,
+        dtype: jax.typing.DTypeLike | None = None,
+    ) -> Cache:
+        """An empty cache.
+
+        Args:
+            layout: `Contiguous(batch, capacity)`, `Ring` or `Paged`.
+            form: `KVCache`, or for QK_ONLY layers `CompactKVCache`.
+            dtype: of the storage: the layer's, which None is, or float8_e4m3fn, with a scale that
+                lets nothing overflow as long as `k_scale` stays what it is.
 
         Raises:
-            ValueError: the layer is Q_ONLY and has no cache of its own, or a size is below 1.
+            ValueError: the layer is Q_ONLY and has no cache of its own, or cannot have one of this
+                layout, form or dtype.
         """
-        for name, size in (("batch", batch), ("capacity", capacity)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} is {size!r}; accepted: an integer of 1 or more")
+        check_layout(layout)
+        layout.check_step(self.spec, num_tokens=0)
         if self.spec.mode is ProjectionMode.Q_ONLY:
             raise ValueError(
                 f"layer {self.layer} is Q_ONLY: it reads the cache of layer {self.spec.kv_layer}; "
                 "make it with that layer's init_cache"
             )
-        shape = (batch, capacity, self.spec.num_kv_heads, self.spec.head_dim)
-        return KVCache.zeros(shape, self.dtype)
+        dtype = self.dtype if dtype is None else jnp.dtype(dtype)
+        if dtype not in (self.dtype, caches.FLOAT8):
+            raise ValueError(f"dtype is {dtype}; accepted: {self.dtype} or {caches.FLOAT8}")
+        return caches.zeros(
+            form,
+            self.spec,
+            num_pages=layout.num_pages,
+            page_size=layout.page_size,
+            dtype=dtype,
+            scale=caches.float8_scale(self.k_scale[...]) if dtype == caches.FLOAT8 else None,
+        )
 
     def __call__(
         self,
         x: Float[Array, "B T E"],
-        positions: Int[Array, "B T"],
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "B T E"], KVCache]:
+        positions: Int[Array, "B T"] | StepPlan,
+        cache: Cache | None = None,
+        k_scale: Float[Array, " D"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], Cache]:
         """Attends from T new tokens per sequence to them and to what the cache holds.
 
-        A token at position p sees the slots 0 .. p, in a sliding layer the last `sliding_window`
+        A token at position p sees positions 0 .. p, in a sliding layer the last `sliding_window`
         of them. They must have been written: by this call, or by earlier ones into `cache`.
 
         Args:
             x: [B, T, E], the hidden states.
-            positions: integer [B, T]. -1 marks padding: nothing is written, the output is 0.
-                Sequences may be at different positions.
-            cache: from `init_cache` or an earlier call. None is an empty one with room for these T
-                tokens (a prompt alone, or training). A Q_ONLY layer must be given the cache that
+            positions: integer [B, T], in a contiguous cache; -1 marks padding: nothing is written,
+                the output is 0. Or, for any layout, the `StepPlan` that `plan_step` made for all
+                layers of this type.
+            cache: from `init_cache` or an earlier call, of either form. None is an empty one with
+                room for these T tokens (a prompt alone, or training): then the call can be
+                differentiated, with a cache it cannot. A Q_ONLY layer must be given the cache that
                 layer `spec.kv_layer` returned in this step.
+            k_scale: for a Q_ONLY layer that of layer `spec.kv_layer`, needed if the cache is a
+                `CompactKVCache`; for others None.
 
         Returns:
             (y, cache): y [B, T, E] in the layer's dtype, and the updated cache; a Q_ONLY layer
             returns the given one as it is. Donate the cache to a jitted step to update it in place.
 
         Raises:
-            ValueError: an argument has the wrong shape or dtype, or a position does not fit the
-                cache or is there twice in a sequence. Under `jit` positions are unknown: there a
-                token past the capacity writes nothing and its output is NaN; of two tokens at one
-                position either may stay.
+            ValueError: an argument has the wrong shape or dtype, or as `plan_step` raises.
         """
-        if not isinstance(positions, jax.core.Tracer):
-            positions = np.asarray(positions)  # as given: JAX would wrap what int32 does not hold
         x = jnp.asarray(x)
-        self._check_inputs(x, positions)
-        if cache is None:
-            if x.size == 0:
-                raise ValueError(f"x has shape {x.shape}; without a cache B and T must not be 0")
-            cache = self.init_cache(*positions.shape)
-        self._check_cache(cache, positions)
-
-        x, positions = x.astype(self.dtype), _as_int32(positions)
+        self._check_hidden(x)
+        if cache is not None:
+            checks.check_cache(
+                cache,
+                mode=self.spec.mode,
+                dtype=self.dtype,
+                num_kv_heads=self.spec.num_kv_heads,
+                head_dim=self.spec.head_dim,
+                rotary_dim=self.spec.rotary_dim,
+            )
+        plan = self._plan(x, positions, cache)
+        k_scale = self._scale_of_keys(k_scale)
+        x = x.astype(self.dtype)
         qkv = jnp.einsum("bte,eknd->btknd", x, self.qkv_proj[...].astype(self.dtype))
-        q, k, v = ops.qkv_rms_norm(
-            qkv,
-            self.q_scale[...],
-            None if self.k_scale is None else self.k_scale[...],
-            mode=self.spec.mode,
-            eps=self.spec.eps,
-            implementation=self.implementation,
-        )
-        cos, sin = rope_cos_sin(
-            positions,
-            theta=self.spec.rope_theta,
-            head_dim=self.spec.head_dim,
-            rotary_dim=self.spec.rotary_dim,
-        )
-        q = apply_rope(q, cos, sin)
-        if k is not None:
-            cache = cache.write(positions, apply_rope(k, cos, sin), v)
-        o = _attend(q, cache, positions, self.spec.sliding_window)
+        heads = qkv, self.q_scale[...], k_scale, plan.cos, plan.sin
+        constants = {
+            "mode": self.spec.mode,
+            "eps": self.spec.eps,
+            "implementation": self.implementation,
+        }
+        if cache is None:
+            q, k, v = ops.qkv_norm_rope(*heads, **constants)
+            cache = self.init_cache(plan.layout).write(plan.slots, k, v)
+        else:
+            q, cache = ops.qkv_norm_rope_write(*heads, plan.slots, cache, **constants)
+        o = cached_attention(q, cache, plan)
         y = jnp.einsum("btnd,nde->bte", o, self.o_proj[...].astype(self.dtype))
-        # Refused by _check_cache where positions are known; loud where they are not.
-        return jnp.where((positions < cache.capacity)[..., None], y, jnp.nan), cache
+        # Refused by plan_step where positions are known; loud where they are not.
+        return jnp.where(plan.unplaced[..., None], jnp.nan, y), cache
 
     def load_hf(self, state_dict: Mapping[str, Any]) -> None:
         """Takes the weights of a Hugging Face `Gemma4TextAttention`, cast to the param dtype.
@@ -207,105 +236,57 @@ class Gemma4Attention(nnx.Module):
         if kv_projections:
             _assign(self.k_scale, tensors["k_norm.weight"])
 
-    def _check_inputs(self, x, positions):
+    def _check_hidden(self, x):
         if x.ndim != 3 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x has shape {x.shape}; accepted: [B, T, {self.hidden_size}]")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x has dtype {x.dtype}; accepted: a floating-point dtype")
-        if positions.shape != x.shape[:2]:
-            raise ValueError(
-                f"positions has shape {positions.shape}; with x of shape {x.shape} it must be "
-                f"{x.shape[:2]}"
-            )
-        if not jnp.issubdtype(positions.dtype, jnp.signedinteger):
-            raise ValueError(f"positions has dtype {positions.dtype}; accepted: a signed integer")
 
-    def _check_cache(self, cache, positions):
-        if not isinstance(cache, KVCache):
-            raise ValueError(f"cache is a {type(cache).__name__}; accepted: KVCache or None")
-        heads = (self.spec.num_kv_heads, self.spec.head_dim)
-        for name, array in cache._asdict().items():
-            if not isinstance(array, jax.Array) or array.dtype != self.dtype:
-                given = getattr(array, "dtype", None)
+    def _plan(self, x, positions, cache):
+        """The plan of the step, made here unless it was given, and checked against the cache."""
+        if not isinstance(positions, StepPlan):
+            if not isinstance(positions, jax.Array):
+                positions = np.asarray(positions)
+            if positions.shape != x.shape[:2]:
                 raise ValueError(
-                    f"cache.{name} is a {type(array).__name__} of dtype {given}; accepted: a JAX "
-                    f"array of the layer's dtype, {self.dtype}"
+                    f"positions has shape {positions.shape}; with x of shape {x.shape} it must be "
+                    f"{x.shape[:2]}"
                 )
-            shape = array.shape
-            if len(shape) != 4 or shape[0] != positions.shape[0] or shape[2:] != heads:
+            positions = plan_step(self.spec, positions, self._contiguous(x, cache))
+        plan = positions
+        if plan.positions.shape != x.shape[:2]:
+            raise ValueError(
+                f"the plan is for [B, T] = {plan.positions.shape}; x has shape {x.shape}"
+            )
+        if plan.layer_type != LayerType.of(self.spec):
+            raise ValueError(
+                f"the plan is for layers of {plan.layer_type}; layer {self.layer} is of "
+                f"{LayerType.of(self.spec)}"
+            )
+        if cache is not None:
+            pages = plan.layout.num_pages, plan.layout.page_size
+            if cache.v.shape[:2] != pages:
                 raise ValueError(
-                    f"cache.{name} has shape {shape}; layer {self.layer} with {positions.shape[0]} "
-                    f"sequences needs [{positions.shape[0]}, S, {heads[0]}, {heads[1]}]"
+                    f"cache.v has shape {cache.v.shape}; with this layout it must be "
+                    f"[{pages[0]}, {pages[1]}, {self.spec.num_kv_heads}, {self.spec.head_dim}]"
                 )
-        if cache.k.shape != cache.v.shape:
-            raise ValueError(f"cache.v has shape {cache.v.shape}; cache.k has {cache.k.shape}")
-        if isinstance(positions, jax.core.Tracer) or positions.size == 0:
-            return
-        lowest, highest = int(np.min(positions)), int(np.max(positions))
-        if lowest < -1 or highest >= cache.capacity:
+        return plan
+
+    def _contiguous(self, x, cache):
+        if cache is not None:
+            return Contiguous(x.shape[0], cache.v.shape[1])
+        if x.size == 0:
+            raise ValueError(f"x has shape {x.shape}; without a cache B and T must not be 0")
+        return Contiguous(*x.shape[:2])
+
+    def _scale_of_keys(self, given):
+        if self.k_scale is None:
+            return given
+        if given is not None:
             raise ValueError(
-                f"positions has {lowest if lowest < -1 else highest}; accepted: -1 (padding) and "
-                f"0 to {cache.capacity - 1}, the cache's capacity being {cache.capacity}"
+                f"k_scale was given; layer {self.layer} is {self.spec.mode.name} and has its own"
             )
-        in_order = np.sort(positions, axis=1)
-        repeated = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
-        if repeated.any():
-            raise ValueError(
-                f"positions has {in_order[:, 1:][repeated][0]} twice in a sequence; accepted: "
-                "every position once, -1 (padding) excepted"
-            )
-
-
-# Up to this many tokens a sequence a step decodes (16 is the most that speculative decoding
-# verifies at once) and is bound by reading the cache; above, it is a prefill, bound by arithmetic.
-_MAX_DECODE_TOKENS = 16
-
-
-def _attend(q, cache, positions, sliding_window):
-    """softmax(q k^T + mask) v, float32 inside; padding (a negative position) gives zeros."""
-    slot = jnp.arange(cache.capacity)
-    visible = slot <= positions[..., None]
-    if sliding_window is not None:
-        visible &= slot > positions[..., None] - sliding_window
-    k, v = cache
-    if q.shape[1] <= _MAX_DECODE_TOKENS:
-        o = _decode_attention(q, k, v, visible)
-    else:
-        o = jax.nn.dot_product_attention(
-            q, k, v, mask=visible[:, None], scale=1.0, implementation="xla"
-        )
-    return jnp.where((positions >= 0)[..., None, None], o, 0)
-
-
-def _decode_attention(q, k, v, visible):
-    """Attention of few tokens, reading the cache as it lies.
-
-    With a batch axis for KV heads, XLA transposes the whole cache for its matrix products, in
-    every step. Here a cache row is one vector of all KV heads, and a query is zero outside its own:
-    more multiplications, no copy.
-    """
-    batch, tokens, num_q_heads, head_dim = q.shape
-    capacity, num_kv_heads = k.shape[1:3]
-    rows, width = tokens * num_q_heads, num_kv_heads * head_dim
-    own = jax.nn.one_hot(jnp.arange(num_q_heads) * num_kv_heads // num_q_heads, num_kv_heads)
-    own = own[:, :, None] > 0  # [Nq, Nkv, 1]
-    q = jnp.where(own, q[..., None, :], 0).reshape(batch, rows, width)
-    k, v = k.reshape(batch, capacity, width), v.reshape(batch, capacity, width)
-    scores = jnp.einsum("brw,bsw->brs", q, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, tokens, num_q_heads, capacity)
-    scores = jnp.where(visible[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, rows, capacity)
-    o = jnp.einsum("brs,bsw->brw", weights, v)
-    o = o.reshape(batch, tokens, num_q_heads, num_kv_heads, head_dim)
-    return jnp.where(own, o, 0).sum(axis=-2)
-
-
-def _as_int32(positions):
-    """Saturated, not wrapped: a position that int32 does not hold stays past any capacity."""
-    if positions.dtype.itemsize > 4:
-        limits = jnp.iinfo(jnp.int32)
-        positions = positions.clip(limits.min, limits.max)
-    return jnp.asarray(positions, jnp.int32)
+        return self.k_scale[...]
 
 
 def _as_array(name, tensor, shape):

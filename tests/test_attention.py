@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, oracle
-from g4attn_jax.cache import KVCache
+from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache, zeros
+from g4attn_jax.layout import Contiguous, plan_step
 
 # Small, with everything: a window shorter than the sequences, K = V in one model, a shared tail in
 # the other, G of 2 to 4.
@@ -95,7 +96,7 @@ def full_cache(config, layer, x):
     attention = layer_of(config, layer)
     producer = attention.spec.kv_layer
     if producer == layer:
-        return attention.init_cache(B, x.shape[1])
+        return attention.init_cache(Contiguous(B, x.shape[1]))
     return layer_of(config, producer)(x, positions_to(x.shape[1]))[1]
 
 
@@ -115,7 +116,7 @@ def test_prefill_against_float64(config, layer, implementation):
     x = hidden(config)
     y, cache = attention(x, positions_to(T), full_cache(config, layer, x))
     np.testing.assert_allclose(y, expected(config, layer, x), atol=1e-5)
-    assert cache.capacity == T
+    assert cache.v.shape[:2] == (B, T)
 
 
 @on_every_layer
@@ -162,9 +163,8 @@ def test_a_sequence_does_not_depend_on_its_batch(config, layer):
     cache = full_cache(config, layer, x)
     together, _ = attention(x, positions_to(T), cache)
     for b in range(B):
-        alone, _ = attention(
-            x[b : b + 1], positions_to(T)[:1], KVCache(*(a[b : b + 1] for a in cache))
-        )
+        own = jax.tree.map(lambda array, b=b: array[b : b + 1], cache)
+        alone, _ = attention(x[b : b + 1], positions_to(T)[:1], own)
         np.testing.assert_allclose(together[b : b + 1], alone, atol=1e-6)
 
 
@@ -185,7 +185,7 @@ def test_later_tokens_and_those_before_the_window_are_not_seen():
 def test_no_cache_is_an_empty_one_for_these_tokens():
     attention = layer_of(K_EQ_V, 1)
     x = hidden(K_EQ_V)
-    given = attention(x, positions_to(T), attention.init_cache(B, T))
+    given = attention(x, positions_to(T), attention.init_cache(Contiguous(B, T)))
     chex.assert_trees_all_equal(attention(x, positions_to(T)), given)
 
 
@@ -194,7 +194,8 @@ def test_every_gradient_against_the_oracle(config, layer):
     """Along a random direction of each weight and x: the oracle's central difference, float64."""
     attention = layer_of(config, layer)
     x = hidden(config, tokens=7)
-    cache = full_cache(config, layer, x)
+    shared = attention.spec.mode is ProjectionMode.Q_ONLY
+    cache = full_cache(config, layer, x) if shared else None
     graph, params = nnx.split(attention)
     target = jax.random.normal(jax.random.key(5), x.shape)
 
@@ -230,8 +231,7 @@ def test_a_donated_decode_step_updates_the_cache_in_place(config, layer, dtype):
     attention = layer_of(config, layer, dtype=dtype)
     spec, capacity = attention.spec, 4096
     graph, params = nnx.split(attention)
-    shape = (B, capacity, spec.num_kv_heads, spec.head_dim)
-    cache = KVCache.zeros(shape, dtype)
+    cache = zeros(KVCache, spec, num_pages=B, page_size=capacity, dtype=dtype)
 
     @functools.partial(jax.jit, donate_argnums=3)
     def step(params, x, positions, cache):
@@ -241,9 +241,89 @@ def test_a_donated_decode_step_updates_the_cache_in_place(config, layer, dtype):
     memory = step.lower(*arguments, cache).compile().memory_analysis()
     assert memory.alias_size_in_bytes == cache.k.nbytes + cache.v.nbytes
     # That nothing of its size is made beside it is for the GPU: tests/test_compile_for_gpu.py.
-    pointers = [a.unsafe_buffer_pointer() for a in cache]
+    pointers = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(cache)]
     _, cache = step(*arguments, cache)
-    assert [a.unsafe_buffer_pointer() for a in cache] == pointers
+    assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(cache)] == pointers
+
+
+def test_training_is_without_a_cache():
+    """With one the call is inference only, and says so."""
+    attention = layer_of(K_EQ_V, 1)
+    x, cache = hidden(K_EQ_V, 3), attention.init_cache(Contiguous(B, 3))
+    with pytest.raises(NotImplementedError, match="has no derivative; accepted: no cache"):
+        jax.grad(lambda x: jnp.sum(attention(x, positions_to(3), cache)[0]))(x)
+
+
+def test_float8_storage_of_a_layer():
+    """Prefill and decode with either form in float8, within what its 3 bits of mantissa give."""
+    attention = layer_of(K_EQ_V, 1)
+    x = hidden(K_EQ_V)
+    exact = expected(K_EQ_V, 1, x)
+    for form in (KVCache, CompactKVCache):
+        cache = attention.init_cache(Contiguous(B, T), form, dtype=FLOAT8)
+        prompt, last = slice(T - 1), slice(T - 1, T)
+        y, cache = attention(x[:, prompt], positions_to(T)[:, prompt], cache)
+        y_last, cache = attention(x[:, last], positions_to(T)[:, last], cache)
+        y = np.concatenate([y, y_last], axis=1)
+        assert cache.v.dtype == FLOAT8
+        error = np.linalg.norm(y - exact) / np.linalg.norm(exact)
+        assert 1e-3 < error < 6e-2, error
+
+
+class TestCompactForm:
+    """K = V layers of 12B's head dims: 512, of which 128 rotate."""
+
+    config = Gemma4Config.from_hf(
+        COMMON
+        | {
+            "hidden_size": 64,
+            "global_head_dim": 512,
+            "num_hidden_layers": 1,
+            "layer_types": ["full_attention"],
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "num_kv_shared_layers": 0,
+        }
+    )
+
+    def layer(self, dtype):
+        attention = Gemma4Attention(
+            self.config, 0, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=jnp.bfloat16
+        )
+        keys = jax.random.split(jax.random.key(3), 2)
+        # Scores of order 1, as trained scales give, and scales that differ from dim to dim.
+        attention.q_scale[...] = 0.04 * (1 + 0.3 * jax.random.normal(keys[0], 512))
+        attention.k_scale[...] = 1 + 0.3 * jax.random.normal(keys[1], 512)
+        return attention
+
+    def outputs(self, dtype, tokens=64):
+        """(separate, compact), each prefill and decode steps of [2, tokens]."""
+        attention = self.layer(dtype)
+        x = jax.random.normal(jax.random.key(1), (2, tokens, 64)).astype(jnp.bfloat16)
+        positions = jnp.broadcast_to(jnp.arange(tokens), (2, tokens))
+        results = []
+        for form in (KVCache, CompactKVCache):
+            cache, ys = attention.init_cache(Contiguous(2, tokens), form), []
+            for start, stop in ((0, 32), (32, 48), (48, tokens)):
+                y, cache = attention(x[:, start:stop], positions[:, start:stop], cache)
+                ys.append(y)
+            results.append(np.asarray(jnp.concatenate(ys, axis=1)))
+        exact, _ = oracle.attention(attention.spec, weights_of(attention), x)
+        return results, exact
+
+    def test_equals_the_separate_form(self):
+        with jax.default_matmul_precision("highest"):
+            (separate, compact), exact = self.outputs(jnp.float32)
+        np.testing.assert_allclose(compact, separate, atol=2e-5)
+        np.testing.assert_allclose(compact, exact, atol=2e-5)
+
+    def test_bfloat16_errors_side_by_side(self):
+        (separate, compact), exact = self.outputs(jnp.bfloat16)
+        errors = [np.asarray(y).astype(np.float64) - exact for y in (separate, compact)]
+        rms = [np.sqrt(np.mean(e**2)) for e in errors]
+        largest = [np.max(np.abs(e)) for e in errors]
+        assert rms[1] <= 1.25 * rms[0], rms
+        assert largest[1] <= 1.25 * largest[0], largest
 
 
 def test_linen_bridge():
@@ -269,11 +349,14 @@ def test_linen_bridge():
 def test_positions_past_the_capacity():
     attention = layer_of(K_EQ_V, 0)
     x = hidden(K_EQ_V, 2)
-    cache = attention.init_cache(B, 4)
-    for positions, given in (([3, 4], 4), ([0, 99], 99), ([0, -2], -2)):
-        with pytest.raises(ValueError, match=f"positions has {given}; accepted: -1 .* 0 to 3"):
+    cache = attention.init_cache(Contiguous(B, 4))
+    for positions, given in (([3, 4], 4), ([0, 99], 99)):
+        message = f"positions has {given}, for which sequence 0 has no slot; accepted: .* 0 to 3"
+        with pytest.raises(ValueError, match=message):
             attention(x, jnp.array([positions] * B), cache)
-    with pytest.raises(ValueError, match="positions has 3 twice in a sequence"):
+    with pytest.raises(ValueError, match=r"positions has -2; accepted: -1 .* and 0 or more"):
+        attention(x, jnp.array([[0, -2]] * B), cache)
+    with pytest.raises(ValueError, match=r"has 3 in sequence 1 and 3 in sequence 1, .* same slot"):
         attention(x, jnp.array([[0, 1], [3, 3]]), cache)
     # Unknown under jit: nothing is written, and the output says so.
     y, written = jax.jit(lambda x, p, c: attention(x, p, c))(x, jnp.array([[3, 4]] * B), cache)
@@ -284,26 +367,27 @@ def test_positions_past_the_capacity():
 
 def test_positions_that_int32_does_not_hold():
     attention = layer_of(K_EQ_V, 0)
-    x, cache = hidden(K_EQ_V, 2), attention.init_cache(B, 4)
+    x, cache = hidden(K_EQ_V, 2), attention.init_cache(Contiguous(B, 4))
     far = np.array([[2**32, 2**32 + 1]] * B)
-    with pytest.raises(ValueError, match="positions has 4294967297; accepted"):
+    with pytest.raises(ValueError, match="positions has 4294967296, for which sequence 0"):
         attention(x, far, cache)
     with jax.enable_x64(True):
         y, written = jax.jit(lambda x, p, c: attention(x, p, c))(x, far, cache)
-        rows = jnp.ones((B, 2, 2, 16))
-        untouched = cache.write(jnp.asarray(far), rows, rows)
-        np.testing.assert_array_equal(untouched.k, 0)
     assert bool(jnp.isnan(y).all())
     np.testing.assert_array_equal(written.k, 0)
 
 
 def test_positions_of_any_integer_dtype():
     attention = layer_of(K_EQ_V, 0)
-    x, cache = hidden(K_EQ_V, 3), attention.init_cache(B, 300)
+    x, cache = hidden(K_EQ_V, 3), attention.init_cache(Contiguous(B, 300))
     expected, _ = attention(x, positions_to(3), cache)
     for dtype in (np.int8, np.int16, np.int64):
         y, _ = attention(x, np.asarray(positions_to(3), dtype), cache)
         np.testing.assert_array_equal(y, expected)
+
+
+def kv_cache(*shape, dtype=jnp.float32, scale=None):
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scale)
 
 
 class TestBadInput:
@@ -313,7 +397,7 @@ class TestBadInput:
         arguments = {
             "x": hidden(K_EQ_V, 3),
             "positions": positions_to(3),
-            "cache": self.attention.init_cache(B, 8),
+            "cache": self.attention.init_cache(Contiguous(B, 8)),
         }
         return self.attention(**(arguments | changes))
 
@@ -325,16 +409,21 @@ class TestBadInput:
             ({"x": jnp.zeros((B, 3, 48), int)}, "x has dtype int32; accepted: a floating"),
             ({"positions": jnp.arange(3)}, r"positions has shape \(3,\); .* must be \(2, 3\)"),
             ({"positions": jnp.zeros((B, 3))}, "positions has dtype float32; accepted: a signed"),
-            ({"cache": (1, 2)}, "cache is a tuple; accepted: KVCache or None"),
+            ({"cache": (1, 2)}, "cache is a tuple; accepted: KVCache or CompactKVCache"),
             (
-                {"cache": KVCache.zeros((B, 8, 2, 32), jnp.float32)},
-                r"cache.k has shape \(2, 8, 2, 32\); layer 1 with 2 seq.* needs \[2, S, 1, 32\]",
+                {"cache": kv_cache(B, 8, 2, 32)},
+                r"cache.k has shape \(2, 8, 2, 32\); accepted: \[num_pages, page_size, 1, 32\]",
             ),
-            ({"cache": KVCache.zeros((3, 8, 1, 32), jnp.float32)}, "cache.k has shape"),
-            ({"cache": KVCache.zeros((B, 8, 1, 32), jnp.int8)}, "cache.k is .* of dtype int8; acc"),
+            ({"cache": kv_cache(3, 8, 1, 32)}, r"cache.v has shape .*; with this layout .* \[2, 8"),
+            ({"cache": kv_cache(B, 8, 1, 32, dtype=jnp.int8)}, "cache.k is .* of dtype int8; acc"),
+            ({"cache": kv_cache(B, 8, 1, 32, dtype=FLOAT8)}, "together with cache.scale"),
+            (
+                {"cache": kv_cache(B, 8, 1, 32, dtype=FLOAT8, scale=jnp.ones(3))},
+                r"cache.scale has shape \(3,\) .* accepted: float32 \[2\]",
+            ),
             (
                 {"cache": KVCache(None, None)},
-                "cache.k is a NoneType of dtype None; accepted: a JAX",
+                "cache.k is a NoneType of dtype None; accepted: an array",
             ),
             (
                 {"x": jnp.zeros((B, 0, 48)), "positions": positions_to(0), "cache": None},
@@ -342,7 +431,28 @@ class TestBadInput:
             ),
             (
                 {"cache": KVCache(jnp.zeros((B, 8, 1, 32)), jnp.zeros((B, 9, 1, 32)))},
-                "cache.v has shape .* cache.k has",
+                r"the arrays of cache have .*'k': \(2, 8\), 'v': \(2, 9\)",
+            ),
+            (
+                {"cache": CompactKVCache(jnp.zeros((B, 8, 1, 32)), jnp.zeros((B, 8, 1, 32)))},
+                r"cache.k_rot has shape \(2, 8, 1, 32\); accepted: .* 1, 8\]",
+            ),
+            ({"k_scale": jnp.ones(32)}, "k_scale was given; layer 1 is QK_ONLY and has its own"),
+            (
+                {
+                    "positions": plan_step(
+                        K_EQ_V.attention_spec(0), positions_to(3), Contiguous(B, 8)
+                    )
+                },
+                "the plan is for layers of LayerType.*; layer 1 is of LayerType",
+            ),
+            (
+                {
+                    "positions": plan_step(
+                        K_EQ_V.attention_spec(1), positions_to(2), Contiguous(B, 8)
+                    )
+                },
+                r"the plan is for \[B, T\] = \(2, 2\); x has shape \(2, 3, 48\)",
             ),
         ],
     )
@@ -355,13 +465,15 @@ class TestBadInput:
         with pytest.raises(ValueError, match="layer 3 is Q_ONLY: it reads the cache of layer 1"):
             attention(hidden(KV_SHARED, 3), positions_to(3))
         with pytest.raises(ValueError, match="layer 3 is Q_ONLY"):
-            attention.init_cache(1, 8)
+            attention.init_cache(Contiguous(1, 8))
 
-    def test_sizes_of_a_cache(self):
+    def test_caches_that_a_layer_cannot_have(self):
         with pytest.raises(ValueError, match="capacity is 0; accepted: an integer of 1 or more"):
-            self.attention.init_cache(1, 0)
-        with pytest.raises(ValueError, match="batch is -1; accepted: an integer of 1 or more"):
-            self.attention.init_cache(-1, 8)
+            Contiguous(1, 0)
+        with pytest.raises(ValueError, match="dtype is bfloat16; accepted: float32 or float8"):
+            self.attention.init_cache(Contiguous(1, 8), dtype=jnp.bfloat16)
+        with pytest.raises(ValueError, match=r"CompactKVCache .* QKV_FULL layers have none such"):
+            layer_of(K_EQ_V, 0).init_cache(Contiguous(1, 8), CompactKVCache)
 
     def test_dtypes(self):
         for name in ("dtype", "param_dtype"):

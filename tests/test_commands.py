@@ -1,11 +1,12 @@
 import json
-import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from g4attn_jax.__main__ import main
-from g4attn_jax.commands import check, decode
+from g4attn_jax.cache import CompactKVCache, KVCache
+from g4attn_jax.commands import cases, check, decode
 from g4attn_jax.config import _CONFIGS, Gemma4Config, ProjectionMode
 from tests.test_attention import COMMON
 
@@ -30,37 +31,35 @@ def rows_of(output):
     return [line.split() for line in output.splitlines() if line.endswith(("pass", "FAIL"))]
 
 
-def test_decode_prints_a_row_a_layer(tiny_config, capsys):
+def test_decode_prints_a_row_a_layer_and_form(tiny_config, capsys):
     code = main(
         ["decode", "--config", tiny_config, "--batch", "2", "--prompt-len", "9", "--steps", "4"]
     )
     output = capsys.readouterr().out
     assert code == 0
     rows = rows_of(output)
-    assert [row[1] for row in rows] == ["0", "1", "2", "3"]
-    assert [row[2] for row in rows] == ["QKV_FULL", "QK_ONLY", "Q_ONLY", "Q_ONLY"]
+    assert [row[1:3] for row in rows] == [
+        *(["0", "QKV_FULL"], ["1", "QK_ONLY"], ["1", "QK_ONLY"]),
+        *(["2", "Q_ONLY"], ["3", "Q_ONLY"], ["3", "Q_ONLY"]),
+    ]
+    forms = ["KVCache", "KVCache", "CompactKVCache"]
+    assert [row[5] for row in rows] == 2 * forms
+    assert [row[6] for row in rows] == ["128", "128", "80", "0", "0", "0"]
     assert all(row[-1] == "pass" for row in rows)
     assert "all passed" in output
 
 
 def test_decode_of_a_shared_layer_runs_its_producer(tiny_config, capsys):
     assert main(["decode", "--config", tiny_config, "--layers", "3", "--steps", "2"]) == 0
-    assert [row[1] for row in rows_of(capsys.readouterr().out)] == ["3"]
+    assert [row[1] for row in rows_of(capsys.readouterr().out)] == ["3", "3"]
 
 
 def test_decode_fails_where_a_step_is_wrong(tiny_config, capsys, monkeypatch):
-    """A wrong norm in the float32 reference path must show as a failed layer."""
-    module = sys.modules["g4attn_jax.ops.qkv_rms_norm.reference"]
-    original = module.rms_norm
-
-    def wrong(x, *args, **kwargs):
-        y = original(x, *args, **kwargs)
-        return y * jnp.asarray(1.1, y.dtype) if x.dtype == jnp.float32 else y
-
-    monkeypatch.setattr(module, "rms_norm", wrong)
-    # Shapes no other test uses: what JAX has compiled already would hide the change.
+    """A step that is 10 % off the float32 reference path must show as a failed layer."""
+    original = decode._LayerRun._reference
+    monkeypatch.setattr(decode._LayerRun, "_reference", lambda self: 1.1 * original(self))
     assert main(["decode", "--config", tiny_config, "--prompt-len", "13", "--steps", "3"]) == 1
-    assert "FAIL" in capsys.readouterr().out
+    assert all(row[-1] == "FAIL" for row in rows_of(capsys.readouterr().out))
 
 
 def test_defaults_show_all_three_modes():
@@ -100,34 +99,48 @@ def test_presets_and_paths_are_the_same(tmp_path):
 
 
 def test_check_covers_the_published_sweep():
-    cases = list(check.sweep())
-    assert len(cases) == len(set(cases)) == 4 * 3 * 2 * 4
-    assert {case.head_dim for case in cases} == {128, 256, 512}
-    assert {(case.num_q_heads, case.num_kv_heads) for case in cases} == {(32, 16), (16, 8)}
-    assert max(case.tokens for case in cases) == 1024
+    norms = list(cases.norm_sweep())
+    assert len(norms) == len(set(norms)) == 4 * 3 * 2 * 4
+    assert {case.head_dim for case in norms} == {128, 256, 512}
+    assert {(case.num_q_heads, case.num_kv_heads) for case in norms} == {(32, 16), (16, 8)}
+    assert max(case.tokens for case in norms) == 1024
+
+
+def test_check_covers_every_mode_and_form_of_the_prologue():
+    prologues = list(cases.prologue_sweep())
+    assert len(prologues) == len(set(prologues)) == 5 * 3 * 4
+    assert len({(case.mode, case.form) for case in prologues}) == 5
+    assert set(check.sweep()) == {*prologues, *cases.norm_sweep()}
 
 
 @pytest.fixture
 def short_sweep(monkeypatch):
-    cases = [check.Case(mode, 4, 2, 128, 3) for mode in (None, *ProjectionMode)]
-    monkeypatch.setattr(check, "sweep", lambda: iter(cases))
+    norms = [cases.NormCase(mode, 4, 2, 128, 3) for mode in (None, *ProjectionMode)]
+    prologues = [
+        cases.PrologueCase(ProjectionMode.QK_ONLY, form, 4, 2, 128, 32, 3)
+        for form in (KVCache, CompactKVCache)
+    ]
+    monkeypatch.setattr(check, "sweep", lambda: [*norms, *prologues])
 
 
 def test_check_passes(short_sweep, capsys):
     assert main(["check"]) == 0
     rows = rows_of(capsys.readouterr().out)
-    assert len(rows) == 8
+    assert len(rows) == 12
     assert all(row[-1] == "pass" for row in rows)
 
 
 def test_check_fails_with_exit_status_1(short_sweep, capsys, monkeypatch):
-    """A norm that is 1 % off is inside the limits' order of magnitude, and must still fail."""
+    """A norm that is 1.6 % off is inside the limits' order of magnitude, and must still fail."""
 
-    def slightly_off(case, arguments, implementation):
-        outputs = original(case, arguments, implementation)
-        return [None if x is None else (x * jnp.asarray(1.0157, x.dtype)) for x in outputs]
+    def slightly_off(original):
+        def run(case, arguments, implementation):
+            outputs = original(case, arguments, implementation)
+            return jax.tree.map(lambda x: x * jnp.asarray(1.0157, x.dtype), outputs)
 
-    original = check.Case.run
-    monkeypatch.setattr(check.Case, "run", slightly_off)
+        return run
+
+    for case in (cases.NormCase, cases.PrologueCase):
+        monkeypatch.setattr(case, "run", slightly_off(case.run))
     assert main(["check"]) == 1
     assert all(row[-1] == "FAIL" for row in rows_of(capsys.readouterr().out))

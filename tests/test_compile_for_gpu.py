@@ -1,6 +1,7 @@
 """Compiled for NVIDIA GPUs on a machine without one: kernels compile, launches are counted."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ import pytest
 from flax import nnx
 
 from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, ops
-from g4attn_jax.cache import KVCache
-from g4attn_jax.commands.decode import count_norm_launches
-from g4attn_jax.rope import apply_rope, rope_cos_sin
+from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache, bytes_per_token, zeros
+from g4attn_jax.commands.decode import count_launches
+from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
 from tests import gpu_target
 
 pytestmark = pytest.mark.skipif(
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 on_every_gpu = pytest.mark.parametrize("gpu", gpu_target.COMPUTE_CAPABILITIES)
-LAYERS = [("31b", 0), ("31b", 5), ("e2b", 4), ("e2b", 15)]
+LAYERS = [("31b", 0), ("31b", 5), ("e2b", 15)]
 
 
 def struct(*shape, dtype=jnp.bfloat16):
@@ -55,7 +56,7 @@ def test_qkv_rms_norm_is_one_launch(gpu, mode, tokens, nkv, group, d, dtype, sca
     compiled = gpu_target.compile_for(
         gpu, lambda *a: ops.qkv_rms_norm(*a, mode=mode), qkv, *scales(mode, d, scale_dtype)
     )
-    assert count_norm_launches(compiled.as_text()) == 1
+    assert count_launches(compiled.as_text(), "head_norm") == 1
     opcodes = gpu_target.entry_opcodes(compiled)
     assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
     assert opcodes["custom-call"] == 1
@@ -86,7 +87,7 @@ def test_scale_offset_and_v_scale_stay_in_the_launch(gpu, mode):
         qkv,
         *[struct(512)] * 3,
     )
-    assert count_norm_launches(compiled.as_text()) == 1
+    assert count_launches(compiled.as_text(), "head_norm") == 1
     assert set(gpu_target.entry_opcodes(compiled)) <= {*gpu_target.FREE_OPCODES, "custom-call"}
 
 
@@ -100,47 +101,97 @@ def test_vmap_stays_one_launch(gpu, mode):
         qkv,
         *scales(mode, 512),
     )
-    assert count_norm_launches(compiled.as_text()) == 1
+    assert count_launches(compiled.as_text(), "head_norm") == 1
     assert set(gpu_target.entry_opcodes(compiled)) <= {*gpu_target.FREE_OPCODES, "custom-call"}
+
+
+def prologue(mode, form, tokens, nkv, group, d, rotary_dim, dtype=jnp.bfloat16):
+    """Arguments of `qkv_norm_rope_write`; dtype is the cache's."""
+    widths = {"k": d, "v": d} if form is KVCache else {"v": d, "k_rot": rotary_dim}
+    arrays = {name: struct(1024, 64, nkv, width, dtype=dtype) for name, width in widths.items()}
+    scale = struct(2, dtype=jnp.float32) if dtype == FLOAT8 else None
+    return [
+        packed(mode, tokens=tokens, num_kv_heads=nkv, group=group, head_dim=d),
+        *[struct(d)] * 2,
+        *[struct(tokens, rotary_dim // 2, dtype=jnp.float32)] * 2,
+        struct(tokens, dtype=jnp.int32),
+        form(**arrays, scale=scale),
+    ]
+
+
+PROLOGUES = [
+    # mode, form, tokens, Nkv, G, D, R
+    (ProjectionMode.QK_ONLY, KVCache, 1, 4, 8, 512, 128),
+    (ProjectionMode.QK_ONLY, CompactKVCache, 8192, 4, 8, 512, 128),
+    (ProjectionMode.QKV_FULL, KVCache, 2048, 16, 2, 256, 256),
+    (ProjectionMode.QKV_FULL, KVCache, 33, 3, 5, 96, 24),
+    (ProjectionMode.Q_ONLY, KVCache, 128, 1, 8, 512, 128),
+    (ProjectionMode.Q_ONLY, CompactKVCache, 5, 1, 8, 512, 128),
+]
+
+
+@on_every_gpu
+@pytest.mark.parametrize(("mode", "form", "tokens", "nkv", "group", "d", "rotary_dim"), PROLOGUES)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, FLOAT8])
+def test_qkv_norm_rope_write_is_one_launch(
+    gpu, mode, form, tokens, nkv, group, d, rotary_dim, dtype
+):
+    if dtype == FLOAT8 and gpu == "8.0":
+        pytest.skip("has no float8 conversions")
+    arguments = prologue(mode, form, tokens, nkv, group, d, rotary_dim, dtype)
+    compiled = gpu_target.compile_for(
+        gpu, lambda *a: ops.qkv_norm_rope_write(*a, mode=mode), *arguments, donate_argnums=6
+    )
+    opcodes = gpu_target.entry_opcodes(compiled)
+    assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
+    assert opcodes["custom-call"] == count_launches(compiled.as_text(), "norm_rope") == 1
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[6])
+    )
+    assert memory.temp_size_in_bytes < 1024
 
 
 @on_every_gpu
 @pytest.mark.parametrize("mode", ProjectionMode)
-@pytest.mark.parametrize("tokens", [1, 8, 2048])
-def test_prologue_copies_and_slices_nothing(gpu, mode, tokens):
-    """From the hidden state to rotated q and k: nothing but the matmul touches the packed buffer
-    before the norm, and it is the norm's operand as it is."""
-    nkv, group, d = 4, 8, 512
-    weight = struct(
-        2048, *packed(mode, tokens=1, num_kv_heads=nkv, group=group, head_dim=d).shape[1:]
-    )
+def test_qkv_norm_rope_is_one_launch(gpu, mode):
+    arguments = prologue(mode, KVCache, 300, 4, 8, 512, 128)[:5]
+    if mode is ProjectionMode.Q_ONLY:
+        arguments[2] = None
+    compiled = gpu_target.compile_for(gpu, lambda *a: ops.qkv_norm_rope(*a, mode=mode), *arguments)
+    assert count_launches(compiled.as_text(), "norm_rope") == 1
+    assert set(gpu_target.entry_opcodes(compiled)) <= {*gpu_target.FREE_OPCODES, "custom-call"}
 
-    def prologue(x, weight, positions, *scales):
+
+@on_every_gpu
+@pytest.mark.parametrize(("mode", "form", "_", "nkv", "group", "d", "rotary_dim"), PROLOGUES[:5])
+@pytest.mark.parametrize("tokens", [1, 8, 2048])
+def test_nothing_but_the_launch_between_matmul_and_attention(
+    gpu, mode, form, _, nkv, group, d, rotary_dim, tokens
+):
+    """The launch reads what the matmul wrote, as it is, and no cache is copied."""
+    qkv, *arguments = prologue(mode, form, tokens, nkv, group, d, rotary_dim)
+    weight = struct(2048, *qkv.shape[1:])
+
+    def step(x, weight, *arguments):
         qkv = jnp.einsum("me,eknd->mknd", x, weight)
-        q, k, v = ops.qkv_rms_norm(qkv, *scales, mode=mode)
-        cos, sin = rope_cos_sin(positions, theta=1e6, head_dim=d, rotary_dim=128)
-        return apply_rope(q, cos, sin), None if k is None else apply_rope(k, cos, sin), v
+        return ops.qkv_norm_rope_write(qkv, *arguments, mode=mode)
 
     compiled = gpu_target.compile_for(
-        gpu,
-        prologue,
-        struct(tokens, 2048),
-        weight,
-        struct(tokens, dtype=jnp.int32),
-        *scales(mode, d),
+        gpu, step, struct(tokens, 2048), weight, *arguments, donate_argnums=7
     )
-    assert count_norm_launches(compiled.as_text()) == 1
+    assert count_launches(compiled.as_text(), "norm_rope") == 1
     opcodes = gpu_target.entry_opcodes(compiled)
-    assert not {"copy", "slice", "transpose", "dynamic-slice"} & set(opcodes)
-    # Fusions before the norm may only be the matmul and its split-K reduction: nothing else has
-    # as many elements as the packed buffer.
+    assert not {"copy", "slice", "transpose", "dynamic-slice", "scatter"} & set(opcodes)
+    # Fusions may only be the matmul and its split-K reduction: nothing else has as many elements
+    # as the packed buffer.
     text = compiled.as_text()
-    before, _, _ = text[text.index("\nENTRY ") :].partition("__gpu$xla.gpu.triton")
-    size = np.prod(packed(mode, tokens=tokens, num_kv_heads=nkv, group=group, head_dim=d).shape)
+    before, _, after = text[text.index("\nENTRY ") :].partition("__gpu$xla.gpu.triton")
+    assert "fusion(" not in after
     writers = [
         line
         for line in before.splitlines()[:-1]
-        if ("fusion(" in line or "custom-call(" in line) and _elements(line) == size
+        if ("fusion(" in line or "custom-call(" in line) and _elements(line) == np.prod(qkv.shape)
     ]
     assert len(writers) == 1
     assert "dot" in writers[0]
@@ -152,36 +203,78 @@ def _elements(line):
     return np.prod([int(n) for n in shape.split(",") if n])
 
 
-@on_every_gpu
-@pytest.mark.parametrize(("model", "layer"), LAYERS)
+def layouts(spec):
+    yield Contiguous(8, 4096), KVCache
+    yield Paged(struct(8, 64, dtype=jnp.int32), 4096, 64), KVCache
+    if spec.sliding_window is not None:
+        yield Ring(8, spec.sliding_window, 16), KVCache
+    if spec.mode is ProjectionMode.QK_ONLY:
+        yield Contiguous(8, 4096), CompactKVCache
+
+
+def decode_cases():
+    for model, layer in LAYERS:
+        spec = Gemma4Config.preset(model).attention_spec(layer)
+        for layout, form in layouts(spec):
+            yield model, layer, layout, form
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "layout", "form"),
+    list(decode_cases()),
+    ids=lambda x: x.__name__ if isinstance(x, type) else type(x).__name__ if "." in repr(x) else x,
+)
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_decode_step_does_not_copy_the_cache(gpu, model, layer, tokens):
+def test_decode_step_of_a_layer(model, layer, layout, form, tokens):
+    """One launch of the prologue; the cache is updated in place."""
     config = Gemma4Config.preset(model)
     attention = nnx.eval_shape(lambda: Gemma4Attention(config, layer, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(attention)
-    spec, batch, capacity = attention.spec, 8, 4096
-    array = struct(batch, capacity, spec.num_kv_heads, spec.head_dim)
+    spec = attention.spec
+    pages = {"num_pages": layout.num_pages, "page_size": layout.page_size}
+    cache = jax.eval_shape(lambda: zeros(form, spec, **pages, dtype=jnp.bfloat16))
+
+    def step(params, x, positions, cache, layout):
+        plan = plan_step(spec, positions, layout)
+        return nnx.merge(graph, params)(x, plan, cache)
+
     compiled = gpu_target.compile_for(
-        gpu,
-        lambda params, x, positions, cache: nnx.merge(graph, params)(x, positions, cache),
+        "9.0",
+        step,
         params,
-        struct(batch, tokens, config.hidden_size),
-        struct(batch, tokens, dtype=jnp.int32),
-        KVCache(array, array),
+        struct(8, tokens, config.hidden_size),
+        struct(8, tokens, dtype=jnp.int32),
+        cache,
+        layout,
         donate_argnums=3,
     )
-    assert count_norm_launches(compiled.as_text()) == 1
-    cache_bytes = 2 * array.size * array.dtype.itemsize
+    assert count_launches(compiled.as_text(), "norm_rope") == 1
+    cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == cache_bytes
-    # A copy, transpose or conversion of K or of V would be a temporary of half this at least.
-    assert memory.temp_size_in_bytes < cache_bytes / 4
+    # Nothing but the launch writes as much as the smallest array: no copy, transpose, conversion.
+    # (Attention in plain JAX gathers the pages of the batch, an eighth of the pool.)
+    smallest = min(x.size for x in jax.tree.leaves(cache))
+    text = compiled.as_text()
+    for line in text[text.index("\nENTRY ") :].splitlines()[2:]:
+        written_by = re.search(r" ([\w-]+)\(", line)
+        if written_by and written_by[1] not in {*gpu_target.FREE_OPCODES, "custom-call"}:
+            assert _elements(line) < smallest, line
+    if spec.mode is not ProjectionMode.Q_ONLY and not isinstance(layout, Paged):
+        assert cache_bytes == 8 * layout.capacity * bytes_per_token(spec, form)
 
 
 def export_cases():
     for mode in ProjectionMode:
         qkv = packed(mode, tokens=8, num_kv_heads=4, group=8, head_dim=512)
         yield functools.partial(ops.qkv_rms_norm, mode=mode), (qkv, *scales(mode, 512))
+    for mode, form in (
+        (ProjectionMode.QK_ONLY, CompactKVCache),
+        (ProjectionMode.QKV_FULL, KVCache),
+    ):
+        arguments = prologue(mode, form, 8, 4, 8, 512, 128)
+        yield functools.partial(ops.qkv_norm_rope_write, mode=mode), arguments
+        yield functools.partial(ops.qkv_norm_rope, mode=mode), arguments[:5]
     yield ops.q_keqv_rms_norm, (struct(8, 32, 512), struct(8, 4, 512), struct(512), struct(512))
 
 

@@ -11,6 +11,8 @@ import pytest
 from flax import nnx
 
 from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode
+from g4attn_jax.cache import CompactKVCache, KVCache
+from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPT = 12  # of make_golden.py; the window is 8
@@ -47,41 +49,67 @@ def load_layer(model, layer, dtype, implementation=None):
     return attention, arrays
 
 
-def run_layer(model, layer, dtype, implementation=None):
+def layout_of(name, spec, batch, tokens):
+    if name == "contiguous":
+        return Contiguous(batch, tokens)
+    if name == "ring":
+        return Ring(batch, spec.sliding_window, PROMPT)
+    # Pages from the end of the pool, every other one another's.
+    pages = -(-tokens // 16)
+    table = 2 * (batch * pages - 1 - np.arange(batch * pages)).reshape(batch, pages)
+    return Paged(jnp.asarray(table, jnp.int32), 2 * batch * pages, 16)
+
+
+def run_layer(model, layer, dtype, implementation=None, layout="contiguous", form=KVCache):
     """Prefill of PROMPT tokens, then single steps, as the fixture was made; (ours, fixture)."""
     attention, arrays = load_layer(model, layer, dtype, implementation)
     x = jnp.asarray(arrays["x"])
-    cache = _cache_for(model, layer, dtype, attention, x)
+    layout = layout_of(layout, attention.spec, *x.shape[:2])
+    producer, producer_x = attention, None
+    if attention.spec.kv_layer != layer:
+        producer, producer_arrays = load_layer(
+            model, attention.spec.kv_layer, dtype, implementation
+        )
+        producer_x = jnp.asarray(producer_arrays["x"])
+    cache = producer.init_cache(layout, form)
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     ys = []
     bounds = [0, *range(PROMPT, x.shape[1] + 1)]
     for start, stop in itertools.pairwise(bounds):
-        y, cache = attention(x[:, start:stop], positions[:, start:stop], cache)
+        plan = plan_step(attention.spec, positions[:, start:stop], layout)
+        if producer_x is not None:
+            _, cache = producer(producer_x[:, start:stop], plan, cache)
+        y, cache = attention(x[:, start:stop], plan, cache)
         ys.append(y)
     return np.asarray(jnp.concatenate(ys, axis=1)), arrays
 
 
-def _cache_for(model, layer, dtype, attention, x):
-    producer = attention.spec.kv_layer
-    if producer == layer:
-        return attention.init_cache(x.shape[0], x.shape[1])
-    attention, arrays = load_layer(model, producer, dtype)
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    return attention(jnp.asarray(arrays["x"]), positions)[1]
+LAYOUTS_AND_FORMS = [
+    (model, layer, layout, form)
+    for model, layer, mode in LAYERS
+    for layout in ("contiguous", "ring", "paged")
+    for form in (KVCache, CompactKVCache)
+    # Only sliding layers (the even ones) have rings, only K = V layers the compact form.
+    if (layout != "ring" or layer % 2 == 0) and (form is KVCache or mode is ProjectionMode.QK_ONLY)
+]
 
 
 @pytest.mark.parametrize(("model", "layer", "mode"), LAYERS)
-def test_float32_matches_hugging_face(model, layer, mode):
-    with jax.default_matmul_precision("highest"):
-        y, arrays = run_layer(model, layer, jnp.float32)
+def test_modes(model, layer, mode):
     assert Gemma4Config.from_hf(GOLDEN / f"{model}.json").attention_spec(layer).mode is mode
+
+
+@pytest.mark.parametrize(("model", "layer", "layout", "form"), LAYOUTS_AND_FORMS)
+def test_float32_matches_hugging_face(model, layer, layout, form):
+    with jax.default_matmul_precision("highest"):
+        y, arrays = run_layer(model, layer, jnp.float32, None, layout, form)
     np.testing.assert_allclose(y, arrays["y_float32"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", [None, "triton_interpret"])
-@pytest.mark.parametrize(("model", "layer", "mode"), LAYERS)
-def test_bfloat16_is_no_worse_than_hugging_face(model, layer, mode, implementation):
-    y, arrays = run_layer(model, layer, jnp.bfloat16, implementation)
+@pytest.mark.parametrize(("model", "layer", "layout", "form"), LAYOUTS_AND_FORMS)
+def test_bfloat16_is_no_worse_than_hugging_face(model, layer, layout, form, implementation):
+    y, arrays = run_layer(model, layer, jnp.bfloat16, implementation, layout, form)
     exact = arrays["y_float32"].astype(np.float64)
     ours = y.astype(np.float64) - exact
     theirs = arrays["y_bfloat16"].astype(np.float64) - exact

@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 
 from g4attn_jax.attention import Gemma4Attention
-from g4attn_jax.cache import KVCache
-from g4attn_jax.config import AttentionSpec, Gemma4Config
+from g4attn_jax.cache import Cache, CompactKVCache, KVCache, bytes_per_token
+from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
+from g4attn_jax.layout import Contiguous
 
 # Norm-wise, over one step: bfloat16 operands give 1e-3 to 1e-2.
 MAX_RELATIVE_ERROR = 2e-2
@@ -21,11 +22,12 @@ MAX_RELATIVE_ERROR = 2e-2
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one layer's decode steps showed."""
+    """What one layer's decode steps with one form of cache showed."""
 
     layer: int
     spec: AttentionSpec
-    norm_launches: int
+    form: type[Cache]
+    prologue_launches: int
     max_difference: float
     max_relative_error: float
     median_step_ms: float
@@ -33,7 +35,7 @@ class Row:
     @property
     def implementation(self) -> str:
         """What the compiled step holds, rather than what was asked for."""
-        return "triton" if self.norm_launches else "xla"
+        return "triton" if self.prologue_launches else "xla"
 
     @property
     def passed(self) -> bool:
@@ -74,30 +76,23 @@ def decode_layers(
     """Runs each layer by itself: a prefill, then `steps` jitted steps of one token a sequence.
 
     The caches are donated. Every step is compared with the reference path: the same weights in
-    float32 through XLA, prompt and steps in one call. A layer that shares K and V reads the cache
-    of its producer, which is run first whether it is among `layers` or not.
+    float32 through XLA, separate K and V, prompt and steps in one call. A K = V layer runs with
+    either form of cache. A layer that shares K and V reads the caches of its producer, which is run
+    first whether it is among `layers` or not.
     """
     producers = {config.attention_spec(layer).kv_layer for layer in layers}
-    caches = {}
+    runs = {}
     for layer in sorted({*layers, *producers}):
-        kv_layer = config.attention_spec(layer).kv_layer
-        run = _LayerRun(config, layer, batch, prompt_len, steps, seed)
-        row, caches[kv_layer] = run.decode(caches.get(kv_layer))
-        if layer in layers:
-            yield row
-
-
-@dataclasses.dataclass(frozen=True)
-class _Caches:
-    """The caches of a producing layer: the one under test and the reference's."""
-
-    own: KVCache
-    reference: KVCache
+        producer = runs.get(config.attention_spec(layer).kv_layer)
+        runs[layer] = _LayerRun(config, layer, producer, batch, prompt_len, steps, seed)
+        for row in runs[layer].decode():
+            if layer in layers:
+                yield row
 
 
 class _LayerRun:
-    def __init__(self, config, layer, batch, prompt_len, steps, seed):
-        self.config, self.layer, self.batch = config, layer, batch
+    def __init__(self, config, layer, producer, batch, prompt_len, steps, seed):
+        self.config, self.layer = config, layer
         self.prompt_len, self.capacity = prompt_len, prompt_len + steps
         self.attention = Gemma4Attention(config, layer, rngs=nnx.Rngs(seed + layer))
         # With random weights and a scale of 1, scores reach sqrt(D) and softmax picks single keys,
@@ -107,39 +102,57 @@ class _LayerRun:
         shape = (batch, self.capacity, config.hidden_size)
         self.x = jax.random.normal(jax.random.key(seed), shape).astype(jnp.bfloat16)
         self.positions = jnp.broadcast_to(jnp.arange(self.capacity), shape[:2])
+        layout = Contiguous(batch, self.capacity)
+        if producer is None:
+            forms = [KVCache]
+            if self.attention.spec.mode is ProjectionMode.QK_ONLY:
+                forms.append(CompactKVCache)
+            self.caches = {form: self.attention.init_cache(layout, form) for form in forms}
+            self.k_scale = None  # its own
+            self.reference_cache = None
+        else:
+            self.caches, self.reference_cache = dict(producer.caches), producer.reference_cache
+            self.k_scale = producer.attention.k_scale[...]
+        self.layout = layout
 
-    def decode(self, shared: _Caches | None) -> tuple[Row, _Caches]:
-        """Decodes with the producer's caches, or with new ones where this layer is the producer."""
-        expected, reference_cache = self._reference(shared and shared.reference)
-        cache = shared.own if shared else self.attention.init_cache(self.batch, self.capacity)
+    def decode(self) -> Iterator[Row]:
+        """Decodes into the caches of the producer, or new ones where this layer is the producer."""
+        expected = self._reference()
+        for form in self.caches:
+            yield self._decode_with(form, expected)
+
+    def _decode_with(self, form, expected):
+        cache = self.caches[form]
         forward, params = _jitted(self.attention)
         prompt = slice(self.prompt_len)
-        _, cache = forward(params, self.x[:, prompt], self.positions[:, prompt], cache)
+        arguments = self.x[:, prompt], self.positions[:, prompt]
+        _, cache = forward(params, *arguments, cache, self.k_scale)
         steps = range(self.prompt_len, self.capacity)
         tokens = [(self.x[:, t, None], self.positions[:, t, None]) for t in steps]
-        step = forward.lower(params, *tokens[0], cache).compile()
+        step = forward.lower(params, *tokens[0], cache, self.k_scale).compile()
         outputs, times = [], []
         for x, positions in tokens:
             start = time.perf_counter()
-            y, cache = jax.block_until_ready(step(params, x, positions, cache))
+            y, cache = jax.block_until_ready(step(params, x, positions, cache, self.k_scale))
             times.append(time.perf_counter() - start)
             outputs.append(np.asarray(y[:, 0], np.float32))
+        self.caches[form] = cache
         actual = np.stack(outputs, axis=1)
         difference = np.abs(actual - expected)
         per_step = np.linalg.norm(actual - expected, axis=(0, 2)) / np.linalg.norm(
             expected, axis=(0, 2)
         )
-        row = Row(
+        return Row(
             layer=self.layer,
             spec=self.attention.spec,
-            norm_launches=count_norm_launches(step.as_text()),
+            form=form,
+            prologue_launches=count_launches(step.as_text(), "norm_rope"),
             max_difference=float(difference.max()),
             max_relative_error=float(per_step.max()),
             median_step_ms=1e3 * statistics.median(times),
         )
-        return row, _Caches(cache, reference_cache)
 
-    def _reference(self, cache):
+    def _reference(self):
         with jax.default_matmul_precision("highest"):
             reference = Gemma4Attention(
                 self.config,
@@ -151,27 +164,27 @@ class _LayerRun:
             )
             weights = jax.tree.map(lambda w: w.astype(jnp.float32), nnx.state(self.attention))
             nnx.update(reference, weights)
-            if cache is None:
-                cache = reference.init_cache(self.batch, self.capacity)
+            if self.reference_cache is None:
+                self.reference_cache = reference.init_cache(self.layout)
             forward, params = _jitted(reference)
-            y, cache = forward(params, self.x.astype(jnp.float32), self.positions, cache)
-        return np.asarray(y[:, self.prompt_len :]), cache
+            arguments = self.x.astype(jnp.float32), self.positions
+            y, self.reference_cache = forward(params, *arguments, self.reference_cache, None)
+        return np.asarray(y[:, self.prompt_len :])
 
 
-def count_norm_launches(compiled_text: str) -> int:
-    """Launches of the norm kernel in a compiled program."""
+def count_launches(compiled_text: str, kernel: str) -> int:
+    """Launches of a kernel in a compiled program."""
     return sum(
-        "__gpu$xla.gpu.triton" in line and "head_norm" in line
-        for line in compiled_text.splitlines()
+        "__gpu$xla.gpu.triton" in line and kernel in line for line in compiled_text.splitlines()
     )
 
 
 def _jitted(attention):
-    """(f, params) with f(params, x, positions, cache) jitted, the cache donated."""
+    """(f, params), f(params, x, positions, cache, k_scale) jitted, the cache donated."""
     graph, params = nnx.split(attention)
 
-    def forward(params, x, positions, cache):
-        return nnx.merge(graph, params)(x, positions, cache)
+    def forward(params, x, positions, cache, k_scale):
+        return nnx.merge(graph, params)(x, positions, cache, k_scale)
 
     return jax.jit(forward, donate_argnums=3), params
 
@@ -212,11 +225,11 @@ def decode(jobs: Sequence[Job], *, batch: int, prompt_len: int, steps: int) -> i
         f"JAX {jax.__version__}; batch {batch}, prompt {prompt_len}, {steps} decode steps, "
         "bfloat16, random weights"
     )
-    layout = "{:<17} {:>5} {:<8} {:>7} {:>8} {:>13} {:>14} {:>9}  {}"
+    layout = "{:<17} {:>5} {:<8} {:>7} {:>8} {:<14} {:>11} {:>17} {:>14} {:>9}  {}"
     print(
         layout.format(
-            *("model", "layer", "mode", "Nq/Nkv", "head_dim", "norm launches", "max difference"),
-            *("median ms", "ran"),
+            *("model", "layer", "mode", "Nq/Nkv", "head_dim", "cache", "bytes/token"),
+            *("prologue launches", "max difference", "median ms", "ran"),
         )
     )
     failures = 0
@@ -237,7 +250,9 @@ def decode(jobs: Sequence[Job], *, batch: int, prompt_len: int, steps: int) -> i
                     row.spec.mode.name,
                     f"{row.spec.num_q_heads}/{row.spec.num_kv_heads}",
                     row.spec.head_dim,
-                    row.norm_launches or "fused by XLA",
+                    row.form.__name__,
+                    bytes_per_token(row.spec, row.form),
+                    row.prologue_launches or "fused by XLA",
                     f"{row.max_difference:.2e}",
                     f"{row.median_step_ms:.3f}",
                     f"{row.implementation} on {device}: {'pass' if row.passed else 'FAIL'}",
