@@ -11,4 +11,6 @@ python3 -m g4attn_jax decode --config gemma-4-e2b gemma-4-31b --batch 8 --steps 
 python3 -m g4attn_jax check || status=1
 python3 -m bench.qkv_norm --out "$out" || status=1
 python3 -m bench.tune_qkv_norm --out "$out" || status=1
+python3 -m bench.qkv_prologue --out "$out" || status=1
+python3 -m bench.tune_qkv_prologue --out "$out" || status=1
 exit $status
