@@ -1,3 +1,4 @@
+import jax
 import pytest
 
 from g4attn_jax.ops.implementation import triton_refusal
@@ -10,3 +11,11 @@ def pytest_collection_modifyitems(items):
     if reason is not None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=f"needs a supported NVIDIA GPU; {reason}"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_compiled_programs():
+    """XLA's CPU backend maps memory for every program; thousands of them pass the limit of Linux
+    (vm.max_map_count), and the process dies."""
+    yield
+    jax.clear_caches()

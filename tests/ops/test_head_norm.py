@@ -32,19 +32,20 @@ def test_programs_share_out_the_rows(kinds, groups, block_rows):
 
     def rows(program):
         return [
-            (mine, row, head, jnp.ones_like(row, bool) if mask is None else mask)
-            for _, mine, row, head, mask in rows_of_program(
+            (mine, *rows[:3], jnp.ones_like(rows.row, bool) if rows.mask is None else rows.mask)
+            for _, mine, rows in rows_of_program(
                 program, kinds, groups=groups, block_rows=block_rows
             )
         ]
 
     per_kind = jax.vmap(rows)(programs)
     assert np.all(sum(np.asarray(mine, int) for mine, *_ in per_kind) == 1)
-    for kind, (mine, row, head, mask) in zip(kinds, per_kind, strict=True):
+    for kind, (mine, group, row, head, mask) in zip(kinds, per_kind, strict=True):
         used = np.asarray(mine)[:, None] & np.asarray(mask)
-        row, head = np.asarray(row)[used], np.asarray(head)[used]
+        group, row, head = (np.asarray(x)[used] for x in (group, row, head))
         np.testing.assert_array_equal(np.sort(head), np.arange(groups * kind.count))
-        group, in_group = np.divmod(head, kind.count)
+        expected_group, in_group = np.divmod(head, kind.count)
+        np.testing.assert_array_equal(group, expected_group)
         np.testing.assert_array_equal(row, group * kind.rows_per_group + kind.first + in_group)
 
 
