@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from g4attn_jax import cache as caches
 from g4attn_jax import ops
 from g4attn_jax.cache import Cache, KVCache
-from g4attn_jax.cached_attention import cached_attention
+from g4attn_jax.cached_attention import MAX_DECODE_TOKENS, cached_attention
 from g4attn_jax.config import Gemma4Config, ProjectionMode
 from g4attn_jax.layout import (
     Contiguous,
@@ -188,7 +188,7 @@ class Gemma4Attention(nnx.Module):
             cache = self.init_cache(plan.layout).write(plan.slots, k, v)
         else:
             q, cache = ops.qkv_norm_rope_write(*heads, plan.slots, cache, **constants)
-        o = cached_attention(q, cache, plan)
+        o = self._attend(q, cache, plan)
         y = jnp.einsum("btnd,nde->bte", o, self.o_proj[...].astype(self.dtype))
         # Refused by plan_step where positions are known; loud where they are not.
         return jnp.where(plan.unplaced[..., None], jnp.nan, y), cache
@@ -235,6 +235,19 @@ class Gemma4Attention(nnx.Module):
         _assign(self.q_scale, tensors["q_norm.weight"])
         if kv_projections:
             _assign(self.k_scale, tensors["k_norm.weight"])
+
+    def _attend(self, q, cache, plan):
+        window = self.spec.sliding_window
+        if q.shape[1] > MAX_DECODE_TOKENS:
+            return cached_attention(q, cache, plan.placed(), plan.layout, sliding_window=window)
+        return ops.decode_attention(
+            q,
+            cache,
+            plan.layout.pages(),
+            plan.placed(),
+            sliding_window=window,
+            implementation=self.implementation,
+        )
 
     def _check_hidden(self, x):
         if x.ndim != 3 or x.shape[-1] != self.hidden_size:

@@ -200,6 +200,20 @@ def float8_scale(k_scale: Float[Array, " D"]) -> Float[Array, "2"]:
     return largest * math.sqrt(k_scale.shape[-1]) / float(jnp.finfo(FLOAT8).max)
 
 
+def float8_refusal(cache: Cache) -> str | None:
+    """Why a kernel cannot address a cache, or None.
+
+    Pallas' offsets are int32 numbers of elements in arrays of up to 2^32 bytes.
+    """
+    for name, array in zip(cache._fields, cache, strict=True):
+        if array is not None and array.dtype == FLOAT8 and 2**31 < array.size <= 2**32:
+            return (
+                f"cache.{name} has {array.size} elements of float8; kernels accept up to 2^31, or "
+                "more than 2^32"
+            )
+    return None
+
+
 def bytes_per_token(
     spec: AttentionSpec, form: type[Cache] = KVCache, dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> int:

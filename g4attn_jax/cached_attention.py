@@ -2,20 +2,26 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from g4attn_jax.cache import Cache
-from g4attn_jax.layout import StepPlan
+from g4attn_jax.layout import Layout, key_positions
 
 # Up to this many tokens a sequence a step decodes (16 is the most that speculative decoding
 # verifies at once) and is bound by reading the cache; above, it is a prefill, bound by arithmetic.
-_MAX_DECODE_TOKENS = 16
+MAX_DECODE_TOKENS = 16
 
 
 def cached_attention(
-    q: Float[Array, "B T Nq width"], cache: Cache, plan: StepPlan
+    q: Float[Array, "B T Nq width"],
+    cache: Cache,
+    positions: Int[Array, "B T"],
+    layout: Layout,
+    *,
+    sliding_window: int | None,
+    scale: float = 1.0,
 ) -> Float[Array, "B T Nq D"]:
-    """softmax(q k^T + mask) v with scale 1, float32 inside.
+    """softmax(scale q k^T + mask) v, float32 inside.
 
     A token at position p sees the keys at positions 0 .. p, in a sliding layer the last
     `sliding_window` of them.
@@ -25,44 +31,48 @@ def cached_attention(
             multiplied with.
         cache: with the new tokens already in it. What no token sees may be anything; in a
             contiguous or ring cache that is decoded from, anything finite.
-        plan: of the step.
+        positions: int32 [B, T], each with a slot, -1 for padding.
+        layout: of the cache.
+        sliding_window: keys that a token sees, its own included; None: all.
+        scale: of the scores.
 
     Returns:
         [B, T, Nq, D] in q's dtype; zeros for padding.
     """
-    few = q.shape[1] <= _MAX_DECODE_TOKENS
+    few = q.shape[1] <= MAX_DECODE_TOKENS
     if few:
         multiply, combine = _multiply_few, _combine_few
     else:
         multiply, combine = _multiply, _combine
     scores, start = 0.0, 0
-    for array, scale in cache.key_parts:
+    for array, array_scale in cache.key_parts:
         stop = start + array.shape[-1]
-        k = plan.layout.sequences(array).astype(q.dtype)
+        k = layout.sequences(array).astype(q.dtype)
         part = multiply(q[..., start:stop], k)
-        scores += part if scale is None else part * scale
+        scores += part if array_scale is None else part * array_scale
         start = stop
-    visible = _visible(plan)
+    visible = _visible(positions, layout, sliding_window)
+    scores = scores if scale == 1 else scores * scale
     scores = jnp.where(visible[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    array, scale = cache.value_part
-    v = plan.layout.sequences(array)
+    array, array_scale = cache.value_part
+    v = layout.sequences(array)
     if not few or v is not array:
         # What nobody sees may be anything, and a weight of 0 does not undo a NaN. Decoding from a
         # cache that is read as it lies, this would copy it in every step.
         v = jnp.where(visible.any(axis=1)[..., None, None], v, 0)
     o = combine(weights, v.astype(q.dtype))
-    if scale is not None:
-        o *= scale
-    return jnp.where((plan.positions >= 0)[..., None, None], o, 0).astype(q.dtype)
+    if array_scale is not None:
+        o *= array_scale
+    return jnp.where((positions >= 0)[..., None, None], o, 0).astype(q.dtype)
 
 
-def _visible(plan):
+def _visible(positions, layout, sliding_window):
     """[B, T, C], whether a token sees a slot."""
-    key, query = plan.key_positions()[:, None, :], plan.positions[..., None]
+    key, query = key_positions(positions, layout)[:, None, :], positions[..., None]
     visible = (key >= 0) & (key <= query)
-    if plan.layer_type.sliding_window is not None:
-        visible &= key > query - plan.layer_type.sliding_window
+    if sliding_window is not None:
+        visible &= key > query - sliding_window
     return visible
 
 

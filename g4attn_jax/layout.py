@@ -38,9 +38,8 @@ class _OnePagePerSequence:
         """Slots of a page."""
         return self.capacity
 
-    def pages(self) -> Int[Array, "B 1"]:
-        """The page table: the identity."""
-        return jnp.arange(self.batch, dtype=jnp.int32)[:, None]
+    def pages(self) -> None:
+        """The page table; None is the identity."""
 
     def sequences(self, array: Float[Array, "B C *rest"]) -> Float[Array, "B C *rest"]:
         """The slots of each sequence: the array as it is."""
@@ -247,14 +246,29 @@ class StepPlan:
         """Tokens that are no padding and have no slot: they can be neither stored nor attended."""
         return (self.positions >= 0) & (self.slots < 0)
 
+    def placed(self) -> Int[Array, "B T"]:
+        """The positions, -1 for tokens without a slot too."""
+        return jnp.where(self.unplaced, -1, self.positions)
+
     def key_positions(self) -> Int[Array, "B C"]:
         """The position of the token in each of a sequence's slots, negative where there is none."""
-        capacity = self.layout.capacity
-        placed = jnp.where(self.slots >= 0, self.positions, -1)
-        last = jnp.max(placed, axis=1, initial=-1)[:, None]
-        newest = last - (last - jnp.arange(capacity, dtype=jnp.int32)) % capacity
-        has_page = jnp.repeat(self.layout.pages() >= 0, self.layout.page_size, axis=1)
-        return jnp.where(has_page, newest, -1)
+        return key_positions(self.placed(), self.layout)
+
+
+def key_positions(positions: Int[Array, "B T"], layout: Layout) -> Int[Array, "B C"]:
+    """The position of the token in each of a sequence's slots, negative where there is none.
+
+    Args:
+        positions: of the newest tokens, all of which have slots, -1 for padding.
+        layout: of the cache.
+    """
+    capacity = layout.capacity
+    last = jnp.max(positions, axis=1, initial=-1)[:, None]
+    newest = last - (last - jnp.arange(capacity, dtype=jnp.int32)) % capacity
+    pages = layout.pages()
+    if pages is None:
+        return newest
+    return jnp.where(jnp.repeat(pages >= 0, layout.page_size, axis=1), newest, -1)
 
 
 def plan_step(spec: AttentionSpec, positions: Int[Array, "B T"], layout: Layout) -> StepPlan:

@@ -431,7 +431,7 @@ class TestBadInput:
             ),
             (
                 {"cache": KVCache(jnp.zeros((B, 8, 1, 32)), jnp.zeros((B, 9, 1, 32)))},
-                r"the arrays of cache have .*'k': \(2, 8\), 'v': \(2, 9\)",
+                r"the arrays of cache have .*'k': \(2, 8, 1\), 'v': \(2, 9, 1\)",
             ),
             (
                 {"cache": CompactKVCache(jnp.zeros((B, 8, 1, 32)), jnp.zeros((B, 8, 1, 32)))},

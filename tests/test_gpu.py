@@ -273,6 +273,47 @@ def test_thousand_donated_steps_take_no_memory(form):
     assert bool((jnp.abs(cache.v[:, :steps].astype(jnp.float32)).max(axis=(2, 3)) > 0).all())
 
 
+@pytest.mark.parametrize("form", [KVCache, CompactKVCache])
+@pytest.mark.parametrize(
+    ("batch", "context", "num_kv_heads", "group", "head_dim", "window", "tokens"),
+    [
+        (2, 5000, 4, 8, 512, None, 1),
+        (1, 4096, 1, 16, 512, None, 6),
+        (3, 1024, 16, 2, 256, 1024, 4),
+        (2, 2048, 2, 4, 256, 512, 16),
+    ],
+)
+def test_decode_attention_at_real_shapes(
+    batch, context, num_kv_heads, group, head_dim, window, tokens, form
+):
+    """In bfloat16, next to XLA's error against float32."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (batch, context, num_kv_heads)
+    v = jax.random.normal(keys[0], (*shape, head_dim), jnp.bfloat16)
+    width = 128 if form is CompactKVCache else head_dim
+    k = jax.random.normal(keys[1], (*shape, width), jnp.bfloat16)
+    cache = CompactKVCache(v, k) if form is CompactKVCache else KVCache(k, v)
+    width = sum(part.array.shape[-1] for part in cache.key_parts)
+    q = jax.random.normal(keys[2], (batch, tokens, num_kv_heads * group, width)) * head_dim**-0.5
+    q = q.astype(jnp.bfloat16)
+    last = context - 1 - 100 * jnp.arange(batch)[:, None]
+    positions = (last - tokens + 1 + jnp.arange(tokens)).astype(jnp.int32)
+
+    def run(q, cache, implementation):
+        return ops.decode_attention(
+            q, cache, None, positions, sliding_window=window, implementation=implementation
+        )
+
+    with jax.default_matmul_precision("highest"):
+        exact = run(*jax.tree.map(lambda x: x.astype(jnp.float32), (q, cache)), "xla")
+    errors = [
+        np.linalg.norm(np.asarray(run(q, cache, which), np.float32) - np.asarray(exact))
+        for which in ("triton", "xla")
+    ]
+    assert errors[0] <= 1.25 * errors[1]
+    np.testing.assert_array_equal(run(q, cache, "triton"), run(q, cache, "triton"))
+
+
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_is_clean(tool):

@@ -175,7 +175,8 @@ class _LayerRun:
 def count_launches(compiled_text: str, kernel: str) -> int:
     """Launches of a kernel in a compiled program."""
     return sum(
-        "__gpu$xla.gpu.triton" in line and kernel in line for line in compiled_text.splitlines()
+        "__gpu$xla.gpu.triton" in line and f'name = "{kernel}"' in line
+        for line in compiled_text.splitlines()
     )
 
 

@@ -1,5 +1,6 @@
 """The kernels, each behind a plain function with a `jnp` reference."""
 
+from g4attn_jax.ops.decode_attention import decode_attention
 from g4attn_jax.ops.implementation import Implementation
 from g4attn_jax.ops.q_keqv_rms_norm import q_keqv_rms_norm
 from g4attn_jax.ops.qkv_norm_rope import qkv_norm_rope
@@ -8,6 +9,7 @@ from g4attn_jax.ops.qkv_rms_norm import qkv_rms_norm
 
 __all__ = [
     "Implementation",
+    "decode_attention",
     "q_keqv_rms_norm",
     "qkv_norm_rope",
     "qkv_norm_rope_write",

@@ -77,8 +77,25 @@ def check_cache(
         if mode is ProjectionMode.QKV_FULL:
             raise ValueError("cache is a CompactKVCache; QKV_FULL accepts KVCache")
         widths = {"v": head_dim, "k_rot": rotary_dim}
-    accepted = jnp.dtype(dtype) if cache.scale is None else FLOAT8
     for name, width in widths.items():
+        shape = getattr(getattr(cache, name), "shape", ())
+        if len(shape) == 4 and shape[2:] != (num_kv_heads, width):
+            raise ValueError(
+                f"cache.{name} has shape {shape}; accepted: [num_pages, page_size, {num_kv_heads}, "
+                f"{width}]"
+            )
+    check_cache_arrays(cache, dtype=dtype)
+
+
+def check_cache_arrays(cache: Cache, *, dtype: jax.typing.DTypeLike) -> None:
+    """Refuses a cache whose arrays do not go together, or not with activations of a dtype.
+
+    Raises:
+        ValueError: naming the array, what was given and what is accepted.
+    """
+    accepted = jnp.dtype(dtype) if cache.scale is None else FLOAT8
+    names = cache._fields[:2]
+    for name in names:
         array = getattr(cache, name)
         if getattr(array, "dtype", None) != accepted:
             raise ValueError(
@@ -86,14 +103,16 @@ def check_cache(
                 f"{getattr(array, 'dtype', None)}; accepted: an array of the layer's dtype, "
                 f"{dtype}, or of float8_e4m3fn together with cache.scale"
             )
-        if array.ndim != 4 or array.shape[2:] != (num_kv_heads, width) or 0 in array.shape:
+        if array.ndim != 4 or 0 in array.shape:
             raise ValueError(
-                f"cache.{name} has shape {array.shape}; accepted: [num_pages, page_size, "
-                f"{num_kv_heads}, {width}], none of them 0"
+                f"cache.{name} has shape {array.shape}; accepted: [num_pages, page_size, Nkv, "
+                "width], none of them 0"
             )
-    pages = {name: getattr(cache, name).shape[:2] for name in widths}
-    if len(set(pages.values())) > 1:
-        raise ValueError(f"the arrays of cache have [num_pages, page_size] {pages}; accepted: one")
+    heads = {name: getattr(cache, name).shape[:3] for name in names}
+    if len(set(heads.values())) > 1:
+        raise ValueError(
+            f"the arrays of cache have [num_pages, page_size, Nkv] {heads}; accepted: one"
+        )
     scale = cache.scale
     if scale is not None and (jnp.shape(scale) != (2,) or jnp.result_type(scale) != "float32"):
         raise ValueError(
@@ -122,12 +141,21 @@ def check_eps(eps: float, scale_offset: float) -> None:
     Raises:
         ValueError: naming the argument, what was given and what is accepted.
     """
-    for name, value in (("eps", eps), ("scale_offset", scale_offset)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            raise ValueError(f"{name} is {value!r}; accepted: a finite Python number")
+    check_number("eps", eps)
+    check_number("scale_offset", scale_offset)
     if eps < 0:
         raise ValueError(f"eps is {eps!r}; accepted: 0 or more")
+
+
+def check_number(name: str, value: float) -> None:
+    """Refuses what is not a finite Python number.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; accepted: a finite Python number")
 
 
 def check_dtype(name: str, dtype: jax.typing.DTypeLike | None) -> None:

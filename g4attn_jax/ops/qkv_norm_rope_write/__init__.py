@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from g4attn_jax.cache import Cache, CompactKVCache
+from g4attn_jax.cache import Cache, CompactKVCache, float8_refusal
 from g4attn_jax.config import ProjectionMode
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.implementation import (
@@ -105,7 +105,7 @@ def qkv_norm_rope_write(
         )
     if cache.scale is not None:
         constants["min_compute_capability"] = MIN_COMPUTE_CAPABILITY_FLOAT8
-    refusal = triton.refusal(cache)
+    refusal = float8_refusal(cache)
     if refusal is not None and implementation is None:
         constants["implementation"] = "xla"
     elif refusal is not None and implementation != "xla":

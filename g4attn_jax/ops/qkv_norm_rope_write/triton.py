@@ -5,22 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache, KVCache
+from g4attn_jax.cache import CompactKVCache, KVCache
 from g4attn_jax.ops.qkv_norm_rope.triton import Inputs, Outputs, norm_rope
-
-
-def refusal(cache: Cache) -> str | None:
-    """Why the kernel cannot write into a cache, or None.
-
-    Pallas' offsets are int32 numbers of elements in arrays of up to 2^32 bytes.
-    """
-    for name, array in zip(cache._fields, cache, strict=True):
-        if array is not None and array.dtype == FLOAT8 and 2**31 < array.size <= 2**32:
-            return (
-                f"cache.{name} has {array.size} elements of float8; the kernel accepts up to 2^31, "
-                "or more than 2^32"
-            )
-    return None
 
 
 def qkv_norm_rope_write(
@@ -49,7 +35,7 @@ def qkv_norm_rope_write(
         )
 
     if cache.scale is not None:
-        # A batch of float8 arrays may be one that `refusal` is about.
+        # A batch of float8 arrays may be one that `float8_refusal` is about.
         run = jax.custom_batching.sequential_vmap(run)
     q, new_k, new_v = run(Inputs(qkv, q_scale, k_scale, cos, sin, slots, cache.scale), k, v)
     arrays = {names[0]: new_k.reshape(k.shape), names[1]: new_v.reshape(v.shape)}

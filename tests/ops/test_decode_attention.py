@@ -1,0 +1,278 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from g4attn_jax import ops
+from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
+from g4attn_jax.ops.decode_attention.triton import choose_launch
+
+KERNEL = ["triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+on_both = pytest.mark.parametrize("implementation", ["xla", *KERNEL])
+on_the_kernel = pytest.mark.parametrize("implementation", KERNEL)
+
+
+def formula(q, cache, page_table, positions, *, sliding_window=None, scale=1.0):
+    """Position by position, in float64."""
+    q = np.asarray(q, np.float64)
+    num_pages, page_size, num_kv_heads, head_dim = cache.v.shape
+    table = np.arange(len(q))[:, None] if page_table is None else np.asarray(page_table)
+    capacity = table.shape[1] * page_size
+
+    def rows(part):
+        array = np.asarray(part.array, np.float64).reshape(num_pages * page_size, num_kv_heads, -1)
+        return array if part.scale is None else array * np.float64(part.scale)
+
+    k = np.concatenate([rows(part) for part in cache.key_parts], axis=-1)
+    v = rows(cache.value_part)
+    group = q.shape[2] // num_kv_heads
+    o = np.zeros((*q.shape[:3], head_dim))
+    for b, t in np.argwhere(np.asarray(positions) >= 0):
+        last = int(positions[b, t])
+        seen = np.arange(
+            0 if sliding_window is None else max(0, last - sliding_window + 1), last + 1
+        )
+        place = seen % capacity
+        slots = table[b, place // page_size] * page_size + place % page_size
+        for head in range(q.shape[2]):
+            scores = scale * k[slots, head // group] @ q[b, t, head]
+            weights = np.exp(scores - scores.max())
+            o[b, t, head] = weights @ v[slots, head // group] / weights.sum()
+    return o
+
+
+def case(
+    last,
+    tokens=1,
+    num_kv_heads=2,
+    group=2,
+    head_dim=16,
+    compact=False,
+    pages=None,
+    capacity=None,
+    dtype=jnp.float32,
+    storage=None,
+    poison=np.nan,
+):
+    """q, cache, page table and positions; slots of positions that no sequence has hold poison.
+
+    Args:
+        last: the newest position of each sequence, -1 for none.
+        pages: pages of a sequence, of 16; None is one of `capacity`.
+    """
+    rng = np.random.default_rng(len(last) + tokens + head_dim)
+    batch, rotary = len(last), 8
+    table = None if pages is None else rng.permutation(batch * pages + 3)[: batch * pages]
+    shape = (batch, capacity) if pages is None else (batch * pages + 3, 16)
+    q = rng.normal(size=(batch, tokens, num_kv_heads * group, head_dim + compact * rotary))
+    positions = np.array([np.arange(n - tokens + 1, n + 1) for n in last], np.int32)
+    positions = np.maximum(positions, -1)
+    table = None if table is None else table.reshape(batch, pages).astype(np.int32)
+    held = np.zeros(shape, bool)
+    for b, n in enumerate(last):
+        place = np.arange(n + 1) % (shape[1] if table is None else pages * 16)
+        page = b if table is None else table[b, place // 16]
+        held[page, place % shape[1]] = True
+    widths = (head_dim, rotary) if compact else (head_dim, head_dim)
+    arrays = [
+        np.where(held[..., None, None], rng.normal(size=(*shape, num_kv_heads, w)), poison)
+        for w in widths
+    ]
+    scale = None if storage is None else jnp.array([0.5, 0.25])
+    form = CompactKVCache if compact else KVCache
+    cache = form(*(jnp.asarray(a, storage or dtype) for a in arrays), scale)
+    table = None if table is None else jnp.asarray(table)
+    return jnp.asarray(0.5 * q, dtype), cache, table, jnp.asarray(positions)
+
+
+TILE = 64
+CASES = {
+    "one token": {"last": [5, 0, 40], "capacity": 48},
+    "empty and full sequences": {"last": [-1, 0, 143], "capacity": 144, "tokens": 2},
+    "ends around a tile": {"last": [TILE - 1, TILE, TILE + 1, TILE - 2], "capacity": 150},
+    "several tokens": {"last": [70, 3, 15], "capacity": 96, "tokens": 6},
+    "16 tokens, 16 heads a group": {"last": [60, 20], "capacity": 64, "tokens": 16, "group": 16},
+    "paged": {"last": [70, -1, 3, 79], "pages": 5, "tokens": 3},
+    "compact": {"last": [70, 3], "capacity": 96, "compact": True, "tokens": 2, "group": 3},
+    "compact, paged": {"last": [70, 33], "pages": 5, "compact": True},
+    "odd sizes": {"last": [70, 33], "pages": 5, "head_dim": 24, "num_kv_heads": 3, "group": 5},
+}
+WINDOWS = {
+    "window inside a tile": {"last": [70, 3, 19], "capacity": 96, "sliding_window": 10},
+    "window of whole tiles": {"last": [200, 127, 128], "capacity": 256, "sliding_window": TILE},
+    "window of one": {"last": [70, 0], "capacity": 96, "sliding_window": 1},
+    "window past the start": {"last": [70, 9], "pages": 5, "sliding_window": 500, "tokens": 4},
+    "ring, wrapped": {
+        "last": [300, 63, 64, 127, 130],
+        "capacity": 64,
+        "sliding_window": 56,
+        "tokens": 4,
+    },
+}
+
+
+@on_both
+@pytest.mark.parametrize("name", [*CASES, *WINDOWS])
+def test_against_float64(name, implementation):
+    """Slots that no sequence holds are NaN, where the cache is not read as a whole."""
+    sizes = dict(CASES.get(name) or WINDOWS[name])
+    window = sizes.pop("sliding_window", None)
+    if implementation == "xla" and "pages" not in sizes:
+        sizes["poison"] = 1e4  # see cached_attention
+    arguments = case(**sizes)
+    o = ops.decode_attention(*arguments, sliding_window=window, implementation=implementation)
+    exact = formula(*arguments, sliding_window=window)
+    np.testing.assert_allclose(o, exact, atol=2e-6)
+    np.testing.assert_array_equal(np.asarray(o)[np.asarray(arguments[3]) < 0], 0)
+
+
+@on_both
+@pytest.mark.parametrize("compact", [False, True])
+def test_scale_and_float8(compact, implementation):
+    arguments = case(
+        [70, 3], capacity=96, compact=compact, storage=FLOAT8, poison=1.0, dtype=jnp.float32
+    )
+    o = ops.decode_attention(*arguments, scale=0.7, implementation=implementation)
+    np.testing.assert_allclose(o, formula(*arguments, scale=0.7), atol=2e-6)
+
+
+@on_the_kernel
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("compact", [False, True])
+def test_half_precision_is_no_worse_than_xla(compact, dtype, implementation):
+    """The usual path rounds the weights before it divides by their sum; so do we."""
+    arguments = case([400, 300], capacity=512, compact=compact, dtype=dtype, head_dim=64, poison=1)
+    exact = formula(*arguments)
+    errors = []
+    for which in (implementation, "xla"):
+        o = ops.decode_attention(*arguments, implementation=which)
+        errors.append(np.asarray(o, np.float64) - exact)
+    ours, theirs = map(np.linalg.norm, errors)
+    assert ours <= 1.25 * theirs
+
+
+@on_the_kernel
+def test_splits_agree(implementation):
+    arguments = case([500, 3, 77], capacity=512)
+    exact = formula(*arguments)
+    for splits in (1, 2, 3, 8, 64):
+        o = ops.decode_attention(*arguments, num_splits=splits, implementation=implementation)
+        np.testing.assert_allclose(o, exact, atol=2e-6)
+
+
+@on_the_kernel
+def test_a_sequence_does_not_depend_on_its_batch(implementation):
+    """To the last bit, at one number of splits."""
+    q, cache, table, positions = case([70, 3, 79], pages=5, tokens=3)
+    together = ops.decode_attention(
+        q, cache, table, positions, num_splits=3, implementation=implementation
+    )
+    for b in range(3):
+        alone = ops.decode_attention(
+            q[b : b + 1],
+            cache,
+            table[b : b + 1],
+            positions[b : b + 1],
+            num_splits=3,
+            implementation=implementation,
+        )
+        np.testing.assert_array_equal(alone[0], together[b])
+
+
+@on_the_kernel
+def test_no_page_is_not_read(implementation):
+    """A hole in the table, and at run time a page outside the cache, are as if nothing was."""
+    q, cache, table, positions = case([70], pages=5)
+    for page in (-1, cache.v.shape[0], 2**30, -5):
+        holed = table.at[0, 1].set(page)
+        o = jax.jit(
+            lambda t: ops.decode_attention(q, cache, t, positions, implementation=implementation)
+        )(holed)
+        expected = ops.decode_attention(
+            q, cache, table.at[0, 1].set(-1), positions, implementation="xla"
+        )
+        assert np.isfinite(o).all()
+        np.testing.assert_allclose(o, expected, atol=2e-6)
+
+
+@on_both
+def test_gradients_are_the_formulas(implementation):
+    q, cache, table, positions = case([20, 7], capacity=24, tokens=2, poison=0.0)
+    weights = np.random.default_rng(0).normal(size=(2, 2, 4, 16))
+
+    def loss(q, k, v):
+        o = ops.decode_attention(q, KVCache(k, v), table, positions, implementation=implementation)
+        return jnp.sum(o * weights)
+
+    exact = [np.asarray(a, np.float64) for a in (q, cache.k, cache.v)]
+    gradients = jax.grad(loss, argnums=(0, 1, 2))(q, cache.k, cache.v)
+    for i, gradient in enumerate(gradients):
+        direction = np.random.default_rng(i).normal(size=exact[i].shape)
+        ahead, behind = (
+            np.sum(
+                weights
+                * formula(
+                    *_moved(exact, i, sign * 1e-6 * direction), positions=positions, page_table=None
+                )
+            )
+            for sign in (1, -1)
+        )
+        slope = (ahead - behind) / 2e-6
+        assert np.sum(np.asarray(gradient) * direction) == pytest.approx(slope, rel=1e-4)
+
+
+def _moved(arrays, i, change):
+    q, k, v = (a + change if j == i else a for j, a in enumerate(arrays))
+    return q, KVCache(k, v)
+
+
+def test_launches_are_ones_that_fit():
+    """Powers of two, and tiles and queries within the shared memory of compute capability 8.0."""
+    for head_dim in (64, 256, 512):
+        for rows in (1, 16, 48, 256):
+            for compact in (False, True):
+                key_bytes = 2 * head_dim + (256 if compact else 2 * head_dim)
+                for batch in (1, 8, 64):
+                    launch = choose_launch(
+                        batch=batch,
+                        num_kv_heads=4,
+                        rows=rows,
+                        key_bytes=key_bytes,
+                        q_row_bytes=2 * (head_dim + 128 * compact),
+                        max_keys=8192,
+                    )
+                    for number in (launch.block_rows, launch.block_keys, launch.num_warps):
+                        assert number & (number - 1) == 0
+                    assert 1 <= launch.num_splits <= 8192 // launch.block_keys
+                    in_flight = launch.block_keys * key_bytes * (launch.num_stages - 1)
+                    assert in_flight + 2 * launch.block_rows * (head_dim + 128) < 166_912
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"q": jnp.zeros((2, 17, 4, 16))}, r"q has shape .*; accepted: .* T from 1 to 16"),
+            ({"q": jnp.zeros((2, 1, 5, 16))}, "Nq a multiple of 2, the cache's KV heads"),
+            ({"q": jnp.zeros((2, 1, 4, 24))}, "q has 24 numbers a head; with this KVCache .* 16"),
+            ({"q": jnp.zeros((2, 4, 16))}, r"q has shape \(2, 4, 16\); accepted: \[..., B, T"),
+            ({"cache": None}, "cache is a NoneType; accepted"),
+            ({"cache": KVCache(*jnp.zeros((2, 10, 16, 2, 16), int))}, "cache.k .* dtype int32"),
+            ({"positions": np.zeros((2, 1), np.int64)}, r"dtype int64; accepted: int32 \(2, 1\)"),
+            ({"positions": jnp.zeros(2, jnp.int32)}, r"positions has shape \(2,\)"),
+            ({"positions": jnp.full((2, 1), 80)}, r"positions has 80; accepted: .* 0 to 79"),
+            ({"page_table": jnp.full((2, 5), 13)}, r"page_table has 13; accepted: .* 0 to 12"),
+            ({"page_table": jnp.full((2, 5), -2)}, "page_table has -2; accepted: -1"),
+            ({"page_table": jnp.zeros((3, 5), jnp.int32)}, r"page_table has shape \(3, 5\)"),
+            ({"page_table": None}, "page_table is None and .* accepted .* 2 pages"),
+            ({"sliding_window": 0}, "sliding_window is 0; accepted: None or an integer of 1"),
+            ({"num_splits": 0}, "num_splits is 0; accepted: None or an integer of 1"),
+            ({"scale": float("nan")}, "scale is nan; accepted: a finite Python number"),
+            ({"implementation": "cuda"}, "implementation is 'cuda'; accepted"),
+        ],
+    )
+    def test_refused(self, change, message):
+        names = "q", "cache", "page_table", "positions"
+        arguments = dict(zip(names, case([70, 3], pages=5), strict=True))
+        with pytest.raises(ValueError, match=message):
+            ops.decode_attention(**(arguments | change))
