@@ -1,4 +1,4 @@
-"""How the benchmarks measure: kernel times by CUPTI, copy rate, where the results go."""
+"""How the benchmarks measure and report: kernel times by CUPTI, copy rate, JSON, plots."""
 
 import argparse
 import json
@@ -157,3 +157,45 @@ def write_json(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> 
     lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     body = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     path.write_text("\n".join(["{", *lines, ' "rows": [', body, " ]", "}"]) + "\n")
+
+
+def launch_rows(shape: Any, tokens: int, num_rows: int, times: dict, chosen: Any) -> list[dict]:
+    """Rows of a tuning's JSON, a launch each; prints the best and the one the heuristic chose.
+
+    Args:
+        shape: with `fields()`.
+        tokens: M.
+        num_rows: heads that are read.
+        times: microseconds by launch.
+        chosen: one of the launches.
+    """
+    best = min(times, key=times.get)
+    print(
+        f"{shape!s:<30} M={tokens:<5} rows={num_rows:<7} best {tuple(best)} {times[best]:.2f} us, "
+        f"chosen {tuple(chosen)} {times[chosen]:.2f} us",
+        flush=True,
+    )
+    head = {**shape.fields(), "tokens": tokens, "num_rows": num_rows}
+    return [{**head, **launch._asdict(), "us": round(us, 3)} for launch, us in times.items()]
+
+
+def plot_times(axis: Any, title: str, rows: list[dict], lines: dict[str, tuple]) -> None:
+    """Time against tokens, and the memory limit.
+
+    Args:
+        axis: of matplotlib.
+        title: of the panel.
+        rows: of one shape.
+        lines: (label, color, marker) by the prefix of a field; one that a row lacks is left out.
+    """
+    tokens = [row["tokens"] for row in rows]
+    for name, (label, color, marker) in lines.items():
+        times = [row[f"{name}_us"] for row in rows]
+        if None not in times:
+            axis.loglog(tokens, times, color=color, marker=marker, ms=4, label=label)
+    axis.loglog(tokens, [row["limit_us"] for row in rows], "k--", lw=1, label="memory limit")
+    axis.set(title=title, ylim=(0.8, None), xlabel="tokens", ylabel="kernel time, us")
+    axis.set_xticks(tokens, [str(t) for t in tokens])
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.3)

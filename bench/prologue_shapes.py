@@ -26,11 +26,15 @@ class Shape(NamedTuple):
     rotary_dim: int
 
     def __str__(self):
-        form = "compact" if self.form is CompactKVCache else "separate"
         heads = f"{self.num_q_heads}/{self.num_kv_heads}/{self.head_dim}"
         if self.mode is ProjectionMode.Q_ONLY:
             return f"{self.mode.name} {heads}"
-        return f"{self.mode.name} {heads} {form}"
+        return f"{self.mode.name} {heads} {self.fields()['form']}"
+
+    def fields(self) -> dict:
+        """What a row of a JSON says of it."""
+        form = "compact" if self.form is CompactKVCache else "separate"
+        return {**self._asdict(), "mode": self.mode.name, "form": form}
 
     @property
     def rows_in(self) -> int:

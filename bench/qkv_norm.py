@@ -7,7 +7,14 @@ Writes qkv_norm.json and qkv_norm.png. All read the same packed buffer.
 
 import functools
 
-from bench.measure import copy_gbps, kernel_time, machine, output_folder, write_json
+from bench.measure import (
+    copy_gbps,
+    kernel_time,
+    machine,
+    output_folder,
+    plot_times,
+    write_json,
+)
 from bench.qkv_shapes import SHAPES, TOKENS, Shape
 from g4attn_jax import ProjectionMode, ops
 from g4attn_jax.ops.head_norm.triton import head_norm
@@ -38,10 +45,7 @@ def variants(mode: ProjectionMode):
 def measure_row(shape: Shape, tokens: int, gbps: float) -> dict:
     """One row of the JSON."""
     row = {
-        "mode": shape.mode.name,
-        "num_q_heads": shape.num_q_heads,
-        "num_kv_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
+        **shape.fields(),
         "tokens": tokens,
         "limit_us": round(shape.bytes(tokens) / gbps / 1e3, 3),
         "three_launch_us": None,
@@ -64,7 +68,8 @@ def missed_bars(row: dict) -> list[str]:
         if ratio < minimum:
             missed.append(f"{name} {ratio:.2f} < {minimum}")
 
-    bar("1/launches", 1 / row["ours_launches"], 1)
+    if row["ours_launches"] != 1:
+        missed.append(f"{row['ours_launches']} launches")
     if row["mode"] == "Q_ONLY":
         bar("xla/ours", row["xla_us"] / ours, 1.0)
     elif tokens <= 32:
@@ -90,17 +95,7 @@ def plot(rows: list[dict], head: dict, path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
     for axis, shape in zip(axes.flat, SHAPES, strict=True):
         mine = [r for r in rows if _shape_of(r) == shape]
-        tokens = [r["tokens"] for r in mine]
-        for name, (label, color, marker) in lines.items():
-            if all(r[f"{name}_us"] is not None for r in mine):
-                times = [r[f"{name}_us"] for r in mine]
-                axis.loglog(tokens, times, color=color, marker=marker, ms=4, label=label)
-        axis.loglog(tokens, [r["limit_us"] for r in mine], "k--", lw=1, label="memory limit")
-        axis.set(title=str(shape), ylim=(0.8, None), xlabel="tokens", ylabel="kernel time, us")
-        axis.set_xticks(tokens, [str(t) for t in tokens])
-        axis.minorticks_off()
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.grid(alpha=0.3)
+        plot_times(axis, str(shape), mine, lines)
     figure.suptitle(f"RMSNorm of Q, K and V (Nq/Nkv/D), bfloat16, {head['gpu']}, JAX {head['jax']}")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=110)

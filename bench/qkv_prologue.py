@@ -15,7 +15,14 @@ import functools
 
 import jax.numpy as jnp
 
-from bench.measure import copy_gbps, kernel_time, machine, output_folder, write_json
+from bench.measure import (
+    copy_gbps,
+    kernel_time,
+    machine,
+    output_folder,
+    plot_times,
+    write_json,
+)
 from bench.prologue_shapes import SHAPES, Shape
 from g4attn_jax import ProjectionMode, ops
 from g4attn_jax.cache import CompactKVCache
@@ -68,12 +75,7 @@ def variants(mode: ProjectionMode):
 def measure_row(shape: Shape, tokens: int, gbps: float) -> dict:
     """One row of the JSON."""
     row = {
-        "mode": shape.mode.name,
-        "form": "compact" if shape.form is CompactKVCache else "separate",
-        "num_q_heads": shape.num_q_heads,
-        "num_kv_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "rotary_dim": shape.rotary_dim,
+        **shape.fields(),
         "tokens": tokens,
         "limit_us": round(shape.bytes(tokens) / gbps / 1e3, 3),
     }
@@ -94,7 +96,8 @@ def missed_bars(row: dict) -> list[str]:
         if ratio < minimum:
             missed.append(f"{name} {ratio:.2f} < {minimum}")
 
-    bar("1/launches", 1 / row["ours_launches"], 1)
+    if row["ours_launches"] != 1:
+        missed.append(f"{row['ours_launches']} launches")
     if row["mode"] != "Q_ONLY" and tokens <= 2048:
         bar("xla/ours", row["xla_us"] / ours, 2.5 if tokens == 1 else 4.0)
     if tokens == 8192:
@@ -115,16 +118,7 @@ def plot(rows: list[dict], head: dict, path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
     for axis, shape in zip(axes.flat, SHAPES, strict=False):
         mine = rows[SHAPES.index(shape) * len(TOKENS) :][: len(TOKENS)]
-        tokens = [r["tokens"] for r in mine]
-        for name, (label, color, marker) in lines.items():
-            times = [r[f"{name}_us"] for r in mine]
-            axis.loglog(tokens, times, color=color, marker=marker, ms=4, label=label)
-        axis.loglog(tokens, [r["limit_us"] for r in mine], "k--", lw=1, label="memory limit")
-        axis.set(title=str(shape), ylim=(0.8, None), xlabel="tokens", ylabel="kernel time, us")
-        axis.set_xticks(tokens, [str(t) for t in tokens])
-        axis.minorticks_off()
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.grid(alpha=0.3)
+        plot_times(axis, str(shape), mine, lines)
     axes.flat[-1].axis("off")
     axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc="center")
     figure.suptitle(

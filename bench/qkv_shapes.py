@@ -31,6 +31,10 @@ class Shape(NamedTuple):
         """G: query heads per KV head."""
         return self.num_q_heads // self.num_kv_heads
 
+    def fields(self) -> dict:
+        """What a row of a JSON says of it."""
+        return {**self._asdict(), "mode": self.mode.name}
+
     def bytes(self, tokens: int) -> int:
         """Bytes that must move: the packed buffer once in, q, k and v once out."""
         p = self.mode.num_kv_projections

@@ -7,7 +7,7 @@ Writes tune_qkv_norm.json, a row for each shape, number of tokens and launch.
 
 import functools
 
-from bench.measure import kernel_time, machine, output_folder, write_json
+from bench.measure import kernel_time, launch_rows, machine, output_folder, write_json
 from bench.qkv_shapes import SHAPES
 from g4attn_jax.ops.head_norm.triton import Launch, choose_launch
 from g4attn_jax.ops.qkv_rms_norm import triton
@@ -40,26 +40,8 @@ def main():
                 ).us
                 for launch in LAUNCHES
             }
-            rows += [
-                {
-                    "mode": shape.mode.name,
-                    "num_q_heads": shape.num_q_heads,
-                    "num_kv_heads": shape.num_kv_heads,
-                    "head_dim": shape.head_dim,
-                    "tokens": tokens,
-                    "num_rows": num_rows,
-                    "block_rows": launch.block_rows,
-                    "num_warps": launch.num_warps,
-                    "us": round(us, 3),
-                }
-                for launch, us in times.items()
-            ]
-            best, chosen = min(times, key=times.get), choose_launch(num_rows, 2 * shape.head_dim)
-            print(
-                f"{shape!s:<22} M={tokens:<5} rows={num_rows:<7} best {tuple(best)} "
-                f"{times[best]:.2f} us, chosen {tuple(chosen)} {times[chosen]:.2f} us",
-                flush=True,
-            )
+            chosen = choose_launch(num_rows, 2 * shape.head_dim)
+            rows += launch_rows(shape, tokens, num_rows, times, chosen)
     write_json(
         folder / "tune_qkv_norm.json",
         machine() | {"command": "python -m bench.tune_qkv_norm"},

@@ -7,7 +7,7 @@ Writes tune_qkv_prologue.json, a row for each shape, number of tokens and launch
 
 import functools
 
-from bench.measure import kernel_time, machine, output_folder, write_json
+from bench.measure import kernel_time, launch_rows, machine, output_folder, write_json
 from bench.prologue_shapes import SHAPES
 from g4attn_jax import ProjectionMode
 from g4attn_jax.cache import CompactKVCache
@@ -48,29 +48,9 @@ def main():
                 launch: kernel_time(launched(shape, launch), calls, 5, state=cache).us
                 for launch in LAUNCHES
             }
-            rows += [
-                {
-                    "mode": shape.mode.name,
-                    "form": shape.form.__name__,
-                    "num_q_heads": shape.num_q_heads,
-                    "num_kv_heads": shape.num_kv_heads,
-                    "head_dim": shape.head_dim,
-                    "tokens": tokens,
-                    "num_rows": num_rows,
-                    "block_rows": launch.block_rows,
-                    "num_warps": launch.num_warps,
-                    "us": round(us, 3),
-                }
-                for launch, us in times.items()
-            ]
-            best = min(times, key=times.get)
             absorbed = shape.form is CompactKVCache
             chosen = choose_launch(num_rows, shape.head_dim, absorbed=absorbed)
-            print(
-                f"{shape!s:<30} M={tokens:<5} rows={num_rows:<7} best {tuple(best)} "
-                f"{times[best]:.2f} us, chosen {tuple(chosen)} {times[chosen]:.2f} us",
-                flush=True,
-            )
+            rows += launch_rows(shape, tokens, num_rows, times, chosen)
     write_json(
         folder / "tune_qkv_prologue.json",
         machine() | {"command": "python -m bench.tune_qkv_prologue"},
