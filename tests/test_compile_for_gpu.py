@@ -322,6 +322,14 @@ def export_cases():
         arguments = prologue(mode, form, 8, 4, 8, 512, 128)
         yield functools.partial(ops.qkv_norm_rope_write, mode=mode), arguments
         yield functools.partial(ops.qkv_norm_rope, mode=mode), arguments[:5]
+    for form, width in ((KVCache, 512), (CompactKVCache, 640)):
+        cache = prologue(ProjectionMode.QK_ONLY, form, 8, 4, 8, 512, 128)[6]
+        q, positions = struct(8, 1, 32, width), struct(8, 1, dtype=jnp.int32)
+        # One split, so one kernel, as the other ops have.
+        yield (
+            functools.partial(ops.decode_attention, num_splits=1),
+            (q, cache, struct(8, 128, dtype=jnp.int32), positions),
+        )
     yield ops.q_keqv_rms_norm, (struct(8, 32, 512), struct(8, 4, 512), struct(512), struct(512))
 
 

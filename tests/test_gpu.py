@@ -118,7 +118,7 @@ def test_float8_storage(case):
             np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
             # float32 results that differ in the last bit may round apart, few of them.
             assert np.mean(~np.isnan(a) & (a != b)) < 1e-4
-            np.testing.assert_allclose(a, b, rtol=0.13)
+            np.testing.assert_allclose(a, b, rtol=0.13)  # neighbours differ by up to an eighth
         if factor == 1:
             assert not any(bool(jnp.isnan(x).any()) for x in jax.tree.leaves(ours))
 
@@ -310,7 +310,7 @@ def test_decode_attention_at_real_shapes(
         np.linalg.norm(np.asarray(run(q, cache, which), np.float32) - np.asarray(exact))
         for which in ("triton", "xla")
     ]
-    assert errors[0] <= 1.25 * errors[1]
+    assert errors[0] <= errors[1]
     np.testing.assert_array_equal(run(q, cache, "triton"), run(q, cache, "triton"))
 
 

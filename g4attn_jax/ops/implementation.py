@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 
 import jax
 
+from g4attn_jax.cache import Cache, float8_refusal
+
 Implementation = Literal["triton", "xla", "triton_interpret"]
 
 # Triton's bf16 instructions start with Ampere, its float8 conversions with Ada.
@@ -50,6 +52,34 @@ def triton_refusal(min_compute_capability: float = MIN_COMPUTE_CAPABILITY) -> st
         if float(device.compute_capability) < min_compute_capability:
             return f"{device.device_kind} has {device.compute_capability}"
     return None
+
+
+def for_cache(implementation: Implementation | None, cache: Cache) -> dict[str, Any]:
+    """What an op that a kernel writes or reads a cache for passes on.
+
+    Returns:
+        `implementation` and `min_compute_capability`. Without a demand a cache that kernels cannot
+        address goes to XLA.
+
+    Raises:
+        NotImplementedError: a kernel was demanded of such a cache.
+    """
+    refusal = float8_refusal(cache)
+    if refusal is not None and implementation in ("triton", "triton_interpret"):
+        raise NotImplementedError(refusal)
+    if refusal is not None and implementation is None:
+        implementation = "xla"
+    float8 = cache.scale is not None
+    minimum = MIN_COMPUTE_CAPABILITY_FLOAT8 if float8 else MIN_COMPUTE_CAPABILITY
+    return {"implementation": implementation, "min_compute_capability": minimum}
+
+
+def apart_if_float8(f: Callable[..., Any], cache: Cache) -> Callable[..., Any]:
+    """`f`, which under `vmap` runs one by one if the cache is float8.
+
+    Each array is one that kernels can address; a batch of them, as one array, may not be.
+    """
+    return f if cache.scale is None else jax.custom_batching.sequential_vmap(f)
 
 
 def differentiable_op(

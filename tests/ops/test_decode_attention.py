@@ -140,7 +140,7 @@ def test_scale_and_float8(compact, implementation):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("compact", [False, True])
 def test_half_precision_is_no_worse_than_xla(compact, dtype, implementation):
-    """The usual path rounds the weights before it divides by their sum; so do we."""
+    """0.69 to 0.88 of its error: XLA rounds the weights after it divided by their sum."""
     arguments = case([400, 300], capacity=512, compact=compact, dtype=dtype, head_dim=64, poison=1)
     exact = formula(*arguments)
     errors = []
@@ -148,7 +148,7 @@ def test_half_precision_is_no_worse_than_xla(compact, dtype, implementation):
         o = ops.decode_attention(*arguments, implementation=which)
         errors.append(np.asarray(o, np.float64) - exact)
     ours, theirs = map(np.linalg.norm, errors)
-    assert ours <= 1.25 * theirs
+    assert ours <= theirs
 
 
 @on_the_kernel
@@ -193,6 +193,25 @@ def test_no_page_is_not_read(implementation):
         )
         assert np.isfinite(o).all()
         np.testing.assert_allclose(o, expected, atol=2e-6)
+
+
+@on_both
+@pytest.mark.parametrize("storage", [None, FLOAT8])
+@pytest.mark.parametrize("compact", [False, True])
+def test_vmap(compact, storage, implementation):
+    """Over queries, caches and positions: as if each were alone."""
+    cases = [
+        case(last, capacity=48, compact=compact, storage=storage, poison=1.0)
+        for last in ([20, 3], [7, 47], [-1, 30])
+    ]
+
+    def run(q, cache, positions):
+        return ops.decode_attention(q, cache, None, positions, implementation=implementation)
+
+    singles = [(q, cache, positions) for q, cache, _, positions in cases]
+    batched = jax.vmap(run)(*jax.tree.map(lambda *x: jnp.stack(x), *singles))
+    for o, single in zip(batched, singles, strict=True):
+        np.testing.assert_allclose(o, run(*single), atol=2e-6)
 
 
 @on_both
@@ -261,6 +280,7 @@ class TestBadInput:
             ({"positions": np.zeros((2, 1), np.int64)}, r"dtype int64; accepted: int32 \(2, 1\)"),
             ({"positions": jnp.zeros(2, jnp.int32)}, r"positions has shape \(2,\)"),
             ({"positions": jnp.full((2, 1), 80)}, r"positions has 80; accepted: .* 0 to 79"),
+            ({"positions": jnp.full((2, 1), -2)}, "positions has -2; accepted: -1 .padding."),
             ({"page_table": jnp.full((2, 5), 13)}, r"page_table has 13; accepted: .* 0 to 12"),
             ({"page_table": jnp.full((2, 5), -2)}, "page_table has -2; accepted: -1"),
             ({"page_table": jnp.zeros((3, 5), jnp.int32)}, r"page_table has shape \(3, 5\)"),

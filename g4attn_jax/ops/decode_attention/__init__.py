@@ -4,16 +4,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from g4attn_jax.cache import Cache, float8_refusal
+from g4attn_jax.cache import Cache
 from g4attn_jax.cached_attention import MAX_DECODE_TOKENS
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.decode_attention import reference, triton
-from g4attn_jax.ops.implementation import (
-    MIN_COMPUTE_CAPABILITY,
-    MIN_COMPUTE_CAPABILITY_FLOAT8,
-    Implementation,
-    differentiable_op,
-)
+from g4attn_jax.ops.implementation import Implementation, differentiable_op, for_cache
 
 _op = differentiable_op(kernel=triton.decode_attention, reference=reference.decode_attention)
 
@@ -41,7 +36,7 @@ def decode_attention(
         q: [B, T, Nq, D], or for a compact cache the absorbed query [B, T, Nq, D + R], as
             `qkv_norm_rope_write` returns it. T is 1 to 16.
         cache: Nkv divides Nq.
-        page_table: integer [B, pages], pages of each sequence in order, -1 where it has none. None:
+        page_table: int32 [B, pages], pages of each sequence in order, -1 where it has none. None:
             sequence b has page b, as in contiguous and ring caches.
         positions: int32 [B, T], -1 for padding. Each must have been written.
         sliding_window: keys that a token sees, its own included; None: all.
@@ -71,23 +66,15 @@ def decode_attention(
         if number is not None and (not is_int or number < 1):
             raise ValueError(f"{name} is {number!r}; accepted: None or an integer of 1 or more")
     checks.check_number("scale", scale)
-    refusal = float8_refusal(cache)
-    if refusal is not None and implementation is None:
-        implementation = "xla"
-    elif refusal is not None and implementation != "xla":
-        raise NotImplementedError(refusal)
     return _op(
         q,
         cache,
         page_table,
         positions,
-        implementation=implementation,
-        min_compute_capability=(
-            MIN_COMPUTE_CAPABILITY if cache.scale is None else MIN_COMPUTE_CAPABILITY_FLOAT8
-        ),
         sliding_window=sliding_window,
         scale=scale,
         num_splits=num_splits,
+        **for_cache(implementation, cache),
     )
 
 
@@ -140,11 +127,12 @@ def _check_addresses(q, cache, page_table, positions, sliding_window):
                 )
     if isinstance(positions, jax.core.Tracer):
         return
-    highest, capacity = int(np.asarray(positions).max(initial=-1)), columns * page_size
+    known, capacity = np.asarray(positions), columns * page_size
+    lowest, highest = int(known.min(initial=-1)), int(known.max(initial=-1))
     # A ring holds what any of the tokens sees.
     is_ring = sliding_window is not None and capacity >= sliding_window + tokens - 1
-    if highest >= capacity and not is_ring:
+    if lowest < -1 or (highest >= capacity and not is_ring):
         raise ValueError(
-            f"positions has {highest}; accepted: -1 (padding) and 0 to {capacity - 1}, the last "
-            "slot of a sequence"
+            f"positions has {lowest if lowest < -1 else highest}; accepted: -1 (padding) and 0 to "
+            f"{capacity - 1}, the last slot of a sequence"
         )

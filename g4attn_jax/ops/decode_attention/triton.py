@@ -25,9 +25,11 @@ from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.cache import CompactKVCache, KVCache
 from g4attn_jax.ops.head_norm.triton import iota, load
+from g4attn_jax.ops.implementation import apart_if_float8
 
 _LOG2_E = 1.4426950408889634
-# Multiprocessors of an H200.
+# Multiprocessors of an H200. This and the sizes in `choose_launch` are from a prototype's runs on
+# one; there is no committed sweep yet.
 _NUM_SMS = 132
 
 
@@ -147,7 +149,7 @@ def decode_attention(
             rows=tokens * shape.group,
             key_bytes=sum(pl.next_power_of_2(a.shape[-1]) for a in cache[:2]) * itemsize,
             q_row_bytes=width * q.dtype.itemsize,
-            max_keys=min(capacity, capacity if sliding_window is None else sliding_window + tokens),
+            max_keys=capacity if sliding_window is None else min(capacity, sliding_window + tokens),
             num_splits=num_splits,
         )
     inputs = _Inputs(
@@ -164,27 +166,30 @@ def decode_attention(
     ]
     if splits > 1:
         outputs.append(jax.ShapeDtypeStruct((splits * rows,), jnp.float32))
-    parts = pl.pallas_call(
-        functools.partial(
-            _attend,
-            shape=shape,
-            sliding_window=sliding_window,
-            softmax_scale=scale,
-            key_scales=_KEY_SCALES[type(cache)],
-            launch=launch,
-        ),
-        name="decode_attention",
-        out_shape=outputs,
-        grid=(batch * num_kv_heads * pl.cdiv(tokens * shape.group, launch.block_rows), splits),
-        in_specs=(jax.tree.map(lambda _: pl.no_block_spec, inputs),),
-        out_specs=[pl.no_block_spec] * len(outputs),
-        compiler_params=plgpu.CompilerParams(
-            num_warps=launch.num_warps, num_stages=launch.num_stages
-        ),
-        interpret=interpret,
-    )(inputs)
-    o = parts[0] if splits == 1 else _combine(*parts, splits, q.dtype, interpret)
-    return o.reshape(*q.shape[:-1], head_dim)
+
+    def run(inputs):
+        parts = pl.pallas_call(
+            functools.partial(
+                _attend,
+                shape=shape,
+                sliding_window=sliding_window,
+                softmax_scale=scale,
+                key_scales=_KEY_SCALES[type(cache)],
+                launch=launch,
+            ),
+            name="decode_attention",
+            out_shape=outputs,
+            grid=(batch * num_kv_heads * pl.cdiv(tokens * shape.group, launch.block_rows), splits),
+            in_specs=(jax.tree.map(lambda _: pl.no_block_spec, inputs),),
+            out_specs=[pl.no_block_spec] * len(outputs),
+            compiler_params=plgpu.CompilerParams(
+                num_warps=launch.num_warps, num_stages=launch.num_stages
+            ),
+            interpret=interpret,
+        )(inputs)
+        return parts[0] if splits == 1 else _combine(*parts, splits, q.dtype, interpret)
+
+    return apart_if_float8(run, cache)(inputs).reshape(*q.shape[:-1], head_dim)
 
 
 def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, launch):

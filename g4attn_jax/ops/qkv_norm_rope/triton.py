@@ -86,9 +86,9 @@ def qkv_norm_rope(qkv, q_scale, k_scale, cos, sin, *, mode, eps, interpret=False
     return q, k, v
 
 
-# Heads from which a launch fills the GPU many times over.
-_MANY_ROWS = 4096
+# Up to so many heads, and from so many on; see `choose_launch`.
 _FEW_ROWS = 256
+_MANY_ROWS = 4096
 
 
 def choose_launch(num_rows: int, half_bytes: int, *, absorbed: bool) -> Launch:

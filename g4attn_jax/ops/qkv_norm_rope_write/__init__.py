@@ -2,13 +2,13 @@
 
 from jaxtyping import Array, Float, Int
 
-from g4attn_jax.cache import Cache, CompactKVCache, float8_refusal
+from g4attn_jax.cache import Cache, CompactKVCache
 from g4attn_jax.config import ProjectionMode
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.implementation import (
-    MIN_COMPUTE_CAPABILITY_FLOAT8,
     Implementation,
     differentiable_op,
+    for_cache,
     inference_op,
 )
 from g4attn_jax.ops.qkv_norm_rope import check_heads
@@ -103,11 +103,5 @@ def qkv_norm_rope_write(
             f"slots is a {type(slots).__name__} of shape {shape} and dtype {dtype}; accepted: an "
             f"array of int32 {qkv.shape[:-3]}"
         )
-    if cache.scale is not None:
-        constants["min_compute_capability"] = MIN_COMPUTE_CAPABILITY_FLOAT8
-    refusal = float8_refusal(cache)
-    if refusal is not None and implementation is None:
-        constants["implementation"] = "xla"
-    elif refusal is not None and implementation != "xla":
-        raise NotImplementedError(refusal)
+    constants |= for_cache(implementation, cache)
     return _write_op(qkv, q_scale, k_scale, cos, sin, slots, cache, **constants)

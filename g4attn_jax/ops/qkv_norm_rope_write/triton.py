@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from g4attn_jax.cache import CompactKVCache, KVCache
+from g4attn_jax.ops.implementation import apart_if_float8
 from g4attn_jax.ops.qkv_norm_rope.triton import Inputs, Outputs, norm_rope
 
 
@@ -34,9 +35,7 @@ def qkv_norm_rope_write(
             inputs, Outputs(q, *flat), mode=mode, eps=eps, interpret=interpret, launch=launch
         )
 
-    if cache.scale is not None:
-        # A batch of float8 arrays may be one that `float8_refusal` is about.
-        run = jax.custom_batching.sequential_vmap(run)
+    run = apart_if_float8(run, cache)
     q, new_k, new_v = run(Inputs(qkv, q_scale, k_scale, cos, sin, slots, cache.scale), k, v)
     arrays = {names[0]: new_k.reshape(k.shape), names[1]: new_v.reshape(v.shape)}
     return _heads(q, qkv, mode), cache._replace(**arrays)
