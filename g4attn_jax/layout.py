@@ -250,10 +250,6 @@ class StepPlan:
         """The positions, -1 for tokens without a slot too."""
         return jnp.where(self.unplaced, -1, self.positions)
 
-    def key_positions(self) -> Int[Array, "B C"]:
-        """The position of the token in each of a sequence's slots, negative where there is none."""
-        return key_positions(self.placed(), self.layout)
-
 
 def key_positions(positions: Int[Array, "B T"], layout: Layout) -> Int[Array, "B C"]:
     """The position of the token in each of a sequence's slots, negative where there is none.

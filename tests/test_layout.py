@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g4attn_jax.layout import Contiguous, LayerType, Paged, Ring, StepPlan, plan_step
+from g4attn_jax.layout import (
+    Contiguous,
+    LayerType,
+    Paged,
+    Ring,
+    StepPlan,
+    key_positions,
+    plan_step,
+)
 from g4attn_jax.rope import rope_cos_sin
 from tests.test_attention import K_EQ_V
 
@@ -146,7 +154,7 @@ def test_sizes_may_be_numpy_integers(integer):
     assert Paged(np.zeros((1, 7), int), integer(7), integer(64)).capacity == 448
     with jax.enable_x64(True):
         plan = plan_step(FULL, np.array([[3], [99]]), Contiguous(integer(2), integer(100)))
-    assert plan.slots.dtype == plan.key_positions().dtype == "int32"
+    assert plan.slots.dtype == key_positions(plan.placed(), plan.layout).dtype == "int32"
     np.testing.assert_array_equal(plan.slots, [[3], [199]])
 
 
@@ -163,7 +171,7 @@ def test_sequences_gather_pages_and_fill_holes_with_zero():
 @functools.partial(jax.jit, static_argnums=0)
 def slots_and_their_positions(spec, positions, layout):
     plan = plan_step(spec, positions, layout)
-    return plan.slots, plan.key_positions()
+    return plan.slots, key_positions(plan.placed(), plan.layout)
 
 
 @jax.jit
@@ -278,9 +286,9 @@ def test_rejected_tokens_of_many_steps_in_a_ring():
 def test_a_sequence_that_does_not_step_has_no_keys():
     for layout in (Contiguous(2, 64), Ring(2, WINDOW, 8), holey_pages()):
         plan = plan_step(SLIDING, np.array([[40, 41], [-1, -1]]), layout)
-        assert int(plan.key_positions()[1].max()) < 0
+        assert int(key_positions(plan.placed(), plan.layout)[1].max()) < 0
         none = plan_step(SLIDING, np.zeros((2, 0), int), layout)
-        assert int(none.key_positions().max()) < 0
+        assert int(key_positions(none.placed(), none.layout).max()) < 0
 
 
 @on_every_layout
@@ -315,7 +323,9 @@ def test_layouts_and_plans_pass_through_jit(spec, layout):
         assert jax.tree.structure(other) == jax.tree.structure(plan)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), other, plan)
         np.testing.assert_array_equal(other.slots, plan.slots)
-        np.testing.assert_array_equal(other.key_positions(), plan.key_positions())
+        np.testing.assert_array_equal(
+            key_positions(other.placed(), other.layout), key_positions(plan.placed(), plan.layout)
+        )
     sizes = layout.batch, layout.capacity, layout.num_pages, layout.page_size
     again = passed.layout
     assert (again.batch, again.capacity, again.num_pages, again.page_size) == sizes
@@ -354,14 +364,14 @@ def test_under_jit_unplaced_says_which_tokens_have_no_slot(layout, positions, un
 @pytest.mark.parametrize("layout", [Contiguous(1, 32), Paged(np.array([[0, 1]]), 2, 16)])
 def test_under_jit_an_unplaced_token_hides_no_key_of_the_others(layout):
     plan = jax.jit(lambda p, layout: plan_step(FULL, p, layout))(np.array([[31, 32]]), layout)
-    np.testing.assert_array_equal(plan.key_positions(), [list(range(32))])
+    np.testing.assert_array_equal(key_positions(plan.placed(), plan.layout), [list(range(32))])
 
 
 @pytest.mark.parametrize("no_page", [-1, -7, 2, 9, INT32_MAX])
 def test_a_page_that_does_not_exist_holds_no_keys(no_page):
     plan = plan_step(FULL, np.array([[40]]), Paged(np.array([[1, no_page, 0]]), 2, 16))
     expected = [*range(16), *[-1] * 16, *range(32, 41)]
-    np.testing.assert_array_equal(plan.key_positions()[0, :41], expected)
+    np.testing.assert_array_equal(key_positions(plan.placed(), plan.layout)[0, :41], expected)
 
 
 def test_positions_that_int32_does_not_hold():
@@ -447,7 +457,9 @@ def test_a_shared_page_is_fine_where_nobody_writes_it():
     layout = Paged(np.array([[0, 1], [0, 2]]), 4, 16)
     plan = plan_step(FULL, np.array([[16, 17], [16, 17]]), layout)
     np.testing.assert_array_equal(plan.slots, [[16, 17], [32, 33]])
-    np.testing.assert_array_equal(plan.key_positions()[:, :18], [list(range(18))] * 2)
+    np.testing.assert_array_equal(
+        key_positions(plan.placed(), plan.layout)[:, :18], [list(range(18))] * 2
+    )
 
 
 def test_a_ring_is_for_layers_of_its_window():
