@@ -5,7 +5,8 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +24,15 @@ L2_BYTES = 60 * 2**20
 class Time(NamedTuple):
     """Microseconds of one call: median, 10th and 90th percentile over the calls; its launches.
 
-    Where XLA shares a kernel between calls they are those of a run, divided by its calls.
+    Where XLA shares a kernel between calls they are those of a run, divided by its calls. `kernels`
+    are the microseconds of a call by the name of the kernel.
     """
 
     us: float
     p10: float
     p90: float
     launches: float
+    kernels: dict[str, float]
 
 
 def kernel_time(
@@ -45,7 +48,26 @@ def kernel_time(
         state: of functions that update something in place: `f(*arguments, state)` returns
             (result, state). It is donated, and goes from call to call and from run to run.
     """
+    return _time(_program(f, state), calls, iterations)
 
+
+def kernel_times(
+    functions: dict[Hashable, Callable[..., Any]], calls: Sequence[tuple], iterations: int
+) -> dict[Hashable, Time]:
+    """`kernel_time` of several functions, compiled side by side; without those that do not fit."""
+    programs = {}
+    with ThreadPoolExecutor() as pool:
+        warm = {name: pool.submit(_warm, f, calls) for name, f in functions.items()}
+    for name, program in warm.items():
+        error = program.exception()
+        if error is None:
+            programs[name] = program.result()
+        elif "Shared memory size limit exceeded" not in str(error):
+            raise error
+    return {name: _time(program, calls, iterations) for name, program in programs.items()}
+
+
+def _program(f, state=None):
     def program(calls, state):
         results = []
         for arguments in calls:
@@ -57,9 +79,17 @@ def kernel_time(
             results.append(result)
         return results, state
 
-    _, runs = profiler.measure(_Donating(program, state), aggregate=False, iterations=iterations)(
-        calls
-    )
+    return _Donating(program, state)
+
+
+def _warm(f, calls):
+    program = _program(f)
+    jax.block_until_ready(program(calls))
+    return program
+
+
+def _time(program, calls, iterations):
+    _, runs = profiler.measure(program, aggregate=False, iterations=iterations)(calls)
     launches = len(runs[0]) / len(calls)
     step = int(launches) if launches.is_integer() else len(runs[0])
     times = [
@@ -68,7 +98,12 @@ def kernel_time(
         for i in range(0, len(run), step)
     ]
     deciles = statistics.quantiles(times, n=10)
-    return Time(statistics.median(times), deciles[0], deciles[-1], round(launches, 2))
+    kernels = {
+        name: statistics.median(1e3 * sum(ms for n, ms in run if n == name) for run in runs)
+        / len(calls)
+        for name in {name for name, _ in runs[0]}
+    }
+    return Time(statistics.median(times), deciles[0], deciles[-1], round(launches, 2), kernels)
 
 
 class _Donating(jax.stages.Wrapped):
@@ -93,7 +128,7 @@ def copy_gbps(gib: int = 1) -> float:
     """Bytes read and written per ns by the best copy of `gib` GiB: jnp.copy or a block copy."""
     x = jax.random.normal(jax.random.key(0), (gib * 2**29,), jnp.bfloat16)
     traffic = 2 * x.size * x.dtype.itemsize
-    rates = {"jnp.copy": traffic / _host_time(jax.jit(jnp.copy), x) / 1e9}
+    rates = {"jnp.copy": traffic / host_time(jax.jit(jnp.copy), x) / 1e9}
     for block in (1024, 2048, 4096, 8192):
         for num_warps in (1, 2, 4, 8):
             us = kernel_time(lambda x, b=block, w=num_warps: _block_copy(x, b, w), [(x,)], 10).us
@@ -103,8 +138,23 @@ def copy_gbps(gib: int = 1) -> float:
     return rates[best]
 
 
-def _host_time(f, x, repeats=20):
-    """Seconds of one f(x), which may be a memcpy that CUPTI does not list as a kernel."""
+def read_gbps(gib: int = 2) -> float:
+    """Bytes per ns that a float32 sum of `gib` GiB of bfloat16 reads."""
+    x = jax.random.normal(jax.random.key(0), (gib * 2**29,), jnp.bfloat16)
+    us = kernel_time(lambda x: jnp.sum(x, dtype=jnp.float32), [(x,)]).us
+    rate = x.size * x.dtype.itemsize / us / 1e3
+    print(f"read rate: {rate:.0f} GB/s")
+    return rate
+
+
+def host_time(f: Callable[..., Any], x: Any, repeats: int = 20) -> float:
+    """Seconds of one f(x) by the host's clock, all that CUPTI does not list as a kernel included.
+
+    Args:
+        f: jitted, to an array.
+        x: its argument.
+        repeats: calls that are waited for together.
+    """
     f(x).block_until_ready()
     start = time.perf_counter()
     for _ in range(repeats):

@@ -13,4 +13,8 @@ python3 -m bench.qkv_norm --out "$out" || status=1
 python3 -m bench.tune_qkv_norm --out "$out" || status=1
 python3 -m bench.qkv_prologue --out "$out" || status=1
 python3 -m bench.tune_qkv_prologue --out "$out" || status=1
+python3 -m bench.decode_attention --out "$out" || status=1
+python3 -m bench.tune_decode_attention --out "$out" || status=1
+python3 -m bench.prefill_attention --out "$out" || status=1
+python3 -m bench.tune_prefill_attention --out "$out" || status=1
 exit $status

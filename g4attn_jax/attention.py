@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 from g4attn_jax import cache as caches
 from g4attn_jax import ops
 from g4attn_jax.cache import Cache, KVCache
-from g4attn_jax.cached_attention import MAX_DECODE_TOKENS, cached_attention
 from g4attn_jax.config import Gemma4Config, ProjectionMode
 from g4attn_jax.layout import (
     Contiguous,
@@ -23,6 +22,7 @@ from g4attn_jax.layout import (
     plan_step,
 )
 from g4attn_jax.ops import checks
+from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
 from g4attn_jax.ops.implementation import check_implementation
 
 
@@ -237,15 +237,14 @@ class Gemma4Attention(nnx.Module):
             _assign(self.k_scale, tensors["k_norm.weight"])
 
     def _attend(self, q, cache, plan):
-        window = self.spec.sliding_window
-        if q.shape[1] > MAX_DECODE_TOKENS:
-            return cached_attention(q, cache, plan.placed(), plan.layout, sliding_window=window)
-        return ops.decode_attention(
+        is_step = q.shape[1] <= MAX_DECODE_TOKENS
+        attend = ops.decode_attention if is_step else ops.prefill_attention
+        return attend(
             q,
             cache,
             plan.layout.pages(),
             plan.placed(),
-            sliding_window=window,
+            sliding_window=self.spec.sliding_window,
             implementation=self.implementation,
         )
 

@@ -206,6 +206,21 @@ class Paged:
 Layout = Contiguous | Ring | Paged
 
 
+def read_layout(
+    page_table: Int[Array, "B pages"] | None, num_pages: int, page_size: int
+) -> Contiguous | Paged:
+    """The layout that a cache is read by; without a page table a ring is read as `Contiguous` is.
+
+    Args:
+        page_table: int32 [B, pages]; None: sequence b owns page b.
+        num_pages: pages of the cache.
+        page_size: slots of a page.
+    """
+    if page_table is None:
+        return Contiguous(num_pages, page_size)
+    return Paged(page_table, num_pages, page_size)
+
+
 class LayerType(NamedTuple):
     """What layers must have in common to share a `StepPlan`."""
 

@@ -182,6 +182,49 @@ def attention(spec: AttentionSpec, weights, x, kv=None):
     return np.einsum("btnd,nde->bte", o, weights["o_proj"]), (k, v)
 
 
+def cached_attention(
+    q, cache, page_table, positions, *, sliding_window=None, scale=1.0, rounded=lambda x: x
+):
+    """What `ops.decode_attention` and `ops.prefill_attention` compute, token by token.
+
+    Args:
+        q, cache, page_table, positions, sliding_window, scale: as the ops have them.
+        rounded: rounds scores, weights and the result.
+    """
+    q = np.asarray(q).astype(np.float64)
+    num_pages, page_size, num_kv_heads, head_dim = cache.v.shape
+    table = np.arange(len(q))[:, None] if page_table is None else np.asarray(page_table)
+
+    def rows(part):
+        array = np.asarray(part.array).astype(np.float64)
+        array = array.reshape(num_pages * page_size, num_kv_heads, -1)
+        return array if part.scale is None else array * np.float64(part.scale)
+
+    k = np.concatenate([rows(part) for part in cache.key_parts], axis=-1)
+    v = rows(cache.value_part)
+    o = np.zeros((*q.shape[:2], num_kv_heads, q.shape[2] // num_kv_heads, head_dim))
+    for b, t in np.argwhere(np.asarray(positions) >= 0):
+        last = int(positions[b, t])
+        oldest = 0 if sliding_window is None else max(0, last - sliding_window + 1)
+        place = np.arange(oldest, last + 1) % (table.shape[1] * page_size)
+        slots = table[b, place // page_size] * page_size + place % page_size
+        heads = q[b, t].reshape(num_kv_heads, -1, q.shape[3])
+        scores = rounded(scale * np.einsum("kgw,skw->kgs", heads, k[slots]))
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights = rounded(weights / weights.sum(axis=-1, keepdims=True))
+        o[b, t] = np.einsum("kgs,skd->kgd", weights, v[slots])
+    return rounded(o).reshape(*q.shape[:3], head_dim)
+
+
+def usual_cached_attention(q, *arguments, **constants):
+    """The same with the roundings of Hugging Face's eager attention."""
+
+    def rounded(x):
+        return x.astype(np.asarray(q).dtype).astype(np.float64)
+
+    return cached_attention(q, *arguments, **constants, rounded=rounded)
+
+
 def max_error(actual, exact) -> float:
     """The largest absolute difference; NaN anywhere gives NaN."""
     actual = np.asarray(actual).astype(np.float64)

@@ -6,7 +6,7 @@ import jax
 
 from g4attn_jax import CompactKVCache, KVCache, ProjectionMode
 from g4attn_jax.cache import FLOAT8, float8_scale
-from g4attn_jax.commands.cases import NormCase, PrologueCase
+from g4attn_jax.commands.cases import AttentionCase, NormCase, PrologueCase
 
 
 def all_cases():
@@ -15,6 +15,10 @@ def all_cases():
         yield PrologueCase(mode, KVCache, 12, 3, d, d // 4, tokens)
         if mode is not ProjectionMode.QKV_FULL:
             yield PrologueCase(mode, CompactKVCache, 12, 3, d, d // 4, tokens)
+    for form, tokens, d, window in itertools.product(
+        (KVCache, CompactKVCache), (1, 6, 40), (80, 512), (None, 50)
+    ):
+        yield AttentionCase(form, 12, 3, d, d // 4, window, tokens, context=700)
 
 
 def main():

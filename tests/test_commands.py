@@ -110,7 +110,10 @@ def test_check_covers_every_mode_and_form_of_the_prologue():
     prologues = list(cases.prologue_sweep())
     assert len(prologues) == len(set(prologues)) == 5 * 3 * 4
     assert len({(case.mode, case.form) for case in prologues}) == 5
-    assert set(check.sweep()) == {*prologues, *cases.norm_sweep()}
+    attentions = list(cases.attention_sweep())
+    assert len(attentions) == len(set(attentions)) == 3 * 2 * 3 * 3
+    assert {case.op.split()[0] for case in attentions} == {"decode_attention", "prefill_attention"}
+    assert set(check.sweep()) == {*prologues, *cases.norm_sweep(), *attentions}
 
 
 @pytest.fixture
@@ -120,13 +123,17 @@ def short_sweep(monkeypatch):
         cases.PrologueCase(ProjectionMode.QK_ONLY, form, 4, 2, 128, 32, 3)
         for form in (KVCache, CompactKVCache)
     ]
-    monkeypatch.setattr(check, "sweep", lambda: [*norms, *prologues])
+    attentions = [
+        cases.AttentionCase(form, 4, 2, 128, 32, None, tokens, context=40)
+        for form, tokens in ((KVCache, 1), (CompactKVCache, 17))
+    ]
+    monkeypatch.setattr(check, "sweep", lambda: [*norms, *prologues, *attentions])
 
 
 def test_check_passes(short_sweep, capsys):
     assert main(["check"]) == 0
     rows = rows_of(capsys.readouterr().out)
-    assert len(rows) == 12
+    assert len(rows) == 16
     assert all(row[-1] == "pass" for row in rows)
 
 
@@ -140,7 +147,7 @@ def test_check_fails_with_exit_status_1(short_sweep, capsys, monkeypatch):
 
         return run
 
-    for case in (cases.NormCase, cases.PrologueCase):
+    for case in (cases.NormCase, cases.PrologueCase, cases.AttentionCase):
         monkeypatch.setattr(case, "run", slightly_off(case.run))
     assert main(["check"]) == 1
     assert all(row[-1] == "FAIL" for row in rows_of(capsys.readouterr().out))

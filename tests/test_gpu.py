@@ -244,7 +244,7 @@ def test_decode_of_real_layers_uses_the_kernel():
 
 
 @pytest.mark.parametrize("form", [KVCache, CompactKVCache])
-def test_thousand_donated_steps_take_no_memory(form):
+def test_ten_thousand_donated_steps_take_no_memory(form):
     config = Gemma4Config.preset("gemma-4-12b")
     attention = Gemma4Attention(config, 5, rngs=nnx.Rngs(0))
     graph, params = nnx.split(attention)
@@ -254,7 +254,7 @@ def test_thousand_donated_steps_take_no_memory(form):
         y, cache = nnx.merge(graph, params)(x, positions, cache)
         return y, positions + 1, cache
 
-    batch, steps = 8, 1000
+    batch, steps = 8, 10_000
     cache = attention.init_cache(Contiguous(batch, steps + 8), form)
     x = jax.random.normal(jax.random.key(0), (batch, 1, config.hidden_size), jnp.bfloat16)
     positions = jnp.zeros((batch, 1), jnp.int32)
@@ -319,15 +319,17 @@ def test_decode_attention_at_real_shapes(
 def test_compute_sanitizer_is_clean(tool):
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
     # JAX's own start-up calls may fail where a driver lacks a feature; only kernels count here.
-    command += ["--report-api-errors", "no", "--kernel-regex", "kernel_substring=norm"]
+    command += ["--report-api-errors", "no"]
+    for name in ("norm", "_attention", "combine_splits"):
+        command += ["--kernel-regex", f"kernel_substring={name}"]
     result = subprocess.run(
         [*command, sys.executable, "-m", "tests.sanitizer_program"],
         cwd=Path(__file__).parent.parent,
         env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "ERROR SUMMARY: 0 errors" in result.stdout or "RACECHECK SUMMARY: 0" in result.stdout
-    assert "launched 104" in result.stdout
+    assert "launched 128" in result.stdout

@@ -27,7 +27,8 @@ NUM_PAGES = 26
 # A step is padded to one of these: decoding, a few drafts, a chunk of a prompt. A ring takes 8 at
 # the most; elsewhere the last is long enough for the attention that prefills.
 WIDTHS = {"ring": (1, 4, 8), "contiguous": (1, 4, 24), "paged": (1, 4, 24)}
-# What is in a cache before anything is written: the worst that it may be, see `cached_attention`.
+# What is in a cache before anything is written: the worst that it may be, see
+# `g4attn_jax.ops.decode_attention.reference`.
 POISON = {"ring": 1e4, "contiguous": 1e4, "paged": np.nan}
 # Outputs of up to 4 in float32, after 48 * 32 products and sums: 2e-6 was the largest error seen. A
 # key too many or too few, or one of another token, changes outputs by 1e-3 and more.

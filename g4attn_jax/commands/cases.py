@@ -11,6 +11,7 @@ import numpy as np
 from g4attn_jax import ops, oracle
 from g4attn_jax.cache import Cache, CompactKVCache, KVCache
 from g4attn_jax.config import ProjectionMode
+from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
 from g4attn_jax.rope import rope_cos_sin
 
 # The sweep of the original kernel's tests (SGLang PR 25461).
@@ -67,6 +68,8 @@ class NormCase:
         if self.mode is None:
             return oracle.q_keqv_rms_norm(*arguments, norm=norm)
         return oracle.qkv_rms_norm(*arguments, mode=self.mode, norm=norm)
+
+    error = staticmethod(oracle.max_error)
 
     @staticmethod
     def relative_error(actual, exact) -> float:
@@ -146,6 +149,8 @@ class PrologueCase:
         written = {n: oracle.write(getattr(cache, n), slots, rows[n]) for n in cache._fields[:2]}
         return q, self.form(**written)
 
+    error = staticmethod(oracle.max_error)
+
     @staticmethod
     def relative_error(actual, exact) -> float:
         """Norm-wise: a rotation may cancel to nearly nothing in one element."""
@@ -153,7 +158,78 @@ class PrologueCase:
         return float(np.linalg.norm(difference) / max(np.linalg.norm(exact), 1e-300))
 
 
-Case = NormCase | PrologueCase
+@dataclasses.dataclass(frozen=True)
+class AttentionCase:
+    """`decode_attention`, or for more tokens `prefill_attention`, of sequences of three lengths.
+
+    The longest fills its pages, the shortest is empty; slots that none holds are NaN.
+    """
+
+    form: type[Cache]
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    sliding_window: int | None
+    tokens: int
+    context: int
+    page_size: int = 16
+
+    @property
+    def op(self) -> str:
+        """Name of the op and what it reads."""
+        name = "decode" if self.tokens <= MAX_DECODE_TOKENS else "prefill"
+        window = "" if self.sliding_window is None else f" window {self.sliding_window}"
+        return f"{name}_attention {self.form.__name__}{window}"
+
+    def arguments(self, dtype=jnp.bfloat16, seed=0) -> list:
+        """Queries that give scores of deviation 1, and pages in random order."""
+        keys = jax.random.split(jax.random.key(seed), 4)
+        last = np.array([self.context - 1, max(self.tokens, self.context // 3), -1])
+        positions = last[:, None] + np.arange(1 - self.tokens, 1)
+        positions = jnp.asarray(np.maximum(positions, -1), jnp.int32)
+        columns = -(-self.context // self.page_size)
+        table = jax.random.permutation(keys[0], 3 * columns).reshape(3, columns).astype(jnp.int32)
+        held = jnp.arange(columns * self.page_size) <= last[:, None]
+        held = (
+            jnp.zeros((3 * columns, self.page_size), bool)
+            .at[table]
+            .set(held.reshape(3, columns, self.page_size))
+        )
+        widths = [self.head_dim, self.head_dim]
+        if self.form is CompactKVCache:
+            widths[1] = self.rotary_dim
+        arrays = [
+            jnp.where(
+                held[..., None, None],
+                jax.random.normal(key, (*held.shape, self.num_kv_heads, width)),
+                jnp.nan,
+            ).astype(dtype)
+            for key, width in zip(keys[1:3], widths, strict=True)
+        ]
+        width = sum(part.array.shape[-1] for part in self.form(*arrays).key_parts)
+        q = jax.random.normal(keys[3], (*positions.shape, self.num_q_heads, width))
+        return [(q * width**-0.5).astype(dtype), self.form(*arrays), table, positions]
+
+    def run(self, arguments, implementation):
+        """The op's output."""
+        few = self.tokens <= MAX_DECODE_TOKENS
+        attend = ops.decode_attention if few else ops.prefill_attention
+        return attend(*arguments, sliding_window=self.sliding_window, implementation=implementation)
+
+    def exact(self, arguments):
+        """The same in float64."""
+        return oracle.cached_attention(*arguments, sliding_window=self.sliding_window)
+
+    def usual(self, arguments):
+        """The same with the usual path's roundings."""
+        return oracle.usual_cached_attention(*arguments, sliding_window=self.sliding_window)
+
+    # Norm-wise: the largest of few elements is a matter of chance.
+    error = relative_error = staticmethod(PrologueCase.relative_error)
+
+
+Case = NormCase | PrologueCase | AttentionCase
 
 
 def norm_sweep(tokens: Sequence[int] = TOKENS) -> Iterator[NormCase]:
@@ -171,3 +247,10 @@ def prologue_sweep(tokens: Sequence[int] = TOKENS) -> Iterator[PrologueCase]:
         for d, m in itertools.product(HEAD_DIMS, tokens):
             rotary_dim = d if mode is ProjectionMode.QKV_FULL else d // 4
             yield PrologueCase(mode, form, 16, 8, d, rotary_dim, m)
+
+
+def attention_sweep(tokens: Sequence[int] = (1, 6, 40)) -> Iterator[AttentionCase]:
+    """Both ops over the same head dims and heads: sliding, full, and full with K = V."""
+    for d, (nq, nkv), m in itertools.product(HEAD_DIMS, HEADS, tokens):
+        for form, window in ((KVCache, 50), (KVCache, None), (CompactKVCache, None)):
+            yield AttentionCase(form, nq, nkv, d, d // 4, window, m, context=150)

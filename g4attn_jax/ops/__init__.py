@@ -2,6 +2,7 @@
 
 from g4attn_jax.ops.decode_attention import decode_attention
 from g4attn_jax.ops.implementation import Implementation
+from g4attn_jax.ops.prefill_attention import prefill_attention
 from g4attn_jax.ops.q_keqv_rms_norm import q_keqv_rms_norm
 from g4attn_jax.ops.qkv_norm_rope import qkv_norm_rope
 from g4attn_jax.ops.qkv_norm_rope_write import qkv_norm_rope_write
@@ -10,6 +11,7 @@ from g4attn_jax.ops.qkv_rms_norm import qkv_rms_norm
 __all__ = [
     "Implementation",
     "decode_attention",
+    "prefill_attention",
     "q_keqv_rms_norm",
     "qkv_norm_rope",
     "qkv_norm_rope_write",

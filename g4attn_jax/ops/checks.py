@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache
 from g4attn_jax.config import ProjectionMode
@@ -121,6 +122,94 @@ def check_cache_arrays(cache: Cache, *, dtype: jax.typing.DTypeLike) -> None:
         )
 
 
+def check_attention(
+    q: jax.Array,
+    cache: Cache,
+    page_table: jax.Array | None,
+    positions: jax.Array,
+    *,
+    sliding_window: int | None,
+    scale: float,
+    max_tokens: int | None = None,
+) -> None:
+    """Refuses arguments of an attention op that do not go together.
+
+    Args:
+        q, cache, page_table, positions, sliding_window, scale: as `decode_attention` has them.
+        max_tokens: the most that T may be; None: any number.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    check_buffer("q", q, dims="B, T, Nq, width")
+    _check_query(q, cache, max_tokens)
+    check_count("sliding_window", sliding_window)
+    check_number("scale", scale)
+    _check_addresses(q, cache, page_table, positions, sliding_window)
+
+
+def _check_query(q, cache, max_tokens):
+    if not isinstance(cache, Cache):
+        raise ValueError(f"cache is a {type(cache).__name__}; accepted: KVCache or CompactKVCache")
+    check_cache_arrays(cache, dtype=q.dtype)
+    num_kv_heads = cache.v.shape[2]
+    too_many = max_tokens is not None and q.ndim == 4 and q.shape[1] > max_tokens
+    if q.ndim != 4 or too_many or q.shape[2] % num_kv_heads:
+        tokens = "T of 1 or more" if max_tokens is None else f"T from 1 to {max_tokens}"
+        raise ValueError(
+            f"q has shape {q.shape}; accepted: [B, T, Nq, width] with {tokens} and Nq a multiple "
+            f"of {num_kv_heads}, the cache's KV heads"
+        )
+    width = sum(part.array.shape[-1] for part in cache.key_parts)
+    if q.shape[3] != width:
+        raise ValueError(
+            f"q has {q.shape[3]} numbers a head; with this {type(cache).__name__} accepted: "
+            f"{width}, as qkv_norm_rope_write returns it"
+        )
+
+
+def _check_addresses(q, cache, page_table, positions, sliding_window):
+    batch, tokens = q.shape[:2]
+    num_pages, page_size = cache.v.shape[:2]
+    shape, dtype = getattr(positions, "shape", None), getattr(positions, "dtype", None)
+    if shape != (batch, tokens) or dtype != "int32":
+        raise ValueError(
+            f"positions has shape {shape} and dtype {dtype}; accepted: int32 ({batch}, {tokens})"
+        )
+    columns = 1
+    if page_table is None:
+        if num_pages != batch:
+            raise ValueError(
+                f"page_table is None and cache.v has shape {cache.v.shape}; accepted without a "
+                f"page table: {batch} pages, one a sequence"
+            )
+    else:
+        shape, dtype = getattr(page_table, "shape", ()), getattr(page_table, "dtype", None)
+        if len(shape) != 2 or shape[0] != batch or 0 in shape or dtype != "int32":
+            raise ValueError(
+                f"page_table has shape {shape} and dtype {dtype}; accepted: int32 [{batch}, pages]"
+            )
+        columns = shape[1]
+        if not isinstance(page_table, jax.core.Tracer):
+            table = np.asarray(page_table)
+            if table.min() < -1 or table.max() >= num_pages:
+                wrong = table.min() if table.min() < -1 else table.max()
+                raise ValueError(
+                    f"page_table has {wrong}; accepted: -1 (none) and 0 to {num_pages - 1}"
+                )
+    if isinstance(positions, jax.core.Tracer):
+        return
+    known, capacity = np.asarray(positions), columns * page_size
+    lowest, highest = int(known.min(initial=-1)), int(known.max(initial=-1))
+    # A ring holds what any of the tokens sees.
+    is_ring = sliding_window is not None and capacity >= sliding_window + tokens - 1
+    if lowest < -1 or (highest >= capacity and not is_ring):
+        raise ValueError(
+            f"positions has {lowest if lowest < -1 else highest}; accepted: -1 (padding) and 0 to "
+            f"{capacity - 1}, the last slot of a sequence"
+        )
+
+
 def check_scales(scales: Mapping[str, jax.Array | None], *, head_dim: int) -> None:
     """Refuses a scale that is given and is not [D] in a dtype the kernel takes.
 
@@ -145,6 +234,17 @@ def check_eps(eps: float, scale_offset: float) -> None:
     check_number("scale_offset", scale_offset)
     if eps < 0:
         raise ValueError(f"eps is {eps!r}; accepted: 0 or more")
+
+
+def check_count(name: str, value: int | None) -> None:
+    """Refuses what is neither None nor an integer of 1 or more.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and (not is_int or value < 1):
+        raise ValueError(f"{name} is {value!r}; accepted: None or an integer of 1 or more")
 
 
 def check_number(name: str, value: float) -> None:

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,39 +8,13 @@ import pytest
 from g4attn_jax import ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.ops.decode_attention.triton import choose_launch
+from g4attn_jax.ops.flash_attention.launch import HeadSizes
+from g4attn_jax.ops.gpu import Gpu
+from g4attn_jax.oracle import cached_attention as formula
 
 KERNEL = ["triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
 on_both = pytest.mark.parametrize("implementation", ["xla", *KERNEL])
 on_the_kernel = pytest.mark.parametrize("implementation", KERNEL)
-
-
-def formula(q, cache, page_table, positions, *, sliding_window=None, scale=1.0):
-    """Position by position, in float64."""
-    q = np.asarray(q, np.float64)
-    num_pages, page_size, num_kv_heads, head_dim = cache.v.shape
-    table = np.arange(len(q))[:, None] if page_table is None else np.asarray(page_table)
-    capacity = table.shape[1] * page_size
-
-    def rows(part):
-        array = np.asarray(part.array, np.float64).reshape(num_pages * page_size, num_kv_heads, -1)
-        return array if part.scale is None else array * np.float64(part.scale)
-
-    k = np.concatenate([rows(part) for part in cache.key_parts], axis=-1)
-    v = rows(cache.value_part)
-    group = q.shape[2] // num_kv_heads
-    o = np.zeros((*q.shape[:3], head_dim))
-    for b, t in np.argwhere(np.asarray(positions) >= 0):
-        last = int(positions[b, t])
-        seen = np.arange(
-            0 if sliding_window is None else max(0, last - sliding_window + 1), last + 1
-        )
-        place = seen % capacity
-        slots = table[b, place // page_size] * page_size + place % page_size
-        for head in range(q.shape[2]):
-            scores = scale * k[slots, head // group] @ q[b, t, head]
-            weights = np.exp(scores - scores.max())
-            o[b, t, head] = weights @ v[slots, head // group] / weights.sum()
-    return o
 
 
 def case(
@@ -118,7 +94,7 @@ def test_against_float64(name, implementation):
     sizes = dict(CASES.get(name) or WINDOWS[name])
     window = sizes.pop("sliding_window", None)
     if implementation == "xla" and "pages" not in sizes:
-        sizes["poison"] = 1e4  # see cached_attention
+        sizes["poison"] = 1e4  # see the reference
     arguments = case(**sizes)
     o = ops.decode_attention(*arguments, sliding_window=window, implementation=implementation)
     exact = formula(*arguments, sliding_window=window)
@@ -188,9 +164,10 @@ def test_no_page_is_not_read(implementation):
         o = jax.jit(
             lambda t: ops.decode_attention(q, cache, t, positions, implementation=implementation)
         )(holed)
-        expected = ops.decode_attention(
-            q, cache, table.at[0, 1].set(-1), positions, implementation="xla"
-        )
+        with jax.default_matmul_precision("highest"):
+            expected = ops.decode_attention(
+                q, cache, table.at[0, 1].set(-1), positions, implementation="xla"
+            )
         assert np.isfinite(o).all()
         np.testing.assert_allclose(o, expected, atol=2e-6)
 
@@ -224,7 +201,8 @@ def test_gradients_are_the_formulas(implementation):
         return jnp.sum(o * weights)
 
     exact = [np.asarray(a, np.float64) for a in (q, cache.k, cache.v)]
-    gradients = jax.grad(loss, argnums=(0, 1, 2))(q, cache.k, cache.v)
+    with jax.default_matmul_precision("highest"):
+        gradients = jax.grad(loss, argnums=(0, 1, 2))(q, cache.k, cache.v)
     for i, gradient in enumerate(gradients):
         direction = np.random.default_rng(i).normal(size=exact[i].shape)
         ahead, behind = (
@@ -245,26 +223,54 @@ def _moved(arrays, i, change):
     return q, KVCache(k, v)
 
 
-def test_launches_are_ones_that_fit():
-    """Powers of two, and tiles and queries within the shared memory of compute capability 8.0."""
-    for head_dim in (64, 256, 512):
-        for rows in (1, 16, 48, 256):
-            for compact in (False, True):
-                key_bytes = 2 * head_dim + (256 if compact else 2 * head_dim)
-                for batch in (1, 8, 64):
-                    launch = choose_launch(
-                        batch=batch,
-                        num_kv_heads=4,
-                        rows=rows,
-                        key_bytes=key_bytes,
-                        q_row_bytes=2 * (head_dim + 128 * compact),
-                        max_keys=8192,
-                    )
-                    for number in (launch.block_rows, launch.block_keys, launch.num_warps):
-                        assert number & (number - 1) == 0
-                    assert 1 <= launch.num_splits <= 8192 // launch.block_keys
-                    in_flight = launch.block_keys * key_bytes * (launch.num_stages - 1)
-                    assert in_flight + 2 * launch.block_rows * (head_dim + 128) < 166_912
+H200, A100, B200 = Gpu(9.0, 132, 232_448), Gpu(8.0, 108, 166_912), Gpu(10.0, 148, 232_448)
+GPUS = H200, A100, B200, Gpu(8.6, 84, 101_376)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
+def test_launches_are_ones_that_fit(gpu):
+    """Powers of two, and a tile being read, one on its way and the queries in shared memory."""
+    for head_dim, rows, compact, batch in itertools.product(
+        (64, 256, 512), (1, 16, 48, 256), (False, True), (1, 8, 64)
+    ):
+        launch = choose_launch(
+            gpu,
+            HeadSizes((head_dim, 128), None, 2, 2)
+            if compact
+            else HeadSizes((head_dim,), head_dim, 2, 2),
+            batch=batch,
+            num_kv_heads=4,
+            rows=rows,
+            max_keys=8192,
+        )
+        for number in (launch.block_rows, launch.block_keys, launch.value_blocks):
+            assert number & (number - 1) == 0
+        assert 1 <= launch.num_splits <= 8192 // launch.block_keys
+        width = head_dim + (128 if compact else head_dim // launch.value_blocks)
+        tiles = 2 * launch.block_keys * width * (launch.num_stages - 1)
+        assert tiles + 2 * launch.block_rows * (head_dim + 128 * compact) < gpu.shared_memory
+
+
+def test_one_program_for_every_multiprocessor():
+    """At the sizes of the models, and no more than keys to share."""
+
+    def splits(batch, num_kv_heads, max_keys, gpu=H200):
+        return choose_launch(
+            gpu,
+            HeadSizes((512,), 512, 2, 2),
+            batch=batch,
+            num_kv_heads=num_kv_heads,
+            rows=8,
+            max_keys=max_keys,
+        ).num_splits
+
+    assert splits(8, 4, 8192) == 4
+    assert splits(32, 4, 8192) == splits(64, 16, 1024) == 1
+    assert splits(8, 1, 32768) == 16
+    assert splits(1, 4, 32768) in (32, 33)
+    assert splits(1, 1, 16) == 1
+    assert 20 <= splits(1, 4, 32768, A100) <= 27
+    assert splits(1, 1, 2**20) <= 256
 
 
 class TestBadInput:

@@ -1,14 +1,76 @@
-"""`decode_attention` in `jnp`."""
+"""`decode_attention` in `jnp`, with a score for every slot of the cache."""
 
-from g4attn_jax.cached_attention import cached_attention
-from g4attn_jax.layout import Contiguous, Paged
+import jax
+import jax.numpy as jnp
+
+from g4attn_jax.layout import key_positions, read_layout
 
 
 def decode_attention(q, cache, page_table, positions, *, sliding_window, scale, num_splits):
-    """See `g4attn_jax.ops.decode_attention`; `num_splits` is the kernel's."""
-    num_pages, page_size = cache.v.shape[:2]
-    if page_table is None:
-        layout = Contiguous(num_pages, page_size)  # or a ring, which is read by the same rule
-    else:
-        layout = Paged(page_table, num_pages, page_size)
-    return cached_attention(q, cache, positions, layout, sliding_window=sliding_window, scale=scale)
+    """See `g4attn_jax.ops.decode_attention`; `num_splits` is the kernel's.
+
+    What no token sees may be anything; in a contiguous or ring cache, which is read as it lies,
+    anything finite.
+    """
+    layout = read_layout(page_table, *cache.v.shape[:2])
+    scores, start = 0.0, 0
+    for array, array_scale in cache.key_parts:
+        stop = start + array.shape[-1]
+        k = layout.sequences(array).astype(q.dtype)
+        part = _multiply(q[..., start:stop], k)
+        scores += part if array_scale is None else part * array_scale
+        start = stop
+    visible = _visible(positions, layout, sliding_window)
+    scores = scores if scale == 1 else scores * scale
+    scores = jnp.where(visible[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    array, array_scale = cache.value_part
+    v = layout.sequences(array)
+    if v is not array:
+        # A weight of 0 does not undo a NaN. A cache that is read as it lies, this would copy.
+        v = jnp.where(visible.any(axis=1)[..., None, None], v, 0)
+    o = _combine(weights, v.astype(q.dtype))
+    if array_scale is not None:
+        o *= array_scale
+    return jnp.where((positions >= 0)[..., None, None], o, 0).astype(q.dtype)
+
+
+def _visible(positions, layout, sliding_window):
+    """[B, T, C], whether a token sees a slot."""
+    key, query = key_positions(positions, layout)[:, None, :], positions[..., None]
+    visible = (key >= 0) & (key <= query)
+    if sliding_window is not None:
+        visible &= key > query - sliding_window
+    return visible
+
+
+# The cache is read as it lies. With a batch axis for KV heads, XLA transposes the whole cache for
+# its matrix products, in every step. Here a cache row is one vector of all KV heads, and a query is
+# zero outside its own: more multiplications, no copy.
+
+
+def _own_heads(num_q_heads, num_kv_heads):
+    """bool [Nq, Nkv, 1]: whether a KV head is the one of a query head."""
+    own = jax.nn.one_hot(jnp.arange(num_q_heads) * num_kv_heads // num_q_heads, num_kv_heads)
+    return own[:, :, None] > 0
+
+
+def _multiply(q, k):
+    """q [B, T, Nq, width] by k [B, C, Nkv, width]: float32 [B, T, Nq, C]."""
+    batch, tokens, num_q_heads, _ = q.shape
+    own = _own_heads(num_q_heads, k.shape[2])
+    q = jnp.where(own, q[..., None, :], 0).reshape(batch, tokens * num_q_heads, -1)
+    k = k.reshape(*k.shape[:2], -1)
+    scores = jnp.einsum("brw,bsw->brs", q, k, preferred_element_type=jnp.float32)
+    return scores.reshape(batch, tokens, num_q_heads, -1)
+
+
+def _combine(weights, v):
+    """weights [B, T, Nq, C] of v [B, C, Nkv, D]: float32 [B, T, Nq, D]."""
+    batch, tokens, num_q_heads, capacity = weights.shape
+    own = _own_heads(num_q_heads, v.shape[2])
+    rows = weights.reshape(batch, tokens * num_q_heads, capacity)
+    v_rows = v.reshape(*v.shape[:2], -1)
+    o = jnp.einsum("brs,bsw->brw", rows, v_rows, preferred_element_type=jnp.float32)
+    o = o.reshape(batch, tokens, num_q_heads, *v.shape[2:])
+    return jnp.where(own, o, 0).sum(axis=-2)

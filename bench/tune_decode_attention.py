@@ -1,0 +1,81 @@
+"""Kernel time of decode attention for launches around the chosen; `choose_launch` is fitted to it.
+
+    python -m bench.tune_decode_attention [--out DIR]
+
+Writes tune_decode_attention.json, a row for each shape, form, number of tokens and launch. Launches
+that the shared memory does not hold are left out.
+"""
+
+import functools
+import itertools
+
+from bench.decode_attention import FORMS
+from bench.decode_shapes import QUERY_TOKENS, SHAPES
+from bench.measure import kernel_times, machine, output_folder, read_gbps, write_json
+from g4attn_jax.ops.decode_attention import triton
+from g4attn_jax.ops.flash_attention.launch import Launch
+
+
+def launches_around(chosen: Launch) -> list[Launch]:
+    """Other tiles and stages, and numbers of splits with the chosen ones."""
+    splits = {max(1, round(chosen.num_splits * factor)) for factor in (0.5, 1, 1.5, 2)}
+    launches = {chosen._replace(num_splits=n) for n in splits}
+    if chosen.block_rows == 16:
+        blocks = [(16, 1)]
+    else:
+        blocks = [(16, 1), (32, 1), (64, 1), (64, 2)]
+    for (rows, value_blocks), keys, stages in itertools.product(blocks, (16, 32, 64), (2, 3, 4)):
+        if rows == chosen.block_rows or (keys, stages) == (32, 3):
+            launches.add(
+                chosen._replace(
+                    block_rows=rows, block_keys=keys, value_blocks=value_blocks, num_stages=stages
+                )
+            )
+    return sorted(launches)
+
+
+def main():
+    """Measures, prints the best launch and the chosen one, writes."""
+    folder = output_folder(__doc__)
+    gbps = read_gbps()
+    rows = []
+    for shape, query_tokens in itertools.product(SHAPES, QUERY_TOKENS):
+        for form in shape.forms():
+            calls = shape.calls(form, query_tokens, paged=False)
+            attend = functools.partial(
+                triton.decode_attention,
+                sliding_window=shape.sliding_window,
+                scale=1.0,
+                num_splits=None,
+            )
+            chosen = triton.launch_for(*calls[0][:3], sliding_window=shape.sliding_window)
+            functions = {
+                launch: functools.partial(attend, launch=launch)
+                for launch in launches_around(chosen)
+            }
+            times = kernel_times(functions, calls, 5)
+            best = min(times, key=lambda launch: times[launch].us)
+            print(
+                f"{tuple(shape)} {FORMS[form]} T={query_tokens}: best {tuple(best)} "
+                f"{times[best].us:.2f} us, chosen {tuple(chosen)} {times[chosen].us:.2f} us",
+                flush=True,
+            )
+            rows += [
+                {
+                    **shape.fields(),
+                    "query_tokens": query_tokens,
+                    "form": FORMS[form],
+                    **launch._asdict(),
+                    "us": round(time.us, 3),
+                }
+                for launch, time in times.items()
+            ]
+    head = machine() | {
+        "read_gbps": round(gbps, 1),
+        "command": "python -m bench.tune_decode_attention",
+    }
+    write_json(folder / "tune_decode_attention.json", head, rows)
+
+
+if __name__ == "__main__":
+    main()

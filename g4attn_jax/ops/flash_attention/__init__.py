@@ -1,0 +1,4 @@
+"""The attention kernel that `decode_attention` and `prefill_attention` launch.
+
+It has no public function: the ops say how many rows, keys and splits a launch has.
+"""

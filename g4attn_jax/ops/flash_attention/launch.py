@@ -1,0 +1,79 @@
+"""The shape of a launch of the attention kernel, and whether a GPU holds it."""
+
+from typing import NamedTuple, Self
+
+from g4attn_jax.cache import KVCache
+from g4attn_jax.ops.attention_tiles.triton import pad
+from g4attn_jax.ops.gpu import Gpu
+
+
+class Launch(NamedTuple):
+    """The shape of a launch."""
+
+    block_rows: int  # query rows of a program: tokens x query heads of a KV head
+    block_keys: int  # keys of a tile
+    num_splits: int  # programs that share the keys of a block of rows
+    value_blocks: int  # programs that share the columns of their values
+    num_warps: int
+    num_stages: int
+
+
+class HeadSizes(NamedTuple):
+    """Sizes of a query head, and of a key and a value in the cache.
+
+    Attributes:
+        key_widths: of the arrays that queries are multiplied with.
+        value_width: D if values are an array of their own, None if they are the first of those.
+        q_bytes: of a number of q.
+        cache_bytes: of a number of the cache.
+    """
+
+    key_widths: tuple[int, ...]
+    value_width: int | None
+    q_bytes: int
+    cache_bytes: int
+
+    @classmethod
+    def of(cls, q, cache) -> Self:
+        """Those of arguments of an attention op."""
+        return cls(
+            key_widths=tuple(part.array.shape[-1] for part in cache.key_parts),
+            value_width=cache.v.shape[-1] if isinstance(cache, KVCache) else None,
+            q_bytes=q.dtype.itemsize,
+            cache_bytes=cache.v.dtype.itemsize,
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.value_width or self.key_widths[0]
+
+    def tile_bytes(self, block_keys: int, value_blocks: int) -> int:
+        """Of the keys and values of a tile that a program loads."""
+        width = sum(map(pad, self.key_widths))
+        if self.value_width is not None:
+            width += pad(self.value_width) // value_blocks
+        return block_keys * width * self.cache_bytes
+
+    def fits(self, gpu: Gpu, launch: Launch) -> bool:
+        """Whether the shared memory holds queries, weights and tiles of a launch."""
+        rows, keys = launch.block_rows, launch.block_keys
+        tile = self.tile_bytes(keys, launch.value_blocks)
+        shared = rows * sum(self.key_widths) * self.q_bytes + (launch.num_stages - 1) * tile
+        if rows < 64 or gpu.compute_capability < 9:
+            shared += rows * keys * self.q_bytes  # weights, from the warps that made them to all
+        elif gpu.compute_capability < 10:
+            shared += tile  # these instructions read a tile while the next is being asked for
+        else:
+            shared += 2 * tile + rows * keys * 4
+        if self.cache_bytes == 1:
+            shared += tile * self.q_bytes  # converted for the tensor cores
+        return shared <= gpu.shared_memory
+
+    def refusal(self, gpu: Gpu) -> str:
+        """What is said where no launch fits."""
+        return (
+            f"attention of {sum(self.key_widths)} numbers a key, {self.q_bytes} bytes each, needs "
+            f"more shared memory than the {gpu.shared_memory} bytes of this GPU; accepted: "
+            "implementation 'xla'"
+        )

@@ -1,0 +1,232 @@
+"""Flash attention over a cache: programs of (query rows of a KV head, columns of values, split).
+
+A program takes a block of the query rows of a KV head of a sequence, a row being a token and a
+query head of the group, and of the tiles of positions that any of its tokens sees every n-th, n
+being the number of splits:
+
+    s_j  = scale q . k_j            -inf where the token does not see position j
+    m'   = max(m, max_j s_j)
+    l_j' = l_j exp(m - m') + exp(s_j - m')
+    acc' = acc exp(m - m') + sum_j exp(s_j - m') v_j
+
+which leaves o = acc / l and log_sum = m + log l, l being the sum of all l_j. The scores of one tile
+exist at a time. Position p lies in slot p mod C of the sequence's pages, so contiguous, ring and
+paged caches are read by one rule, and positions that no token sees are never read.
+
+Source: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning"
+(2023); Dao et al., "Flash-Decoding for long-context inference" (2023).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from g4attn_jax.ops.attention_tiles.triton import (
+    KEY_SCALES,
+    dot,
+    load_rows,
+    operands,
+    pad,
+    pages,
+    slots,
+    store_rows,
+)
+from g4attn_jax.ops.flash_attention.launch import Launch
+from g4attn_jax.ops.head_norm.triton import iota, load
+
+_LOG2_E = 1.4426950408889634
+# Below every score, and finite: of a row that has seen nothing yet exp(-inf - m) is 0.
+_NO_SCORE = float(jnp.finfo(jnp.float32).min)
+
+
+def flash_attention(
+    q, cache, page_table, positions, *, sliding_window, scale, launch: Launch, name, interpret
+) -> tuple[jax.Array, jax.Array | None]:
+    """One launch for arguments of `g4attn_jax.ops.decode_attention`.
+
+    Returns:
+        With one split o [B, T, Nq, D] in q's dtype and None. With more their parts, float32
+        [splits, B, T, Nq, D], and log2 of the sum of exp of their scores, [splits, B, T, Nq].
+    """
+    inputs, shape = operands(q, cache, page_table, positions)
+    splits, rows = launch.num_splits, q.shape[0] * shape.num_q_heads * shape.tokens
+    outputs = [
+        jax.ShapeDtypeStruct(
+            (splits * rows, shape.head_dim), jnp.float32 if splits > 1 else q.dtype
+        )
+    ]
+    if splits > 1:
+        outputs.append(jax.ShapeDtypeStruct((splits * rows,), jnp.float32))
+    blocks = pl.cdiv(shape.tokens * shape.group, launch.block_rows)
+    o, *log_sum = pl.pallas_call(
+        functools.partial(
+            _attend,
+            shape=shape,
+            sliding_window=sliding_window,
+            softmax_scale=scale,
+            key_scales=KEY_SCALES[type(cache)],
+            launch=launch,
+        ),
+        name=name,
+        out_shape=outputs,
+        grid=(q.shape[0] * shape.num_kv_heads * blocks * launch.value_blocks, splits),
+        in_specs=(jax.tree.map(lambda _: pl.no_block_spec, inputs),),
+        out_specs=[pl.no_block_spec] * len(outputs),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=launch.num_warps, num_stages=launch.num_stages
+        ),
+        interpret=interpret,
+    )(inputs)
+    if splits == 1:
+        return o.reshape(*q.shape[:-1], shape.head_dim), None
+    return o.reshape(splits, *q.shape[:-1], shape.head_dim), log_sum[0].reshape(-1, *q.shape[:-1])
+
+
+def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, launch):
+    value_block, block, head, sequence = _program(inputs, shape, launch)
+    row_position, q_row, row_mask = _rows(inputs, shape, launch, block, head, sequence)
+    newest, oldest = jnp.max(row_position), jnp.int32(0)
+    if sliding_window is not None:
+        first = jnp.min(jnp.where(row_position >= 0, row_position, newest))
+        oldest = jnp.maximum(first - (sliding_window - 1), 0)
+    first_tile, num_tiles = _tiles(oldest, newest, launch)
+    dtype = inputs.q.dtype
+    value_width = shape.head_dim // launch.value_blocks
+    value_column = 0 if launch.value_blocks == 1 else value_block * value_width
+    parts = _key_parts(inputs, key_scales, launch.value_blocks, value_block)
+    q_parts = [load_rows(inputs.q, q_row, row_mask, part.in_query, part.width) for part in parts]
+
+    # Keys may be anything where no token sees them: their scores are not used. A weight of 0 does
+    # not undo a NaN among values.
+    def first_of(index):
+        return (first_tile + index * launch.num_splits) * launch.block_keys
+
+    def page_of(index):
+        return pages(inputs, shape, sequence, first_of(index), launch.block_keys)
+
+    def tile(index, carry):
+        m, totals, acc, page = carry
+        first = first_of(index)
+        position = first + iota(launch.block_keys)
+        exists = (position >= oldest) & (position <= newest)
+        slot, exists = slots(shape, sequence, page, first, launch.block_keys, exists)
+        cache_row = slot * shape.num_kv_heads + head
+        needed = exists if inputs.v is None else None
+        keys = [load_rows(part.array, cache_row, needed, part.column, part.width) for part in parts]
+        v = keys[0]
+        if inputs.v is not None:
+            v = load_rows(inputs.v, cache_row, exists, value_column, value_width)
+        scores = jnp.zeros((launch.block_rows, launch.block_keys), jnp.float32)
+        for q, k, part in zip(q_parts, keys, parts, strict=True):
+            product = dot(q, k.astype(dtype), trans_b=True)
+            scores += product if inputs.scale is None else product * inputs.scale[part.scale]
+        visible = exists[None, :] & (position[None, :] <= row_position[:, None])
+        if sliding_window is not None:
+            visible &= position[None, :] > row_position[:, None] - sliding_window
+        scores = jnp.where(visible, scores * (softmax_scale * _LOG2_E), -jnp.inf)
+        new_m = jnp.maximum(m, jnp.max(scores, axis=1))
+        alpha, weights = jnp.exp2(m - new_m), jnp.exp2(scores - new_m[:, None])
+        totals = _partial_sums(weights) + totals * (alpha if totals.ndim == 1 else alpha[:, None])
+        acc = acc * alpha[:, None] + dot(weights.astype(dtype), v.astype(dtype))
+        # Looked up a tile ahead, so that no tile waits for its page.
+        return new_m, totals, acc, page_of(index + 1)
+
+    nothing = jnp.zeros((launch.block_rows, launch.block_keys), jnp.float32)
+    m, totals, acc, _ = lax.fori_loop(
+        0,
+        num_tiles,
+        tile,
+        (
+            jnp.full((launch.block_rows,), _NO_SCORE, jnp.float32),
+            _partial_sums(nothing),
+            jnp.zeros((launch.block_rows, pad(value_width)), jnp.float32),
+            page_of(0),
+        ),
+    )
+    total = totals if totals.ndim == 1 else jnp.sum(totals, axis=1)
+    divisor = jnp.where(total > 0, total, 1.0)  # padding sees nothing: 0
+    o = acc / divisor[:, None]
+    if inputs.scale is not None:
+        o *= inputs.scale[1]
+    out_row = pl.program_id(1) * inputs.q.shape[0] + q_row
+    store_rows(outputs[0], out_row, row_mask, o, value_column, value_width)
+    if launch.num_splits > 1:  # all value blocks write the same
+        log_sum = jnp.where(total > 0, m + jnp.log2(divisor), -jnp.inf)
+        plgpu.store(outputs[1].at[out_row], log_sum, mask=row_mask)
+
+
+def _partial_sums(weights):
+    """Sums of rows, or what is summed in the end where that saves a round between the warps.
+
+    A row of 64 or more is within a warp, one of fewer is spread over all.
+    """
+    return jnp.sum(weights, axis=1) if weights.shape[0] >= 64 else weights
+
+
+class _KeyPart(NamedTuple):
+    """Columns of an array that queries are multiplied with."""
+
+    array: jax.Array
+    scale: int  # which of the cache's
+    in_query: int | jax.Array  # their first column in q
+    column: int | jax.Array  # and in the array
+    width: int
+
+
+def _key_parts(inputs, key_scales, value_blocks, value_block):
+    """What makes the scores; what is a value too comes first."""
+    parts, begin = [], 0
+    for array, scale in zip(inputs.keys, key_scales, strict=True):
+        width = array.shape[-1]
+        if inputs.v is None and value_blocks > 1 and not parts:
+            block = width // value_blocks
+            columns = [(value_block ^ i) * block for i in range(value_blocks)]
+            parts += [_KeyPart(array, scale, column, column, block) for column in columns]
+        else:
+            parts.append(_KeyPart(array, scale, begin, 0, width))
+        begin += width
+    return parts
+
+
+def _program(inputs, shape, launch):
+    """Which block of values of which block of query rows of which KV head of which sequence.
+
+    Those that read the same keys and values are next to each other, to find them in the L2. The
+    last block of rows comes first: it has the most keys to go through, and what starts last should
+    be short.
+    """
+    heads = inputs.q.shape[0] // (shape.tokens * shape.group)  # of all sequences
+    blocks = pl.cdiv(shape.tokens * shape.group, launch.block_rows)
+    program, indices = pl.program_id(0), []
+    for size in (launch.value_blocks, shape.num_kv_heads, heads // shape.num_kv_heads):
+        indices.append(lax.rem(program, jnp.int32(size)))
+        program = lax.div(program, jnp.int32(size))
+    value_block, head, sequence = indices
+    return value_block, blocks - 1 - program, head, sequence
+
+
+def _rows(inputs, shape, launch, block, head, sequence):
+    """Positions of the query rows, where in q they are, and which of them exist."""
+    row, group = block * launch.block_rows + iota(launch.block_rows), jnp.int32(shape.group)
+    mask = row < shape.tokens * shape.group
+    token = sequence * shape.tokens + lax.div(row, group)
+    position = load(inputs.positions.at[token], mask, row.shape, other=-1)
+    q_row = token * shape.num_q_heads + head * shape.group + lax.rem(row, group)
+    return position, q_row, mask
+
+
+def _tiles(oldest, newest, launch):
+    """The first tile of this split, and how many it has: every num_splits-th.
+
+    So the programs of a sequence read neighbouring tiles at a time, and none has more than one
+    tile more than another.
+    """
+    keys, splits = jnp.int32(launch.block_keys), jnp.int32(launch.num_splits)
+    first, split = lax.div(oldest, keys), pl.program_id(1)
+    count = jnp.where(newest >= 0, lax.div(newest, keys) + 1 - first, 0)
+    return first + split, lax.div(count + splits - 1 - split, splits)

@@ -1,0 +1,87 @@
+"""Attention of a prompt, or a chunk of one, over a cache of any form and layout."""
+
+import functools
+
+from jaxtyping import Array, Float, Int
+
+from g4attn_jax.cache import Cache
+from g4attn_jax.ops import checks
+from g4attn_jax.ops.implementation import Implementation, differentiable_op, for_cache
+from g4attn_jax.ops.prefill_attention import cudnn, reference, triton
+
+
+def _on_cuda(q, cache, page_table, positions, *, use_cudnn, interpret, **constants):
+    """The kernel, or a program that chooses between it and cuDNN."""
+    kernel = functools.partial(triton.prefill_attention, interpret=interpret, **constants)
+    if not use_cudnn or not cudnn.takes(q, cache, page_table, **constants):
+        return kernel(q, cache, page_table, positions)
+    return cudnn.prefill_attention_or(
+        lambda q, cache, positions: kernel(q, cache, None, positions),
+        q,
+        cache,
+        positions,
+        **constants,
+    )
+
+
+_op = differentiable_op(kernel=_on_cuda, reference=reference.prefill_attention)
+
+
+def prefill_attention(
+    q: Float[Array, "B T Nq width"],
+    cache: Cache,
+    page_table: Int[Array, "B pages"] | None,
+    positions: Int[Array, "B T"],
+    *,
+    sliding_window: int | None = None,
+    scale: float = 1.0,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T Nq D"]:
+    """softmax(scale q k^T + mask) v over the cache, which holds the new tokens already.
+
+    What `decode_attention` computes, by the same rules, for any number of tokens: a token at
+    position p sees the keys at positions 0 .. p, with a window the last `sliding_window` of them,
+    and position p of a sequence lies in slot p mod C of its C slots. So a prompt may come in
+    chunks, each after what the cache holds of it. Scores are never all there at once; what grows
+    with T and the context is nothing but the arguments and the result.
+
+    Args:
+        q: [B, T, Nq, D], or for a compact cache the absorbed query [B, T, Nq, D + R], as
+            `qkv_norm_rope_write` returns it.
+        cache: Nkv divides Nq.
+        page_table: int32 [B, pages], pages of each sequence in order, -1 where it has none. None:
+            sequence b has page b, as in contiguous and ring caches.
+        positions: int32 [B, T], -1 for padding, which may be anywhere. Each must have been written,
+            and so must what lies between those of a sequence.
+        sliding_window: keys that a token sees, its own included; None: all.
+        scale: of the scores; 1 in Gemma 4.
+        implementation: None (on an NVIDIA GPU of compute capability 8.0 or higher the kernel, or
+            cuDNN for a prompt of 1024 tokens or more from position 0 in a contiguous `KVCache` of
+            bfloat16 or float16 with a head_dim that it takes: up to 256, on 8.x 128; else XLA),
+            "triton" (the kernel), "xla", or "triton_interpret". float8 needs 8.9 for the kernel.
+
+    Returns:
+        [B, T, Nq, D] in q's dtype; zeros for padding.
+
+    Raises:
+        ValueError: an argument has the wrong rank, size or dtype, or a position or page that is
+            known does not exist.
+        NotImplementedError: "triton" was demanded and there is no supported GPU, or it cannot
+            address a float8 array of 2^31 to 2^32 elements.
+
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al.,
+    "FlashAttention: fast and memory-efficient exact attention with IO-awareness" (2022).
+    """
+    checks.check_attention(
+        q, cache, page_table, positions, sliding_window=sliding_window, scale=scale
+    )
+    return _op(
+        q,
+        cache,
+        page_table,
+        positions,
+        sliding_window=sliding_window,
+        scale=scale,
+        use_cudnn=implementation is None,
+        **for_cache(implementation, cache),
+    )

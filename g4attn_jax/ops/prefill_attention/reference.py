@@ -1,0 +1,121 @@
+"""`prefill_attention` in `jnp`: an on-line softmax over blocks of keys, for blocks of queries."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from g4attn_jax.layout import Paged, key_positions, read_layout
+
+# Scores exist for a block of tokens by a block of slots: [B, Nkv, G, 128, 512] in float32.
+_BLOCK_TOKENS = 128
+_BLOCK_SLOTS = 512
+
+
+def prefill_attention(q, cache, page_table, positions, *, sliding_window, scale, use_cudnn):
+    """See `g4attn_jax.ops.prefill_attention`; `use_cudnn` is for CUDA.
+
+    What no token sees may be anything. For a derivative nothing is kept of a block of tokens but
+    its arguments; the accumulators after each block of slots are, while it is differentiated.
+    """
+    tokens = q.shape[1]
+    layout = read_layout(page_table, *cache.v.shape[:2])
+    attend = functools.partial(
+        _attend,
+        cache=cache,
+        layout=layout,
+        held=key_positions(positions, layout),
+        sliding_window=sliding_window,
+        scale=scale,
+    )
+    blocks = _blocks(q, 0), _blocks(positions, -1)
+    o = lax.map(jax.checkpoint(lambda block: attend(*block)), blocks)
+    return jnp.moveaxis(o, 0, 1).reshape(o.shape[1], -1, *o.shape[3:])[:, :tokens]
+
+
+def _blocks(x, padding):
+    """x [B, T, ...] as [blocks, B, up to 128, ...]."""
+    size = min(x.shape[1], _BLOCK_TOKENS)
+    widths = [(0, -x.shape[1] % size) if axis == 1 else (0, 0) for axis in range(x.ndim)]
+    x = jnp.pad(x, widths, constant_values=padding)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def _attend(q, positions, *, cache, layout, held, sliding_window, scale):
+    """A block of tokens over the whole cache; `held` [B, C] are the positions in its slots."""
+    batch, tokens, num_q_heads, width = q.shape
+    num_kv_heads, head_dim = cache.v.shape[2:]
+    q = q.reshape(batch, tokens, num_kv_heads, -1, width)
+    size = _block_slots(layout)
+
+    def attend(first, visible, carry):
+        m, total, acc = carry
+        # A weight of 0 does not undo a NaN, nor does a mask in the derivative.
+        seen = visible.any(axis=1)[..., None, None]
+        scores, begin = 0.0, 0
+        for array, array_scale in cache.key_parts:
+            end = begin + array.shape[-1]
+            k = jnp.where(seen, _slots_from(first, size, array, layout), 0).astype(q.dtype)
+            part = _einsum("btkgw,bskw->bkgts", q[..., begin:end], k)
+            scores += part if array_scale is None else part * array_scale
+            begin = end
+        scores = jnp.where(visible[:, None, None], scores * scale, -jnp.inf)
+        # The result does not depend on m, so neither does its derivative.
+        new_m = lax.stop_gradient(jnp.maximum(m, scores.max(axis=-1)))
+        alpha, weights = jnp.exp(m - new_m), jnp.exp(scores - new_m[..., None])
+        array, array_scale = cache.value_part
+        v = jnp.where(seen, _slots_from(first, size, array, layout), 0).astype(q.dtype)
+        o = _einsum("bkgts,bskd->bkgtd", weights.astype(q.dtype), v)
+        o = o if array_scale is None else o * array_scale
+        return new_m, total * alpha + weights.sum(axis=-1), acc * alpha[..., None] + o
+
+    @jax.checkpoint
+    def step(carry, block):
+        first = jnp.minimum(block * size, layout.capacity - size)
+        slot = first + jnp.arange(size)
+        key = lax.dynamic_slice_in_dim(held, first, size, axis=1)
+        # The last block may begin within the one before.
+        key = jnp.where(slot >= block * size, key, -1)[:, None]
+        query = positions[..., None]
+        visible = (key >= 0) & (key <= query)
+        if sliding_window is not None:
+            visible &= key > query - sliding_window
+        carry = lax.cond(
+            visible.any(), functools.partial(attend, first, visible), lambda carry: carry, carry
+        )
+        return carry, None
+
+    rows = (batch, num_kv_heads, num_q_heads // num_kv_heads, tokens)
+    carry = (
+        # Finite: exp(-inf - m) is 0 also for a token that has seen nothing yet.
+        jnp.full(rows, jnp.finfo(jnp.float32).min),
+        jnp.zeros(rows),
+        jnp.zeros((*rows, head_dim)),
+    )
+    (_, total, acc), _ = lax.scan(step, carry, jnp.arange(-(-layout.capacity // size)))
+    o = acc / jnp.where(total > 0, total, 1)[..., None]  # padding sees nothing: 0
+    return jnp.moveaxis(o, 3, 1).reshape(batch, tokens, num_q_heads, head_dim).astype(q.dtype)
+
+
+def _einsum(subscripts, a, b):
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+def _block_slots(layout):
+    """Slots of a block: whole pages."""
+    if isinstance(layout, Paged):
+        columns = layout.page_table.shape[1]
+        return min(columns, _BLOCK_SLOTS // layout.page_size) * layout.page_size
+    return min(layout.capacity, _BLOCK_SLOTS)
+
+
+def _slots_from(first, size, array, layout):
+    """Slots `first` to `first + size - 1` of each sequence: [B, size, ...]."""
+    if not isinstance(layout, Paged):
+        return lax.dynamic_slice_in_dim(array, first, size, axis=1)
+    pages = lax.dynamic_slice_in_dim(
+        layout.page_table, first // layout.page_size, size // layout.page_size, axis=1
+    )
+    return dataclasses.replace(layout, page_table=pages).sequences(array)

@@ -1,0 +1,397 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from g4attn_jax import ops
+from g4attn_jax.cache import FLOAT8, KVCache
+from g4attn_jax.ops.decode_attention import reference as dense
+from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
+from g4attn_jax.ops.prefill_attention import cudnn, reference, triton
+from g4attn_jax.ops.prefill_attention.triton import choose_launch
+from g4attn_jax.oracle import cached_attention as formula
+from tests.ops.test_decode_attention import GPUS, case
+
+KERNEL = ["triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+on_both = pytest.mark.parametrize("implementation", ["xla", *KERNEL])
+on_the_kernel = pytest.mark.parametrize("implementation", KERNEL)
+
+TILE = 16  # keys of the kernel's, in float32
+CASES = {
+    "one token": {"last": [5, 0, 40], "capacity": 48},
+    "a prompt": {"last": [16, 16], "capacity": 17, "tokens": 17},
+    "chunks, an empty sequence": {"last": [70, -1, 40], "capacity": 96, "tokens": 33},
+    "sequences shorter than the chunk": {"last": [69, 3, 20], "capacity": 101, "tokens": 70},
+    "ends around a tile": {
+        "last": [2 * TILE - 1, 2 * TILE, 2 * TILE + 1, 2 * TILE - 2],
+        "capacity": 2 * TILE + 5,
+        "tokens": 17,
+    },
+    "16 heads a group": {"last": [40], "capacity": 64, "tokens": 33, "group": 16},
+    "paged": {"last": [70, -1, 3, 79], "pages": 5, "tokens": 33},
+    "compact": {"last": [70, 3], "capacity": 96, "compact": True, "tokens": 17, "group": 3},
+    "compact, paged": {"last": [70, 33], "pages": 5, "compact": True, "tokens": 33},
+    "odd sizes": {
+        "last": [70, 33],
+        "pages": 5,
+        "tokens": 17,
+        "head_dim": 24,
+        "num_kv_heads": 3,
+        "group": 5,
+    },
+    "window inside a tile": {
+        "last": [70, 3, 19],
+        "capacity": 96,
+        "tokens": 33,
+        "sliding_window": TILE - 6,
+    },
+    "window of whole tiles": {
+        "last": [90, 63, 64],
+        "capacity": 96,
+        "tokens": 17,
+        "sliding_window": 2 * TILE,
+    },
+    "window past a tile's edge": {
+        "last": [90, 63],
+        "capacity": 96,
+        "tokens": 33,
+        "sliding_window": TILE + 1,
+    },
+    "window of one": {"last": [70, 0], "capacity": 96, "tokens": 17, "sliding_window": 1},
+    "window past the start": {"last": [70, 9], "pages": 5, "sliding_window": 500, "tokens": 33},
+    "ring, wrapped": {
+        "last": [300, 63, 64, 127, 130],
+        "capacity": 64,
+        "tokens": 20,
+        "sliding_window": 40,
+    },
+}
+
+
+def close(o, exact, positions):
+    np.testing.assert_allclose(o, exact, atol=2e-6)
+    np.testing.assert_array_equal(np.asarray(o)[np.asarray(positions) < 0], 0)
+
+
+@on_both
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64(name, implementation):
+    """Slots that no sequence holds are NaN."""
+    sizes = dict(CASES[name])
+    window = sizes.pop("sliding_window", None)
+    arguments = case(**sizes)
+    o = ops.prefill_attention(*arguments, sliding_window=window, implementation=implementation)
+    close(o, formula(*arguments, sliding_window=window), arguments[3])
+
+
+@pytest.mark.parametrize("sizes", [{"capacity": 1200}, {"pages": 75}])
+@pytest.mark.parametrize("window", [None, 300, 600])
+def test_many_blocks_of_the_reference(sizes, window):
+    """Neither tokens nor slots are a multiple of a block, and many blocks see nothing."""
+    arguments = case([1150, 290], tokens=300, num_kv_heads=1, poison=np.inf, **sizes)
+    o = ops.prefill_attention(*arguments, sliding_window=window, implementation="xla")
+    close(o, formula(*arguments, sliding_window=window), arguments[3])
+
+
+@on_both
+@pytest.mark.parametrize("compact", [False, True])
+def test_scale_and_float8(compact, implementation):
+    arguments = case([40, 3], capacity=48, tokens=17, compact=compact, storage=FLOAT8, poison=1.0)
+    for scale in (0.7, -0.7):
+        o = ops.prefill_attention(*arguments, scale=scale, implementation=implementation)
+        close(o, formula(*arguments, scale=scale), arguments[3])
+
+
+@on_both
+def test_the_last_positions_of_int32(implementation):
+    """A ring has slots for them; here without the 2^31 tokens before."""
+    q, cache, _, positions = case([300], capacity=64, tokens=20)
+    far = positions + (2**31 - 2 - 300) // 64 * 64
+    near, far = (
+        ops.prefill_attention(q, cache, None, p, sliding_window=40, implementation=implementation)
+        for p in (positions, far)
+    )
+    np.testing.assert_allclose(far, near, atol=2e-6)
+
+
+@on_both
+def test_padding_anywhere(implementation):
+    q, cache, table, positions = case([70, 40], pages=5, tokens=33)
+    holes = np.random.default_rng(0).random(positions.shape) < 0.4
+    positions = jnp.where(holes, -1, positions)
+    q = jnp.where(holes[..., None, None], jnp.nan, q)
+    o = ops.prefill_attention(q, cache, table, positions, implementation=implementation)
+    close(o, formula(q, cache, table, positions), positions)
+
+
+@on_both
+@pytest.mark.parametrize("window", [None, 20])
+def test_chunks_equal_one_prompt(window, implementation):
+    """Each sees what the cache holds of those before; what comes after it does not."""
+    q, cache, table, positions = case([69, 69], pages=5, tokens=70)
+    run = functools.partial(
+        ops.prefill_attention, sliding_window=window, implementation=implementation
+    )
+    whole = run(q, cache, table, positions)
+    for start, stop in ((0, 32), (32, 65), (65, 70)):
+        part = run(q[:, start:stop], cache, table, positions[:, start:stop])
+        np.testing.assert_allclose(part, whole[:, start:stop], atol=2e-6)
+
+
+@on_both
+def test_decode_attention_of_the_last_tokens(implementation):
+    q, cache, table, positions = case([69, 30], pages=5, tokens=33)
+    o = ops.prefill_attention(q, cache, table, positions, implementation=implementation)
+    few = ops.decode_attention(
+        q[:, -4:], cache, table, positions[:, -4:], implementation=implementation
+    )
+    np.testing.assert_allclose(o[:, -4:], few, atol=2e-6)
+
+
+@on_both
+def test_no_page_is_not_read(implementation):
+    """A hole in the table, and at run time a page outside the cache, are as if nothing was."""
+    q, cache, table, positions = case([70], pages=5, tokens=17)
+
+    @jax.jit
+    def run(table):
+        return ops.prefill_attention(q, cache, table, positions, implementation=implementation)
+
+    constants = {"sliding_window": None, "scale": 1.0, "num_splits": None}
+    with jax.default_matmul_precision("highest"):
+        expected = dense.decode_attention(q, cache, table.at[0, 1].set(-1), positions, **constants)
+    for page in (-1, cache.v.shape[0], 2**30, -5):
+        np.testing.assert_allclose(run(table.at[0, 1].set(page)), expected, atol=2e-6)
+    np.testing.assert_array_equal(run(jnp.full_like(table, -1)), 0)
+
+
+@on_the_kernel
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("compact", [False, True])
+def test_half_precision_is_no_worse_than_xla(compact, dtype, implementation):
+    """XLA on a score for every slot, which rounds the weights after it divided by their sum."""
+    arguments = case([150, 100], tokens=40, capacity=160, compact=compact, dtype=dtype, poison=1)
+    exact = formula(*arguments)
+    usual = dense.decode_attention(*arguments, sliding_window=None, scale=1.0, num_splits=None)
+    ours = ops.prefill_attention(*arguments, implementation=implementation)
+    errors = [np.linalg.norm(np.asarray(o, np.float64) - exact) for o in (ours, usual)]
+    assert errors[0] <= errors[1]
+
+
+@on_both
+def test_a_sequence_does_not_depend_on_its_batch(implementation):
+    """To the last bit in the kernel; XLA's products of a batch may differ from those of one."""
+    q, cache, table, positions = case([70, 3, 79], pages=5, tokens=17)
+    run = functools.partial(ops.prefill_attention, implementation=implementation)
+    together = run(q, cache, table, positions)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = run(q[one], cache, table[one], positions[one])
+        tolerance = 2e-6 if implementation == "xla" else 0
+        np.testing.assert_allclose(alone[0], together[b], rtol=0, atol=tolerance)
+
+
+@on_both
+@pytest.mark.parametrize("storage", [None, FLOAT8])
+def test_jit_and_vmap(storage, implementation):
+    """Over queries, caches and positions: as if each were alone."""
+    cases = [
+        case(last, capacity=48, tokens=17, storage=storage, poison=1.0)
+        for last in ([20, 3], [7, 47], [-1, 30])
+    ]
+
+    def run(q, cache, positions):
+        return ops.prefill_attention(q, cache, None, positions, implementation=implementation)
+
+    singles = [(q, cache, positions) for q, cache, _, positions in cases]
+    batched = jax.jit(jax.vmap(run))(*jax.tree.map(lambda *x: jnp.stack(x), *singles))
+    for o, single in zip(batched, singles, strict=True):
+        np.testing.assert_allclose(o, run(*single), atol=2e-6)
+
+
+@on_both
+@pytest.mark.parametrize(
+    ("sizes", "window"),
+    [
+        ({"last": [20, 7], "tokens": 17, "capacity": 24}, None),
+        ({"last": [39, 30], "tokens": 33, "pages": 3}, 9),
+        ({"last": [39], "tokens": 17, "pages": 3, "compact": True}, None),
+    ],
+)
+def test_derivatives_are_those_of_a_dense_softmax(sizes, window, implementation):
+    """Forward and reverse, with NaN in the slots that nobody holds."""
+    q, cache, table, positions = case(**sizes)
+    finite = jax.tree.map(lambda x: jnp.nan_to_num(x, nan=0.0), cache)
+
+    def run(q, cache, implementation):
+        return ops.prefill_attention(
+            q, cache, table, positions, sliding_window=window, implementation=implementation
+        )
+
+    def run_dense(q, cache):
+        return dense.decode_attention(
+            q, cache, table, positions, sliding_window=window, scale=1.0, num_splits=None
+        )
+
+    def derivatives(f, q, cache):
+        o, pullback = jax.vjp(f, q, cache)
+        weights = jnp.asarray(np.random.default_rng(0).normal(size=o.shape), o.dtype)
+        tangents = jax.tree.map(jnp.ones_like, (q, finite))
+        return jax.tree.leaves((pullback(weights), jax.jvp(f, (q, finite), tangents)[1]))
+
+    with jax.default_matmul_precision("highest"):
+        ours = derivatives(functools.partial(run, implementation=implementation), q, cache)
+        expected = derivatives(run_dense, q, finite)
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_derivative_over_many_blocks():
+    q, cache, table, positions = case([1150], tokens=300, num_kv_heads=1, capacity=1200, poison=0)
+    constants = {"sliding_window": 600, "scale": 1.0}
+
+    def loss(q, cache, attend, **static):
+        return jnp.sum(jnp.sin(attend(q, cache, table, positions, **constants, **static)))
+
+    grad = jax.grad(loss, argnums=(0, 1))
+    ours = grad(q, cache, reference.prefill_attention, use_cudnn=False)
+    exact = grad(q, cache, dense.decode_attention, num_splits=None)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_no_score_matrix(paged):
+    """Neither forward nor in the derivative: 4096 by 4096 float32 scores of 4 heads are 256 MiB."""
+    tokens, heads, head_dim = 4096, 4, 64
+    shape = (tokens // 64, 64) if paged else (1, tokens)
+    q = jax.ShapeDtypeStruct((1, tokens, heads, head_dim), jnp.float32)
+    array = jax.ShapeDtypeStruct((*shape, 1, head_dim), jnp.float32)
+    table = jax.ShapeDtypeStruct((1, tokens // 64), jnp.int32) if paged else None
+    positions = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+
+    def run(q, cache, table, positions):
+        return ops.prefill_attention(q, cache, table, positions, implementation="xla")
+
+    def loss(*arguments):
+        return run(*arguments).sum()
+
+    for f, limit in ((run, 16 * 2**20), (jax.grad(loss, argnums=(0, 1)), 64 * 2**20)):
+        compiled = jax.jit(f).lower(q, KVCache(array, array), table, positions).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < limit
+
+
+@on_the_kernel
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(
+    "launch",
+    [
+        Launch(16, 32, 1, 1, num_warps=4, num_stages=2),
+        Launch(64, 16, 1, 2, num_warps=4, num_stages=3),
+        Launch(128, 16, 1, 2, num_warps=8, num_stages=2),
+    ],
+)
+def test_any_launch(launch, compact, implementation):
+    arguments = case([70, 3, -1], pages=5, tokens=33, compact=compact)
+    o = triton.prefill_attention(
+        *arguments,
+        sliding_window=20,
+        scale=1.0,
+        launch=launch,
+        interpret=implementation == "triton_interpret",
+    )
+    close(o, formula(*arguments, sliding_window=20), arguments[3])
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
+def test_launches_are_ones_that_fit(gpu):
+    """Powers of two, and a tile and queries within the shared memory that there is."""
+    for head_dim, compact, q_bytes in itertools.product((64, 256, 512), (False, True), (2, 4)):
+        key_widths = (head_dim, 128) if compact else (head_dim,)
+        sizes = HeadSizes(key_widths, None if compact else head_dim, q_bytes, q_bytes)
+        launch = choose_launch(gpu, sizes)
+        for number in launch:
+            assert number & (number - 1) == 0 or number == launch.num_stages
+        width = sum(key_widths) + (0 if compact else head_dim // launch.value_blocks)
+        tiles = (launch.num_stages - 1) * launch.block_keys * width
+        queries = launch.block_rows * sum(key_widths)
+        assert (tiles + queries) * q_bytes < gpu.shared_memory
+
+
+def lengths(*tokens):
+    token = np.arange(20)
+    return np.array([np.where(token < n, token, -1) for n in tokens], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("positions", "poison", "by_cudnn"),
+    [
+        (lengths(20, 20), None, True),
+        (lengths(20, 7), None, True),
+        (lengths(0, 20), None, True),
+        (lengths(20, 7)[:, ::-1], None, False),
+        (lengths(20, 20) + 1, None, False),
+        (np.zeros((2, 20), np.int32), None, False),
+        (lengths(20, 7), 0, False),
+        (lengths(20, 7), 255, False),
+        (lengths(20, 7), 256, True),
+    ],
+)
+@pytest.mark.parametrize("window", [None, 6])
+def test_when_cudnn_is_chosen(positions, poison, by_cudnn, window, monkeypatch):
+    """Here XLA stands in for it, on one tile of keys; NaN begins `poison` slots behind."""
+
+    def attend(q, cache, *, sliding_window, scale):
+        return jax.nn.dot_product_attention(
+            q,
+            cache.k[:, :256],
+            cache.v[:, :256],
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
+        )
+
+    monkeypatch.setattr(cudnn, "_attend", attend)
+    q, cache, _, _ = case([399, 399], tokens=20, capacity=400)
+    if poison is not None:
+        held = np.arange(400) < (positions >= 0).sum(axis=1)[:, None] + poison
+        cache = jax.tree.map(lambda x: jnp.where(held[..., None, None], x, jnp.nan), cache)
+
+    def kernel(q, cache, positions):
+        return jnp.full_like(q, 7)
+
+    o = cudnn.prefill_attention_or(
+        kernel, q, cache, jnp.asarray(positions), sliding_window=window, scale=1.0
+    )
+    if by_cudnn:
+        close(o, formula(q, cache, None, positions, sliding_window=window), positions)
+    else:
+        np.testing.assert_array_equal(o, 7.0)
+
+
+class TestBadInput:
+    """What `decode_attention` does not refuse as well is in its tests."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"q": jnp.zeros((2, 0, 4, 16))}, "none of B, T, Nq, width may be 0"),
+            ({"q": jnp.zeros((2, 17, 5, 16))}, "T of 1 or more and Nq a multiple of 2, the cache"),
+            ({"q": jnp.zeros((2, 17, 4, 24))}, "q has 24 numbers a head; with this KVCache .* 16"),
+            ({"cache": None}, "cache is a NoneType; accepted"),
+            ({"positions": jnp.full((2, 17), 80)}, r"positions has 80; accepted: .* 0 to 79"),
+            ({"page_table": jnp.full((2, 5), 13)}, r"page_table has 13; accepted: .* 0 to 12"),
+            ({"page_table": None}, "page_table is None and .* accepted .* 2 pages"),
+            ({"sliding_window": 0}, "sliding_window is 0; accepted: None or an integer of 1"),
+            ({"scale": float("inf")}, "scale is inf; accepted: a finite Python number"),
+            ({"implementation": "cudnn"}, "implementation is 'cudnn'; accepted"),
+        ],
+    )
+    def test_refused(self, change, message):
+        names = "q", "cache", "page_table", "positions"
+        arguments = dict(zip(names, case([70, 30], pages=5, tokens=17), strict=True))
+        with pytest.raises(ValueError, match=message):
+            ops.prefill_attention(**(arguments | change))
