@@ -103,15 +103,10 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
 
     # Keys may be anything where no token sees them: their scores are not used. A weight of 0 does
     # not undo a NaN among values.
-    def first_of(index):
-        return (first_tile + index * launch.num_splits) * launch.block_keys
-
-    def page_of(index):
-        return pages(inputs, shape, sequence, first_of(index), launch.block_keys)
-
     def tile(index, carry):
-        m, totals, acc, page = carry
-        first = first_of(index)
+        m, totals, acc = carry
+        first = (first_tile + index * launch.num_splits) * launch.block_keys
+        page = pages(inputs, shape, sequence, first, launch.block_keys)
         position = first + iota(launch.block_keys)
         exists = (position >= oldest) & (position <= newest)
         slot, exists = slots(shape, sequence, page, first, launch.block_keys, exists)
@@ -133,11 +128,10 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
         alpha, weights = jnp.exp2(m - new_m), jnp.exp2(scores - new_m[:, None])
         totals = _partial_sums(weights) + totals * (alpha if totals.ndim == 1 else alpha[:, None])
         acc = acc * alpha[:, None] + dot(weights.astype(dtype), v.astype(dtype))
-        # Looked up a tile ahead, so that no tile waits for its page.
-        return new_m, totals, acc, page_of(index + 1)
+        return new_m, totals, acc
 
     nothing = jnp.zeros((launch.block_rows, launch.block_keys), jnp.float32)
-    m, totals, acc, _ = lax.fori_loop(
+    m, totals, acc = lax.fori_loop(
         0,
         num_tiles,
         tile,
@@ -145,7 +139,6 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
             jnp.full((launch.block_rows,), _NO_SCORE, jnp.float32),
             _partial_sums(nothing),
             jnp.zeros((launch.block_rows, pad(value_width)), jnp.float32),
-            page_of(0),
         ),
     )
     total = totals if totals.ndim == 1 else jnp.sum(totals, axis=1)
