@@ -86,7 +86,7 @@ def measure_row(shape: Shape, form, query_tokens: int, paged: bool, gbps: float)
         "ours_us": ours.us,
         "ours_p10_p90_us": [ours.p10, ours.p90],
         "main_us": ours.kernels["decode_attention"],
-        "xla_us": kernel_time(functools.partial(attend, implementation="xla"), calls[:1], 5).us,
+        "xla_us": kernel_time(functools.partial(attend, implementation="xla"), calls, 5).us,
         "jax_nn_us": None,
         "torch_sdpa_us": None,
         "limit_us": shape.bytes(form, query_tokens) / gbps / 1e3,
@@ -94,7 +94,7 @@ def measure_row(shape: Shape, form, query_tokens: int, paged: bool, gbps: float)
     }
     if form is KVCache and not paged:
         theirs = functools.partial(jax_nn, sliding_window=shape.sliding_window)
-        row["jax_nn_us"] = kernel_time(theirs, calls[:1], 5).us
+        row["jax_nn_us"] = kernel_time(theirs, calls, 5).us
         row["torch_sdpa_us"] = torch_sdpa_us(shape, query_tokens)
     return {name: _rounded(value) for name, value in row.items()}
 
@@ -143,31 +143,32 @@ def missed_bars(row: dict, others: list[dict]) -> list[str]:
 
 
 def plot(rows: list[dict], head: dict, path) -> None:
-    """Times of one token over contiguous caches as multiples of the limit of K and V."""
+    """Times of one token over contiguous caches as multiples of the memory limit."""
     import matplotlib.pyplot as plt
 
     shown = [r for r in rows if r["query_tokens"] == 1 and r["layout"] == LAYOUTS[False]]
     names = {
-        "torch_sdpa_us": ("PyTorch SDPA", "tab:gray"),
-        "jax_nn_us": ("jax.nn.dot_product_attention", "tab:orange"),
-        "xla_us": ("XLA", "tab:red"),
         "ours_us": ("g4attn-jax", "tab:blue"),
+        "xla_us": ("XLA", "tab:red"),
+        "jax_nn_us": ("jax.nn.dot_product_attention", "tab:orange"),
+        "torch_sdpa_us": ("PyTorch SDPA", "tab:gray"),
     }
-    figure, axis = plt.subplots(figsize=(12, 6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 10), layout="constrained")
     for i, (name, (label, color)) in enumerate(names.items()):
         at = [(j, r[name] / r["limit_us"]) for j, r in enumerate(shown) if r[name] is not None]
-        bars = axis.bar([j + 0.2 * (i - 1.5) for j, _ in at], [y for _, y in at], 0.2, color=color)
-        bars.set_label(label)
-        axis.bar_label(bars, [f"{y:.2f}" if y < 10 else f"{y:.0f}" for _, y in at], fontsize=7)
-    axis.axhline(1, color="black", ls="--", lw=1, label="memory limit")
+        heights = [j + 0.2 * (i - 1.5) for j, _ in at]
+        bars = axis.barh(heights, [x for _, x in at], 0.2, color=color, label=label)
+        axis.bar_label(bars, [f"{x:.2f}" if x < 10 else f"{x:.0f}" for _, x in at], fontsize=7)
+    axis.axvline(1, color="black", ls="--", lw=1, label="memory limit")
     labels = [
-        f"{r['batch']} x {r['context']}\n{r['num_kv_heads']} KV heads, G {r['group']}\n"
-        f"D {r['head_dim']}{', window' * bool(r['sliding_window'])}\n{r['form']}"
+        f"{r['batch']} x {r['context']}{', window' * bool(r['sliding_window'])}, {r['form']}\n"
+        f"{r['num_kv_heads']} KV heads, G {r['group']}, D {r['head_dim']}"
         for r in shown
     ]
-    axis.set_xticks(range(len(shown)), labels, fontsize=8)
-    axis.set(yscale="log", ylim=(0.7, None), ylabel="time / memory limit")
-    axis.legend()
+    axis.set_yticks(range(len(shown)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xscale="log", xlim=(0.7, None), xlabel="time / memory limit")
+    axis.legend(loc="lower right")
     figure.suptitle(
         f"Decode attention, one token a sequence, bfloat16, {head['gpu']}, JAX {head['jax']}"
     )

@@ -128,17 +128,20 @@ def plot(rows: list[dict], head: dict, path) -> None:
         "kernel": ("g4attn-jax, the kernel", "tab:cyan", "^"),
         "ours": ("g4attn-jax", "tab:blue", "D"),
     }
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(
+        2, 3, figsize=(12, 7), layout="constrained", sharex=True, sharey=True
+    )
     for axis, shape in zip(axes.T.flat, SHAPES, strict=True):
         mine = rows[SHAPES.index(shape) * len(TOKENS) :][: len(TOKENS)]
         for name, (label, color, marker) in lines.items():
             rates = [row[f"{name}_tflops"] or float("nan") for row in mine]
             axis.semilogx(TOKENS, rates, color=color, marker=marker, ms=4, label=label)
-        axis.set(title=str(shape), ylim=(0, None), xlabel="tokens", ylabel="useful TFLOP/s")
+        axis.set_title(str(shape), fontsize=9)
+        axis.set(ylim=(0, 650), xlabel="tokens", ylabel="useful TFLOP/s")
         axis.set_xticks(TOKENS, [str(t) for t in TOKENS])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0, 0].legend()
+    axes[0, 0].legend(loc="upper left")
     figure.suptitle(
         f"Prefill attention (Nq/Nkv/D), one sequence, bfloat16, {head['gpu']}, JAX {head['jax']}"
     )

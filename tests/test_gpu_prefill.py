@@ -93,7 +93,7 @@ def test_float8(form):
     assert errors[0] <= 1.05 * errors[1]
 
 
-TOKENS, CAPACITY = 1100, 2048
+TOKENS, CAPACITY = 4100, 5120
 
 
 def positions_of(*lengths):

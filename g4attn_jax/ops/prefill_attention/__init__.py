@@ -56,7 +56,7 @@ def prefill_attention(
         sliding_window: keys that a token sees, its own included; None: all.
         scale: of the scores; 1 in Gemma 4.
         implementation: None (on an NVIDIA GPU of compute capability 8.0 or higher the kernel, or
-            cuDNN for a prompt of 1024 tokens or more from position 0 in a contiguous `KVCache` of
+            cuDNN for a prompt of 4096 tokens or more from position 0 in a contiguous `KVCache` of
             bfloat16 or float16 with a head_dim that it takes: up to 256, on 8.x 128; else XLA),
             "triton" (the kernel), "xla", or "triton_interpret". float8 needs 8.9 for the kernel.
 
