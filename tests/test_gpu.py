@@ -241,6 +241,7 @@ def test_decode_of_real_layers_uses_the_kernel():
         for row in decode.decode_layers(config, layers, batch=4, prompt_len=64, steps=8):
             assert row.passed, row
             assert row.prologue_launches == 1
+            assert row.attention_launches in (1, 2)
 
 
 @pytest.mark.parametrize("form", [KVCache, CompactKVCache])

@@ -28,6 +28,7 @@ class Row:
     spec: AttentionSpec
     form: type[Cache]
     prologue_launches: int
+    attention_launches: int
     max_difference: float
     max_relative_error: float
     median_step_ms: float
@@ -36,6 +37,13 @@ class Row:
     def implementation(self) -> str:
         """What the compiled step holds, rather than what was asked for."""
         return "triton" if self.prologue_launches else "xla"
+
+    @property
+    def launches(self) -> str:
+        """Of the kernels in a compiled step, before and of attention."""
+        if self.implementation == "xla":
+            return "fused by XLA"
+        return f"{self.prologue_launches} + {self.attention_launches}"
 
     @property
     def passed(self) -> bool:
@@ -142,11 +150,14 @@ class _LayerRun:
         per_step = np.linalg.norm(actual - expected, axis=(0, 2)) / np.linalg.norm(
             expected, axis=(0, 2)
         )
+        text = step.as_text()
         return Row(
             layer=self.layer,
             spec=self.attention.spec,
             form=form,
-            prologue_launches=count_launches(step.as_text(), "norm_rope"),
+            prologue_launches=count_launches(text, "norm_rope"),
+            attention_launches=count_launches(text, "decode_attention")
+            + count_launches(text, "combine_splits"),
             max_difference=float(difference.max()),
             max_relative_error=float(per_step.max()),
             median_step_ms=1e3 * statistics.median(times),
@@ -226,11 +237,11 @@ def decode(jobs: Sequence[Job], *, batch: int, prompt_len: int, steps: int) -> i
         f"JAX {jax.__version__}; batch {batch}, prompt {prompt_len}, {steps} decode steps, "
         "bfloat16, random weights"
     )
-    layout = "{:<17} {:>5} {:<8} {:>7} {:>8} {:<14} {:>11} {:>17} {:>14} {:>9}  {}"
+    layout = "{:<17} {:>5} {:<8} {:>7} {:>8} {:<14} {:>11} {:>13} {:>14} {:>9}  {}"
     print(
         layout.format(
             *("model", "layer", "mode", "Nq/Nkv", "head_dim", "cache", "bytes/token"),
-            *("prologue launches", "max difference", "median ms", "ran"),
+            *("launches", "max difference", "median ms", "ran"),
         )
     )
     failures = 0
@@ -253,13 +264,14 @@ def decode(jobs: Sequence[Job], *, batch: int, prompt_len: int, steps: int) -> i
                     row.spec.head_dim,
                     row.form.__name__,
                     bytes_per_token(row.spec, row.form),
-                    row.prologue_launches or "fused by XLA",
+                    row.launches,
                     f"{row.max_difference:.2e}",
                     f"{row.median_step_ms:.3f}",
                     f"{row.implementation} on {device}: {'pass' if row.passed else 'FAIL'}",
                 ),
                 flush=True,
             )
+    print("launches: of the kernels in a step, before attention and of it")
     print(
         "max difference: largest |y - reference| over the decode steps, the reference being the "
         "same layer in float32"

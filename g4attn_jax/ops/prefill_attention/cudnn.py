@@ -13,8 +13,8 @@ from jax import lax
 
 from g4attn_jax.cache import KVCache
 
-# At 2048 tokens of 31B's sliding layers the kernel is done before the host has read which of the two
-# is to run; at 8192 cuDNN is 1.5 times faster (bench/results/h200/prefill_attention.json).
+# At 2048 tokens of 31B's sliding layers the kernel is done before the host has read which of the
+# two is to run; at 8192 cuDNN is 1.5 times faster (bench/results/h200/prefill_attention.json).
 _MIN_TOKENS = 4096
 # cuDNN masks scores, but multiplies whole tiles of values, by weights of 0: none of its tiles has
 # more rows or columns than this.
