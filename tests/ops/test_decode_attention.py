@@ -7,8 +7,9 @@ import pytest
 
 from g4attn_jax import ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
+from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS, triton
 from g4attn_jax.ops.decode_attention.triton import choose_launch
-from g4attn_jax.ops.flash_attention.launch import HeadSizes
+from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
 from g4attn_jax.ops.gpu import Gpu
 from g4attn_jax.oracle import cached_attention as formula
 
@@ -134,6 +135,37 @@ def test_splits_agree(implementation):
     for splits in (1, 2, 3, 8, 64):
         o = ops.decode_attention(*arguments, num_splits=splits, implementation=implementation)
         np.testing.assert_allclose(o, exact, atol=2e-6)
+
+
+@on_the_kernel
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(
+    "launch",
+    [
+        Launch(16, 16, 3, 2, num_warps=4, num_stages=2),
+        Launch(64, 32, 2, 2, num_warps=4, num_stages=3),
+        Launch(64, 64, 1, 1, num_warps=8, num_stages=2),
+    ],
+)
+def test_any_launch(launch, compact, implementation):
+    arguments = case([70, 3, -1], pages=5, tokens=6, group=4, compact=compact)
+    o = triton.decode_attention(
+        *arguments,
+        sliding_window=20,
+        scale=1.0,
+        num_splits=None,
+        launch=launch,
+        interpret=implementation == "triton_interpret",
+    )
+    np.testing.assert_allclose(o, formula(*arguments, sliding_window=20), atol=2e-6)
+
+
+@on_both
+@pytest.mark.parametrize("tokens", range(1, MAX_DECODE_TOKENS + 1))
+def test_every_number_of_tokens(tokens, implementation):
+    arguments = case([40, tokens - 1], pages=3, tokens=tokens)
+    o = ops.decode_attention(*arguments, sliding_window=30, implementation=implementation)
+    np.testing.assert_allclose(o, formula(*arguments, sliding_window=30), atol=2e-6)
 
 
 @on_the_kernel
