@@ -5,6 +5,7 @@ from g4attn_jax.attention import Gemma4Attention
 from g4attn_jax.cache import CompactKVCache, KVCache
 from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
 from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
+from g4attn_jax.model import Gemma4Decoder
 from g4attn_jax.page_allocator import PageAllocator
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Contiguous",
     "Gemma4Attention",
     "Gemma4Config",
+    "Gemma4Decoder",
     "KVCache",
     "PageAllocator",
     "Paged",

@@ -64,10 +64,11 @@ class AttentionSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Gemma4Config:
-    """The text config of a Gemma 4 model: the fields attention needs, under Hugging Face's names.
+    """The text config of a Gemma 4 model, under Hugging Face's names.
 
     `from_hf` and `preset` build it. Fields that contradict each other are refused with a ValueError
-    that names the field.
+    that names the field. Those from `vocab_size` on are not attention's: they may be None, which is
+    unknown, and `check_decoder` says what of them the whole model needs.
 
     Source: the `config.json` files and `Gemma4TextConfig` of Hugging Face transformers 5.23.
     """
@@ -85,6 +86,20 @@ class Gemma4Config:
     sliding_window: int
     rms_norm_eps: float
     rope_parameters: Mapping[str, Mapping[str, Any]] = dataclasses.field(hash=False)
+    vocab_size: int | None = None
+    tie_word_embeddings: bool | None = None
+    final_logit_softcapping: float | None = None
+    intermediate_size: int | None = None
+    hidden_activation: str | None = None
+    use_double_wide_mlp: bool | None = None
+    # Per-layer embeddings; a model with 0 has none.
+    hidden_size_per_layer_input: int | None = None
+    vocab_size_per_layer_input: int | None = None
+    # Experts beside the MLP.
+    enable_moe_block: bool | None = None
+    num_experts: int | None = None
+    top_k_experts: int | None = None
+    moe_intermediate_size: int | None = None
 
     @classmethod
     def from_hf(cls, config: str | PathLike | Mapping[str, Any]) -> Self:
@@ -125,9 +140,13 @@ class Gemma4Config:
                 )
         values = {}
         for field in dataclasses.fields(cls):
-            if field.name not in text and field.name != "num_global_key_value_heads":
+            optional = field.default is None or field.name == "num_global_key_value_heads"
+            if field.name not in text and not optional:
                 raise ValueError(f"{field.name} is missing from the config")
             values[field.name] = text.get(field.name)
+        # Published configs have null and 0 for the same; absent it would be the 256 of E2B.
+        if text.get("hidden_size_per_layer_input", 0) is None:
+            values["hidden_size_per_layer_input"] = 0
         return cls(**values)
 
     @classmethod
@@ -179,6 +198,7 @@ class Gemma4Config:
             raise ValueError(f"rms_norm_eps must be a number above 0, not {self.rms_norm_eps!r}")
         self._check_layer_types()
         self._check_rope_parameters()
+        self._check_decoder_fields()
         for layer in range(self.num_hidden_layers):
             self._check_layer(layer)
 
@@ -239,6 +259,86 @@ class Gemma4Config:
                 )
         copies = {layer_type: dict(self.rope_parameters[layer_type]) for layer_type in used}
         object.__setattr__(self, "rope_parameters", copies)
+
+    def _check_decoder_fields(self):
+        for field, minimum in (
+            ("vocab_size", 1),
+            ("intermediate_size", 1),
+            ("hidden_size_per_layer_input", 0),
+            ("vocab_size_per_layer_input", 1),
+            ("num_experts", 1),
+            ("top_k_experts", 1),
+            ("moe_intermediate_size", 1),
+        ):
+            if getattr(self, field) is not None:
+                _check_int(field, getattr(self, field), minimum=minimum)
+        for field, accepted in (
+            ("tie_word_embeddings", (True,)),
+            ("hidden_activation", ("gelu_pytorch_tanh",)),
+            ("use_double_wide_mlp", (True, False)),
+            ("enable_moe_block", (True, False)),
+        ):
+            value = getattr(self, field)
+            if value is not None and not any(value is a or value == a != 1 for a in accepted):
+                raise ValueError(
+                    f"{field} = {value!r} is not supported; accepted: "
+                    + " or ".join(map(repr, accepted))
+                )
+        cap = self.final_logit_softcapping
+        if cap is not None and (not _is_number(cap) or cap <= 0):
+            raise ValueError(f"final_logit_softcapping must be a number above 0, not {cap!r}")
+        if None not in (self.top_k_experts, self.num_experts):
+            if self.top_k_experts > self.num_experts:
+                raise ValueError(
+                    f"top_k_experts = {self.top_k_experts} exceeds num_experts = {self.num_experts}"
+                )
+
+    def check_decoder(self) -> None:
+        """Refuses a config that describes attention alone.
+
+        Raises:
+            ValueError: naming a field that the whole text model needs.
+        """
+        needed = [
+            "vocab_size",
+            "tie_word_embeddings",
+            "intermediate_size",
+            "hidden_activation",
+            "use_double_wide_mlp",
+            "hidden_size_per_layer_input",
+            "enable_moe_block",
+        ]
+        if self.hidden_size_per_layer_input:
+            needed.append("vocab_size_per_layer_input")
+        if self.enable_moe_block:
+            needed += ["num_experts", "top_k_experts", "moe_intermediate_size"]
+        for field in needed:
+            if getattr(self, field) is None:
+                raise ValueError(f"{field} is missing from the config; the decoder needs it")
+
+    def truncated(self, layers: int) -> Self:
+        """The config of a model like this with fewer layers, for trying real shapes out.
+
+        It has the types of the first `layers` layers. As large a part of them as in the whole model
+        shares K and V, or as large a one as leaves every shared layer a producer before it.
+        Weights of the whole model do not fit where a layer shares here and did not there.
+
+        Args:
+            layers: 1 to num_hidden_layers.
+
+        Raises:
+            ValueError: there are not as many.
+        """
+        is_int = isinstance(layers, int) and not isinstance(layers, bool)
+        if not is_int or not 1 <= layers <= self.num_hidden_layers:
+            raise ValueError(f"layers is {layers!r}; accepted: 1 to {self.num_hidden_layers}")
+        types = self.layer_types[:layers]
+        shared = self.num_kv_shared_layers * layers // self.num_hidden_layers
+        while not set(types[layers - shared :]) <= set(types[: layers - shared]):
+            shared -= 1
+        return dataclasses.replace(
+            self, num_hidden_layers=layers, layer_types=types, num_kv_shared_layers=shared
+        )
 
     def _check_layer(self, layer: int):
         spec = self.attention_spec(layer)

@@ -94,7 +94,7 @@ def test_from_hf_keeps_no_reference_and_changes_nothing():
 REQUIRED = [
     field.name
     for field in dataclasses.fields(Gemma4Config)
-    if field.name != "num_global_key_value_heads"
+    if field.default is dataclasses.MISSING and field.name != "num_global_key_value_heads"
 ]
 
 
@@ -212,3 +212,60 @@ def test_the_modes_count_their_kv_projections():
 
 def test_configs_ship_with_the_package():
     assert (resources.files("g4attn_jax") / "configs" / "gemma-4-31b.json").is_file()
+
+
+def test_null_is_no_per_layer_embedding_and_absent_is_unknown():
+    assert Gemma4Config.preset("31b").hidden_size_per_layer_input == 0
+    config = text("gemma-4-31b")
+    del config["hidden_size_per_layer_input"]
+    assert Gemma4Config.from_hf(config).hidden_size_per_layer_input is None
+
+
+@pytest.mark.parametrize("size", MODELS)
+def test_presets_are_whole_models(size):
+    Gemma4Config.preset(size).check_decoder()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vocab_size", 0, "vocab_size must be an integer of at least 1, not 0"),
+        ("intermediate_size", 2.5, "intermediate_size must be an integer"),
+        ("hidden_size_per_layer_input", -1, "hidden_size_per_layer_input must be an integer of"),
+        ("hidden_activation", "silu", "hidden_activation = 'silu' is not .* 'gelu_pytorch_tanh'"),
+        ("tie_word_embeddings", False, "tie_word_embeddings = False is not supported; accepted: T"),
+        ("use_double_wide_mlp", 1, "use_double_wide_mlp = 1 is not supported; accepted: True or F"),
+        ("enable_moe_block", "yes", "enable_moe_block = 'yes' is not supported"),
+        ("final_logit_softcapping", 0, "final_logit_softcapping must be a number above 0, not 0"),
+        ("top_k_experts", 129, "top_k_experts = 129 exceeds num_experts = 128"),
+    ],
+)
+def test_fields_of_the_decoder_are_checked(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        Gemma4Config.from_hf(text("gemma-4-26b-a4b", **{field: value}))
+
+
+@pytest.mark.parametrize("size", MODELS)
+def test_truncated(size):
+    whole = Gemma4Config.preset(size)
+    assert whole.truncated(whole.num_hidden_layers) == whole
+    for layers in range(1, whole.num_hidden_layers):
+        config = whole.truncated(layers)
+        assert config.layer_types == whole.layer_types[:layers]
+        assert config.num_kv_shared_layers <= whole.num_kv_shared_layers
+        assert (config.hidden_size, config.vocab_size) == (whole.hidden_size, whole.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "shared"),
+    # Five layers of E2B are the first with a full one, which must then be a producer.
+    [("e2b", 35, 20), ("e2b", 4, 2), ("e2b", 5, 0), ("e2b", 6, 1), ("e2b", 10, 5), ("31b", 6, 0)],
+)
+def test_truncated_models_share_what_they_can(size, layers, shared):
+    assert Gemma4Config.preset(size).truncated(layers).num_kv_shared_layers == shared
+
+
+@pytest.mark.parametrize("layers", [0, 36, True, 5.0])
+def test_truncated_to_what_is_not_there(layers):
+    with pytest.raises(ValueError, match=f"layers is {layers!r}; accepted: 1 to 35"):
+        Gemma4Config.preset("e2b").truncated(layers)

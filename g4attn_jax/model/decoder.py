@@ -1,0 +1,282 @@
+"""The whole text model: tokens in, logits out, caches passed through."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from g4attn_jax import ops
+from g4attn_jax.cache import Cache, KVCache
+from g4attn_jax.config import Gemma4Config
+from g4attn_jax.layout import Layout, plan_step
+from g4attn_jax.model.embedding import embed, per_layer_inputs
+from g4attn_jax.model.layer import Gemma4DecoderLayer
+from g4attn_jax.ops.head_norm.reference import rms_norm
+
+
+class Gemma4Decoder(nnx.Module):
+    """Embedding, layers, norm, and the embedding again as the head.
+
+        x = embed_tokens[token] * sqrt(E)
+        x = layer(x)                              for every layer
+        h = rms(x) * norm
+        logits = c tanh(h embed_tokens^T / c)     c: final_logit_softcapping, 30
+
+    A step is a pure function of parameters, tokens, positions and caches; after `nnx.split` also to
+    JAX. Letters: B batch, T new tokens, V vocabulary, E embed, L layers, P width of the per-layer
+    embeddings (PLE: E2B and E4B), Vp their vocabulary.
+
+    Attributes:
+        embed_tokens: [V, E].
+        embed_tokens_per_layer: [Vp, L, P], PLE alone.
+        per_layer_model_projection: [E, L, P], PLE alone.
+        per_layer_projection_norm: [P], PLE alone.
+        layers: L `Gemma4DecoderLayer`s.
+        norm: [E].
+
+    Source: `Gemma4ForCausalLM` of Hugging Face transformers 5.23.
+    """
+
+    def __init__(
+        self,
+        config: Gemma4Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        param_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        implementation: ops.Implementation | None = None,
+    ):
+        """Builds the model with random weights.
+
+        Args:
+            config: with all fields of the text model.
+            rngs: stream `params` draws the weights.
+            dtype: of activations, and of caches unless `init_caches` is told otherwise.
+            param_dtype: of the weights; cast to `dtype` in every call where they differ.
+            implementation: of the kernels, see `ops.qkv_norm_rope_write`.
+
+        Raises:
+            ValueError: the config lacks a field, or as `Gemma4Attention` raises.
+            NotImplementedError: "triton" was demanded and there is no supported GPU.
+        """
+        config.check_decoder()
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        embed_size, layers = config.hidden_size, config.num_hidden_layers
+        # So that scaled embeddings and logits are of the order of 1.
+        table_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1)
+        self.embed_tokens = nnx.Param(
+            table_init(rngs.params(), (config.vocab_size, embed_size), param_dtype)
+        )
+        if width := config.hidden_size_per_layer_input:
+            shape = (config.vocab_size_per_layer_input, layers, width)
+            init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+            self.embed_tokens_per_layer = nnx.Param(table_init(rngs.params(), shape, param_dtype))
+            self.per_layer_model_projection = nnx.Param(
+                init(rngs.params(), (embed_size, layers, width), param_dtype)
+            )
+            self.per_layer_projection_norm = nnx.Param(jnp.ones(width, param_dtype))
+        self.layers = nnx.List(
+            Gemma4DecoderLayer(
+                config,
+                layer,
+                rngs=rngs,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                implementation=implementation,
+            )
+            for layer in range(layers)
+        )
+        self.norm = nnx.Param(jnp.ones(embed_size, param_dtype))
+
+    def init_caches(
+        self,
+        layouts: Mapping[str, Layout],
+        forms: Mapping[str, type[Cache]] | None = None,
+        *,
+        dtype: jax.typing.DTypeLike | None = None,
+    ) -> dict[int, Cache]:
+        """Empty caches, one for every layer that is not Q_ONLY, by its index.
+
+        Args:
+            layouts: of each layer type, "sliding_attention" and "full_attention".
+            forms: of each layer type; `KVCache` where none is named. Full layers with K = V can
+                have the `CompactKVCache`.
+            dtype: of the storage, see `Gemma4Attention.init_cache`.
+
+        Raises:
+            ValueError: a layer type has no layout, there is no such layer type, or as
+                `Gemma4Attention.init_cache` raises.
+        """
+        forms = {} if forms is None else forms
+        self._check_layer_types("layouts", layouts)
+        self._check_layer_types("forms", forms, all_needed=False)
+        caches = {}
+        for index in self._producers():
+            layer_type = self.config.layer_types[index]
+            caches[index] = self.layers[index].attention.init_cache(
+                layouts[layer_type], forms.get(layer_type, KVCache), dtype=dtype
+            )
+        return caches
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        caches: Mapping[int, Cache],
+        layouts: Mapping[str, Layout],
+        *,
+        logits_at: Int[Array, "B n"] | None = None,
+    ) -> tuple[Float[Array, "B n V"], dict[int, Cache]]:
+        """One step: T new tokens of every sequence, a prompt, a part of one, or one each.
+
+        Args:
+            tokens: integer [B, T].
+            positions: integer [B, T], where they are in their sequences. -1 marks padding: nothing
+                is written, and its logits mean nothing.
+            caches: from `init_caches` or an earlier step. Donate them to a jitted step to update
+                them in place.
+            layouts: that they were made with, or with another page table.
+            logits_at: integer [B, n], the indices into T whose logits are wanted; None is all. A
+                prompt wants one, a part of a prompt none ([B, 0]).
+
+        Returns:
+            (logits, caches): float32 [B, n, V], and the updated caches.
+
+        Raises:
+            ValueError: an argument has the wrong shape or dtype, a cache or layout is missing, or
+                as `plan_step` raises.
+        """
+        h, caches = self.hidden(tokens, positions, caches, layouts, logits_at=logits_at)
+        return self.logits(h), caches
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        caches: Mapping[int, Cache],
+        layouts: Mapping[str, Layout],
+        *,
+        logits_at: Int[Array, "B n"] | None = None,
+    ) -> tuple[Float[Array, "B n E"], dict[int, Cache]]:
+        """`__call__` without the head.
+
+        Returns:
+            (hidden, caches): final hidden states after the norm, [B, n, E] in `dtype`, and the
+            updated caches.
+        """
+        self._check_step(tokens, positions, caches, logits_at)
+        self._check_layer_types("layouts", layouts)
+        plans = {
+            layer_type: plan_step(
+                self.config.attention_spec(self.config.layer_types.index(layer_type)),
+                positions,
+                layouts[layer_type],
+            )
+            for layer_type in sorted(set(self.config.layer_types))
+        }
+        x, per_layer = self._embed(jnp.asarray(tokens))
+        shared_from = self._producers().stop
+        x, caches = self._run(self.layers[:shared_from], x, per_layer, plans, dict(caches))
+        if logits_at is not None:
+            # KV-shared layers write nothing that other tokens read, so these tokens are enough.
+            x = _select(x, logits_at)
+            per_layer = None if per_layer is None else _select(per_layer, logits_at)
+            plans = {key: _select_plan(plan, logits_at) for key, plan in plans.items()}
+        if x.size:  # attention takes no step without tokens
+            x, caches = self._run(self.layers[shared_from:], x, per_layer, plans, caches)
+        return rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps), caches
+
+    def logits(self, hidden: Float[Array, "B n E"]) -> Float[Array, "B n V"]:
+        """Float32 logits of final hidden states."""
+        logits = jnp.einsum(
+            "bne,ve->bnv",
+            hidden,
+            self.embed_tokens[...].astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _embed(self, tokens):
+        """The residual stream [B, T, E], and what each layer is told of each token [B, T, L, P]."""
+        x = embed(self.embed_tokens[...], tokens).astype(self.dtype)
+        if not self.config.hidden_size_per_layer_input:
+            return x, None
+        return x, per_layer_inputs(
+            x,
+            embed(self.embed_tokens_per_layer[...], tokens),
+            self.per_layer_model_projection[...],
+            self.per_layer_projection_norm[...],
+            eps=self.config.rms_norm_eps,
+        )
+
+    def _run(self, layers, x, per_layer, plans, caches):
+        """Some of the layers, over all caches."""
+        for layer in layers:
+            attention = layer.attention
+            kv_layer = attention.spec.kv_layer
+            is_shared = kv_layer != attention.layer
+            x, cache = layer(
+                x,
+                plans[self.config.layer_types[attention.layer]],
+                caches[kv_layer],
+                k_scale=self.layers[kv_layer].attention.k_scale[...] if is_shared else None,
+                per_layer_input=None if per_layer is None else per_layer[:, :, attention.layer],
+            )
+            caches = caches | {kv_layer: cache}
+        return x, caches
+
+    def _producers(self):
+        """Layers that have a cache of their own."""
+        return range(self.config.num_hidden_layers - self.config.num_kv_shared_layers)
+
+    def _check_step(self, tokens, positions, caches, at):
+        for name, array in (("tokens", tokens), ("positions", positions)):
+            if not hasattr(array, "shape") or array.ndim != 2:
+                raise ValueError(f"{name} is {array!r}; accepted: an integer array [B, T]")
+        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens has dtype {tokens.dtype}; accepted: an integer")
+        if tokens.shape != positions.shape:
+            raise ValueError(
+                f"positions has shape {positions.shape}; with tokens of shape {tokens.shape} it "
+                f"must be {tokens.shape}"
+            )
+        if at is not None:
+            if at.ndim != 2 or at.shape[0] != tokens.shape[0]:
+                raise ValueError(
+                    f"logits_at has shape {at.shape}; accepted: [{tokens.shape[0]}, n]"
+                )
+            if not jnp.issubdtype(at.dtype, jnp.integer):
+                raise ValueError(f"logits_at has dtype {at.dtype}; accepted: an integer")
+        if caches.keys() != set(self._producers()):
+            raise ValueError(
+                f"caches has layers {sorted(caches)}; accepted: those of init_caches, "
+                f"{self._producers().start} to {self._producers().stop - 1}"
+            )
+
+    def _check_layer_types(self, name, given, *, all_needed=True):
+        """Refuses a dict by layer type that lacks one or has what is none."""
+        types = sorted(set(self.config.layer_types))
+        missing = [layer_type for layer_type in types if layer_type not in given]
+        if all_needed and missing:
+            raise ValueError(f"{name} lacks {', '.join(missing)}; the model has such layers")
+        surplus = [key for key in given if key not in ("sliding_attention", "full_attention")]
+        if surplus:
+            raise ValueError(f"{name} has {surplus[0]!r}; accepted: {', '.join(types)}")
+
+
+def _select(array, at):
+    """Tokens `at` [B, n] of an array [B, T, ...]."""
+    return jnp.take_along_axis(array, at.reshape(*at.shape, *[1] * (array.ndim - 2)), axis=1)
+
+
+def _select_plan(plan, at):
+    """The plan of tokens `at` [B, n] alone, for layers that write nothing."""
+    fields = {
+        name: _select(getattr(plan, name), at) for name in ("positions", "cos", "sin", "slots")
+    }
+    return dataclasses.replace(plan, **fields)

@@ -1,0 +1,129 @@
+"""One layer of the decoder."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from g4attn_jax import ops
+from g4attn_jax.attention import Gemma4Attention
+from g4attn_jax.cache import Cache
+from g4attn_jax.config import Gemma4Config, ProjectionMode
+from g4attn_jax.layout import StepPlan
+from g4attn_jax.model.mlp import Gemma4MLP
+from g4attn_jax.model.moe import Gemma4MoE
+from g4attn_jax.ops.head_norm.reference import rms_norm
+
+
+class Gemma4DecoderLayer(nnx.Module):
+    """Attention and MLP between norms, then what the layer is told of the token, then a factor.
+
+        x = x + rms(attention(rms(x) * input_norm)) * post_attention_norm
+        y = mlp(rms(x) * pre_feedforward_norm)
+        y = rms(y) * post_feedforward_norm_1                                     with experts (MoE)
+            + rms(moe(x, rms(x) * pre_feedforward_norm_2)) * post_feedforward_norm_2
+        x = x + rms(y) * post_feedforward_norm
+        x = x + rms((gelu(x Wg) * p) Wp) * post_per_layer_norm        with per-layer inputs p (PLE)
+        x = x * layer_scalar
+
+    Attributes:
+        attention: `Gemma4Attention`.
+        input_norm, post_attention_norm, pre_feedforward_norm, post_feedforward_norm: [E].
+        mlp: `Gemma4MLP`, of double width in E2B's KV-shared layers.
+        moe: `Gemma4MoE`, or None.
+        post_feedforward_norm_1, pre_feedforward_norm_2, post_feedforward_norm_2: [E], MoE alone.
+        per_layer_gate: Wg, [E, P], PLE alone.
+        per_layer_projection: Wp, [P, E], PLE alone.
+        post_per_layer_norm: [E], PLE alone.
+        layer_scalar: [].
+
+    Source: `Gemma4TextDecoderLayer` of Hugging Face transformers 5.23.
+    """
+
+    def __init__(
+        self,
+        config: Gemma4Config,
+        layer: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        param_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        implementation: ops.Implementation | None = None,
+    ):
+        """Builds the layer with random weights; arguments as of `Gemma4Attention`."""
+        embed, per_layer = config.hidden_size, config.hidden_size_per_layer_input
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        self.eps = config.rms_norm_eps
+        self.attention = Gemma4Attention(
+            config, layer, rngs=rngs, implementation=implementation, **dtypes
+        )
+        is_shared = self.attention.spec.mode is ProjectionMode.Q_ONLY
+        width = config.intermediate_size * (2 if config.use_double_wide_mlp and is_shared else 1)
+        self.mlp = Gemma4MLP(embed, width, rngs=rngs, **dtypes)
+        self.moe = Gemma4MoE(config, rngs=rngs, **dtypes) if config.enable_moe_block else None
+
+        def scale():
+            return nnx.Param(jnp.ones(embed, param_dtype))
+
+        self.input_norm, self.post_attention_norm = scale(), scale()
+        self.pre_feedforward_norm, self.post_feedforward_norm = scale(), scale()
+        if self.moe is not None:
+            self.post_feedforward_norm_1 = scale()
+            self.pre_feedforward_norm_2, self.post_feedforward_norm_2 = scale(), scale()
+        if per_layer:
+            init = nnx.initializers.lecun_normal()
+            self.per_layer_gate = nnx.Param(init(rngs.params(), (embed, per_layer), param_dtype))
+            self.per_layer_projection = nnx.Param(
+                init(rngs.params(), (per_layer, embed), param_dtype)
+            )
+            self.post_per_layer_norm = scale()
+        self.layer_scalar = nnx.Param(jnp.ones((), param_dtype))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        plan: StepPlan,
+        cache: Cache,
+        *,
+        k_scale: Float[Array, " D"] | None = None,
+        per_layer_input: Float[Array, "B T P"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], Cache]:
+        """One step of the layer.
+
+        Args:
+            x: [B, T, E], the residual stream.
+            plan: from `plan_step`, for the layer's type.
+            cache: of layer `attention.spec.kv_layer`.
+            k_scale: of that layer if it is another one, else None.
+            per_layer_input: [B, T, P] with PLE, else None.
+
+        Returns:
+            (x, cache): x [B, T, E] in the dtype it came in, and the updated cache.
+        """
+        y, cache = self.attention(self._norm(x, self.input_norm), plan, cache, k_scale)
+        x = self._add(x, self._norm32(y, self.post_attention_norm))
+        y = self.mlp(self._norm(x, self.pre_feedforward_norm))
+        if self.moe is not None:
+            z = self.moe(x, self._norm(x, self.pre_feedforward_norm_2))
+            y = self._norm32(y, self.post_feedforward_norm_1)
+            y += self._norm32(z, self.post_feedforward_norm_2)
+        x = self._add(x, self._norm32(y, self.post_feedforward_norm))
+        if per_layer_input is not None:
+            y = self._tell(x, per_layer_input)
+            x = self._add(x, self._norm32(y, self.post_per_layer_norm))
+        return x * self.layer_scalar[...].astype(x.dtype), cache
+
+    def _tell(self, x, per_layer_input):
+        gate = x @ self.per_layer_gate[...].astype(x.dtype)
+        told = jax.nn.gelu(gate.astype(jnp.float32), approximate=True) * per_layer_input
+        return told.astype(x.dtype) @ self.per_layer_projection[...].astype(x.dtype)
+
+    def _norm(self, x, scale):
+        return rms_norm(x, scale[...], eps=self.eps)
+
+    def _norm32(self, x, scale):
+        """Not rounded: the sum that it goes into is."""
+        return rms_norm(x.astype(jnp.float32), scale[...], eps=self.eps)
+
+    def _add(self, x, y):
+        return (x.astype(jnp.float32) + y).astype(x.dtype)

@@ -1,0 +1,428 @@
+"""Our decoder against Hugging Face's, and against itself."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Paged, Ring
+from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
+from g4attn_jax.model import Gemma4MoE
+
+GOLDEN = Path(__file__).parent / "golden_model"
+MODELS = ("gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b")
+PROMPT, LENGTH = 24, 88  # of make_golden.py; the window is 8
+ATOL = 2e-4
+
+
+def load_hf(decoder, directory):
+    """The weights of a checkpoint in the decoder."""
+    tensors = load_file(directory / "model.safetensors")
+
+    def take(name, *shape, last=False):
+        tensor = jnp.asarray(tensors.pop(f"model.{name}"), decoder.norm.dtype)
+        return tensor.reshape(shape) if shape else tensor.T if last else tensor
+
+    decoder.embed_tokens[...] = take("embed_tokens.weight")
+    decoder.norm[...] = take("norm.weight")
+    if decoder.config.hidden_size_per_layer_input:
+        per_layer, projection = decoder.embed_tokens_per_layer, decoder.per_layer_model_projection
+        per_layer[...] = take("embed_tokens_per_layer.weight", *per_layer.shape)
+        projection[...] = take("per_layer_model_projection.weight", last=True).reshape(
+            projection.shape
+        )
+        decoder.per_layer_projection_norm[...] = take("per_layer_projection_norm.weight")
+    for index, layer in enumerate(decoder.layers):
+        prefix = f"model.layers.{index}.self_attn."
+        names = [name for name in tensors if name.startswith(prefix)]
+        layer.attention.load_hf({name.removeprefix(prefix): tensors.pop(name) for name in names})
+        of_layer = functools.partial(lambda i, name, **kw: take(f"layers.{i}.{name}", **kw), index)
+        gate_up = [of_layer(f"mlp.{name}_proj.weight", last=True) for name in ("gate", "up")]
+        layer.mlp.gate_up_proj[...] = jnp.stack(gate_up, axis=1)
+        layer.mlp.down_proj[...] = of_layer("mlp.down_proj.weight", last=True)
+        layer.layer_scalar[...] = of_layer("layer_scalar").reshape(())
+        norms = ["input", "post_attention", "pre_feedforward", "post_feedforward"]
+        if layer.moe is not None:
+            norms += ["post_feedforward_1", "pre_feedforward_2", "post_feedforward_2"]
+            moe = layer.moe
+            moe.router_scale[...] = of_layer("router.scale")
+            moe.router_proj[...] = of_layer("router.proj.weight", last=True)
+            moe.per_expert_scale[...] = of_layer("router.per_expert_scale")
+            experts, embed, _, width = moe.gate_up_proj.shape
+            gate_up = of_layer("experts.gate_up_proj").reshape(experts, 2, width, embed)
+            moe.gate_up_proj[...] = gate_up.transpose(0, 3, 1, 2)
+            moe.down_proj[...] = of_layer("experts.down_proj").transpose(0, 2, 1)
+        for name in norms:
+            kind, number = (name[:-2], name[-2:]) if name[-1].isdigit() else (name, "")
+            getattr(layer, f"{kind}_norm{number}")[...] = of_layer(
+                f"{kind}_layernorm{number}.weight"
+            )
+        if decoder.config.hidden_size_per_layer_input:
+            layer.per_layer_gate[...] = of_layer("per_layer_input_gate.weight", last=True)
+            layer.per_layer_projection[...] = of_layer("per_layer_projection.weight", last=True)
+            layer.post_per_layer_norm[...] = of_layer("post_per_layer_input_norm.weight")
+    assert not tensors, sorted(tensors)
+
+
+@functools.cache
+def model_of(name, dtype=jnp.float32):
+    """(decoder, fixture)."""
+    config = Gemma4Config.from_hf(GOLDEN / name / "config.json")
+    decoder = Gemma4Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    load_hf(decoder, GOLDEN / name)
+    return decoder, np.load(GOLDEN / name / "golden.npz")
+
+
+def layouts_of(kind, config, batch=2, max_new_tokens=LENGTH):
+    """A layout for each layer type; full layers beside a ring are contiguous."""
+    if kind == "paged":
+        # Pages from the end of the pool, every other one another's.
+        pages = -(-LENGTH // 16)
+        table = 2 * (batch * pages - 1 - np.arange(batch * pages)).reshape(batch, pages)
+        layout = Paged(jnp.asarray(table, jnp.int32), 2 * batch * pages, 16)
+        return {"sliding_attention": layout, "full_attention": layout}
+    full = Contiguous(batch, LENGTH)
+    ring = Ring(batch, config.sliding_window, max_new_tokens)
+    return {"sliding_attention": ring if kind == "ring" else full, "full_attention": full}
+
+
+def step_of(decoder, layouts):
+    """The decoder's step, compiled; layouts are constants."""
+    graph, params = nnx.split(decoder)
+
+    @functools.partial(jax.jit, donate_argnums=3)
+    def step(params, tokens, positions, caches, logits_at=None):
+        with jax.default_matmul_precision("highest"):
+            decoder = nnx.merge(graph, params)
+            return decoder(tokens, positions, caches, layouts, logits_at=logits_at)
+
+    return functools.partial(step, params)
+
+
+def decode_of(decoder, layouts):
+    """Tokens one by one: those of a prompt, then the likeliest."""
+    step = step_of(decoder, layouts)
+
+    @jax.jit
+    def decode(prompt, start, caches):
+        def one(carry, position):
+            token, caches = carry
+            given = prompt[:, jnp.minimum(position, prompt.shape[1] - 1)]
+            token = jnp.where(position < prompt.shape[1], given, token)
+            positions = jnp.broadcast_to(position, token.shape)[:, None]
+            logits, caches = step(token[:, None], positions, caches)
+            return (jnp.argmax(logits[:, 0], axis=-1), caches), (token, logits[:, 0])
+
+        first = jnp.zeros(prompt.shape[0], jnp.int32)
+        steps = start + jnp.arange(LENGTH)
+        _, (tokens, logits) = jax.lax.scan(one, (first, caches), steps)
+        return tokens.T, logits.swapaxes(0, 1)
+
+    return decode
+
+
+def positions_to(length, batch=2):
+    return np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
+
+
+def k_eq_v(name):
+    return name in ("gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b")
+
+
+CACHES = [
+    pytest.param(name, kind, form, id=f"{name}-{kind}-{form.__name__}")
+    for name in MODELS
+    for kind in ("contiguous", "ring", "paged")
+    for form in (KVCache, CompactKVCache)
+    if form is KVCache or k_eq_v(name)
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "form"), CACHES)
+def test_every_position_of_a_prompt(name, kind, form):
+    decoder, golden = model_of(name)
+    layouts = layouts_of(kind, decoder.config)
+    caches = decoder.init_caches(layouts, {"full_attention": form})
+    logits, _ = step_of(decoder, layouts)(golden["tokens"], positions_to(LENGTH), caches)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize(("name", "kind", "form"), CACHES)
+def test_every_position_one_by_one_and_greedy_tokens(name, kind, form):
+    decoder, golden = model_of(name)
+    layouts = layouts_of(kind, decoder.config, max_new_tokens=1)
+    caches = decoder.init_caches(layouts, {"full_attention": form})
+    decode = decode_of(decoder, layouts)
+    tokens, logits = decode(golden["tokens"][:, :PROMPT], 0, caches)
+    np.testing.assert_array_equal(tokens, golden["tokens"])
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_no_worse_than_hugging_face(name):
+    decoder, golden = model_of(name, jnp.bfloat16)
+    layouts = layouts_of("ring", decoder.config, max_new_tokens=PROMPT)
+    tokens = golden["tokens"][:, :PROMPT]
+    logits, caches = step_of(decoder, layouts)(
+        tokens, positions_to(PROMPT), decoder.init_caches(layouts)
+    )
+    assert all(cache.v.dtype == jnp.bfloat16 for cache in caches.values())
+    exact = golden["logits"][:, :PROMPT].astype(np.float64)
+    theirs = golden["logits_bfloat16"].view(jnp.bfloat16).astype(np.float64)
+    ours, theirs = (np.linalg.norm(x - exact, axis=-1) for x in (logits, theirs))
+    assert np.median(ours) <= np.median(theirs)
+    # Where a rounding gives a token another expert it is far off, theirs as ours.
+    if not decoder.config.enable_moe_block:
+        assert np.linalg.norm(ours) <= np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unequal_prompts_in_chunks_with_padding_anywhere(name):
+    """Sequences are alone: each gets the logits of the fixture, whatever the other is doing."""
+    decoder, golden = model_of(name)
+    layouts = layouts_of("ring", decoder.config, max_new_tokens=20)
+    step, caches = step_of(decoder, layouts), decoder.init_caches(layouts)
+    seen = np.zeros((2, LENGTH), bool)
+    begun = [0, 0]
+    # New tokens of each sequence in each step, and where padding goes.
+    for lengths, front in (((20, 7), 0), ((3, 20), 1), ((1, 1), 0), ((0, 1), 0), ((1, 0), 1)):
+        width = 20 if max(lengths) > 1 else 1
+        tokens = np.full((2, width), -1, np.int32)
+        positions = np.full((2, width), -1, np.int32)
+        where = []
+        for row, length in enumerate(lengths):
+            at = slice(width - length, width) if front else slice(length)
+            positions[row, at] = begun[row] + np.arange(length)
+            tokens[row, at] = golden["tokens"][row, begun[row] : begun[row] + length]
+            begun[row] += length
+            where.append(at)
+        logits, caches = step(tokens, positions, caches)
+        for row, at in enumerate(where):
+            mine = positions[row, at]
+            exact = golden["logits"][row, mine]
+            np.testing.assert_allclose(logits[row, at], exact, rtol=0, atol=ATOL)
+            seen[row, mine] = True
+    assert begun == [25, 29] and seen.sum() == 54
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(MODELS[0], "contiguous"), (MODELS[0], "paged"), *((name, "ring") for name in MODELS)],
+)
+def test_logits_at(name, kind):
+    """Layers that share K and V see these tokens alone, and nothing else changes."""
+    decoder, golden = model_of(name)
+    layouts = layouts_of(kind, decoder.config, max_new_tokens=PROMPT)
+    tokens, positions = golden["tokens"][:, :PROMPT], positions_to(PROMPT)
+    step = step_of(decoder, layouts)
+    _, all_caches = step(tokens, positions, decoder.init_caches(layouts))
+    for at in ([[23], [10]], [[3, 17, 5], [23, 0, 0]]):
+        logits, caches = step(tokens, positions, decoder.init_caches(layouts), jnp.asarray(at))
+        exact = np.take_along_axis(golden["logits"], np.asarray(at)[..., None], axis=1)
+        np.testing.assert_allclose(logits, exact, rtol=0, atol=ATOL)
+        jax.tree.map(np.testing.assert_array_equal, caches, all_caches)
+    none, caches = step(tokens, positions, decoder.init_caches(layouts), jnp.zeros((2, 0), int))
+    assert none.shape == (2, 0, decoder.config.vocab_size)
+    jax.tree.map(np.testing.assert_array_equal, caches, all_caches)
+
+
+def test_logits_are_of_the_hidden_states():
+    decoder, golden = model_of("gemma-4-31b")
+    layouts = layouts_of("contiguous", decoder.config)
+    step = golden["tokens"][:, :PROMPT], positions_to(PROMPT)
+    h, _ = decoder.hidden(*step, decoder.init_caches(layouts), layouts)
+    logits, _ = decoder(*step, decoder.init_caches(layouts), layouts)
+    assert h.shape == (2, PROMPT, decoder.config.hidden_size) and h.dtype == jnp.float32
+    np.testing.assert_array_equal(decoder.logits(h), logits)
+    # The norm of the last hidden state is that of the final norm's scale.
+    scale = np.asarray(decoder.norm[...])
+    np.testing.assert_allclose(np.mean(np.square(h / scale), axis=-1), 1, rtol=1e-4)
+
+
+def test_compact_caches_of_shared_layers_use_the_scale_of_their_producer():
+    """No published model has K = V and shared layers; the maths is the same."""
+    fields = json.loads((GOLDEN / "gemma-4-12b" / "config.json").read_text())
+    config = Gemma4Config.from_hf(fields | {"num_kv_shared_layers": 2})
+    decoder = Gemma4Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32)
+    key = jax.random.key(0)
+    for layer in decoder.layers[: -config.num_kv_shared_layers]:
+        scale = layer.attention.k_scale
+        scale[...] = jax.random.uniform(key, scale.shape, minval=0.2, maxval=0.6)
+    layouts = layouts_of("contiguous", config)
+    tokens = np.arange(2 * PROMPT, dtype=np.int32).reshape(2, PROMPT)
+    logits = [
+        decoder(
+            tokens,
+            positions_to(PROMPT),
+            decoder.init_caches(layouts, {"full_attention": form}),
+            layouts,
+        )[0]
+        for form in (KVCache, CompactKVCache)
+    ]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-4)
+
+
+def test_caches_are_updated_in_place():
+    decoder, golden = model_of("gemma-4-e2b", jnp.bfloat16)
+    layouts = layouts_of("ring", decoder.config, max_new_tokens=1)
+    graph, params = nnx.split(decoder)
+    caches = decoder.init_caches(layouts)
+    step = jax.jit(
+        lambda params, caches: nnx.merge(graph, params)(
+            golden["tokens"][:, :1], positions_to(1), caches, layouts
+        ),
+        donate_argnums=1,
+    )
+    memory = step.lower(params, caches).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+
+
+def test_float8_caches():
+    decoder, golden = model_of("gemma-4-e2b", jnp.bfloat16)
+    layouts = layouts_of("contiguous", decoder.config)
+    caches = decoder.init_caches(layouts, dtype=FLOAT8)
+    assert {cache.v.dtype for cache in caches.values()} == {FLOAT8}
+    tokens = golden["tokens"][:, :PROMPT]
+    logits, _ = decoder(tokens, positions_to(PROMPT), caches, layouts)
+    exact = golden["logits"][:, :PROMPT]
+    # K and V of 4 significant bits.
+    assert np.linalg.norm(logits - exact) < 0.25 * np.linalg.norm(exact)
+
+
+def test_experts_are_a_loop_over_tokens():
+    config = model_of("gemma-4-26b-a4b")[0].config
+    moe = Gemma4MoE(config, rngs=nnx.Rngs(1), dtype=jnp.float32, param_dtype=jnp.float32)
+    rng = np.random.default_rng(0)
+    moe.router_scale[...] = jnp.asarray(1 + 0.3 * rng.normal(size=moe.router_scale.shape))
+    moe.per_expert_scale[...] = jnp.asarray(1 + 0.3 * rng.normal(size=moe.per_expert_scale.shape))
+    x, h = rng.normal(size=(2, 3, 7, config.hidden_size)).astype(np.float32)
+    # One token takes the same experts as another, most experts none.
+    x[0, 1] = x[0, 0]
+    weights = {
+        name: np.asarray(getattr(moe, name)[...], np.float64)
+        for name in (
+            "router_scale",
+            "router_proj",
+            "per_expert_scale",
+            "gate_up_proj",
+            "down_proj",
+        )
+    }
+    exact = np.zeros(h.shape)
+    for token in np.ndindex(x.shape[:2]):
+        r = x[token] / np.sqrt(np.mean(np.square(x[token], dtype=np.float64)) + config.rms_norm_eps)
+        scores = (r * weights["router_scale"] / np.sqrt(r.size)) @ weights["router_proj"]
+        probabilities = np.exp(scores) / np.exp(scores).sum()
+        best = np.argsort(-probabilities)[: config.top_k_experts]
+        for expert in best:
+            weight = probabilities[expert] / probabilities[best].sum()
+            gate, up = np.einsum("e,ecf->cf", h[token], weights["gate_up_proj"][expert])
+            gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+            y = (gelu * up) @ weights["down_proj"][expert]
+            exact[token] += weight * weights["per_expert_scale"][expert] * y
+    with jax.default_matmul_precision("highest"):
+        y = moe(jnp.asarray(x), jnp.asarray(h))
+    np.testing.assert_allclose(y, exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_parameter_tree_can_be_known_without_arrays(name):
+    decoder, _ = model_of(name)
+    shapes = nnx.eval_shape(
+        lambda: Gemma4Decoder(decoder.config, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    )
+    expected = jax.tree.map(lambda a: (a.shape, a.dtype), nnx.state(decoder))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), nnx.state(shapes)) == expected
+
+
+@pytest.mark.parametrize("layers", [1, 6])
+def test_a_truncated_model_runs(layers):
+    config = Gemma4Config.from_hf(GOLDEN / "gemma-4-e2b" / "config.json").truncated(layers)
+    decoder = Gemma4Decoder(config, rngs=nnx.Rngs(0))
+    layouts = layouts_of("contiguous", config)
+    tokens = np.zeros((2, 3), np.int32)
+    logits, _ = decoder(tokens, positions_to(3), decoder.init_caches(layouts), layouts)
+    assert logits.shape == (2, 3, 128) and np.isfinite(logits).all()
+
+
+def test_a_token_that_is_none_is_loud():
+    decoder, _ = model_of("gemma-4-e2b")
+    layouts = layouts_of("contiguous", decoder.config)
+    tokens = np.array([[5, 128], [5, 6]])  # the last of 128 is 127
+    logits, _ = decoder(tokens, positions_to(2), decoder.init_caches(layouts), layouts)
+    assert np.isnan(logits[0, 1]).all() and np.isfinite(logits[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": np.zeros((2, 4))}, "tokens has dtype float64; accepted: an integer"),
+        ({"tokens": np.zeros(3, int)}, r"accepted: an integer array \[B, T\]"),
+        ({"positions": positions_to(4)}, r"positions has shape \(2, 4\); .* must be \(2, 3\)"),
+        ({"caches": {}}, r"caches has layers \[\]; accepted: those of init_caches, 0 to 5"),
+        ({"layouts": {"full_attention": Contiguous(2, 88)}}, "layouts lacks sliding_attention"),
+        ({"logits_at": np.zeros((2, 1))}, "logits_at has dtype float64; accepted: an integer"),
+        ({"logits_at": np.zeros((3, 1), int)}, r"logits_at has shape \(3, 1\); accepted: \[2, n\]"),
+    ],
+)
+def test_a_step_that_makes_no_sense(changes, message):
+    decoder, _ = model_of("gemma-4-12b")
+    layouts = layouts_of("contiguous", decoder.config)
+    step = {
+        "tokens": np.zeros((2, 3), np.int32),
+        "positions": positions_to(3),
+        "caches": decoder.init_caches(layouts),
+        "layouts": layouts,
+    }
+    with pytest.raises(ValueError, match=message):
+        decoder(**step | changes)
+
+
+def test_caches_that_make_no_sense():
+    decoder, _ = model_of("gemma-4-12b")
+    layouts = layouts_of("contiguous", decoder.config)
+    with pytest.raises(ValueError, match="layouts lacks full_attention"):
+        decoder.init_caches({"sliding_attention": layouts["sliding_attention"]})
+    with pytest.raises(ValueError, match="forms has 'full'; accepted: full_attention, sliding"):
+        decoder.init_caches(layouts, {"full": CompactKVCache})
+    with pytest.raises(ValueError, match="CompactKVCache holds one projection as K and V"):
+        decoder.init_caches(layouts, {"sliding_attention": CompactKVCache})
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "vocab_size",
+        "tie_word_embeddings",
+        "intermediate_size",
+        "hidden_activation",
+        "use_double_wide_mlp",
+        "hidden_size_per_layer_input",
+        "vocab_size_per_layer_input",
+        "enable_moe_block",
+    ],
+)
+def test_a_config_of_attention_alone_is_refused(field):
+    fields = json.loads((GOLDEN / "gemma-4-e2b" / "config.json").read_text())
+    del fields[field]
+    with pytest.raises(ValueError, match=f"^{field} is missing from the config; the decoder"):
+        Gemma4Decoder(Gemma4Config.from_hf(fields), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("field", ["num_experts", "top_k_experts", "moe_intermediate_size"])
+def test_a_config_without_its_experts_is_refused(field):
+    fields = json.loads((GOLDEN / "gemma-4-26b-a4b" / "config.json").read_text())
+    with pytest.raises(ValueError, match=f"^{field} is missing from the config; the decoder"):
+        Gemma4Decoder(Gemma4Config.from_hf(fields | {field: None}), rngs=nnx.Rngs(0))
+
+
+def test_fixtures_are_small():
+    sizes = [path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()]
+    assert sum(sizes) < 3_000_000
