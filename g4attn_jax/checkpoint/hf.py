@@ -1,0 +1,252 @@
+"""Hugging Face directories: `config.json` and safetensors files, read and written.
+
+Source of names and shapes: `Gemma4TextModel` and its modules in Hugging Face transformers 5.23.
+"""
+
+import collections
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from g4attn_jax.checkpoint.errors import CheckpointError, listed
+from g4attn_jax.checkpoint.loading import Model, Progress, load, parameters, table_of
+from g4attn_jax.checkpoint.packing import Packed
+from g4attn_jax.checkpoint.report import LoadReport, terminal_bar
+from g4attn_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, read_json, stored_tensors
+from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
+
+# Of the language model's tensors: in files of the multimodal model and of the text model, each with
+# and without its head.
+_PREFIXES = ("model.language_model.", "model.", "language_model.", "")
+_OTHER_TOWERS = re.compile(
+    r"(model\.)?(vision_tower|audio_tower|vision_embedder|embed_vision|embed_audio)\."
+)
+_TIED_HEAD = "lm_head.weight"
+# Published files hold them for KV-shared layers as well; transformers ignores them there
+# (`_keys_to_ignore_on_load_unexpected`), since these layers use the K and V of another one.
+_UNUSED_IF_SHARED = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
+_ARCHITECTURES = {
+    "gemma4_text": "Gemma4ForCausalLM",
+    "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
+}
+
+_MODEL = {
+    "embed_tokens": Packed("VE", {"embed_tokens.weight": "V,E"}),
+    "embed_tokens_per_layer": Packed("VLP", {"embed_tokens_per_layer.weight": "V,LP"}),
+    "per_layer_model_projection": Packed("ELP", {"per_layer_model_projection.weight": "LP,E"}),
+    "per_layer_projection_norm": Packed("P", {"per_layer_projection_norm.weight": "P"}),
+    "norm": Packed("E", {"norm.weight": "E"}),
+}
+_LAYER = {
+    "attention.o_proj": Packed("NDE", {"self_attn.o_proj.weight": "E,ND"}),
+    "attention.q_scale": Packed("D", {"self_attn.q_norm.weight": "D"}),
+    "attention.k_scale": Packed("D", {"self_attn.k_norm.weight": "D"}),
+    "input_norm": Packed("E", {"input_layernorm.weight": "E"}),
+    "post_attention_norm": Packed("E", {"post_attention_layernorm.weight": "E"}),
+    "pre_feedforward_norm": Packed("E", {"pre_feedforward_layernorm.weight": "E"}),
+    "post_feedforward_norm": Packed("E", {"post_feedforward_layernorm.weight": "E"}),
+    "mlp.gate_up_proj": Packed(
+        "ECF", {"mlp.gate_proj.weight": "CF,E", "mlp.up_proj.weight": "CF,E"}, "C", (1, 1)
+    ),
+    "mlp.down_proj": Packed("FE", {"mlp.down_proj.weight": "E,F"}),
+    "moe.router_scale": Packed("E", {"router.scale": "E"}),
+    "moe.router_proj": Packed("EX", {"router.proj.weight": "X,E"}),
+    "moe.per_expert_scale": Packed("X", {"router.per_expert_scale": "X"}),
+    "moe.gate_up_proj": Packed("XECF", {"experts.gate_up_proj": "X,CF,E"}),
+    "moe.down_proj": Packed("XFE", {"experts.down_proj": "X,E,F"}),
+    "post_feedforward_norm_1": Packed("E", {"post_feedforward_layernorm_1.weight": "E"}),
+    "pre_feedforward_norm_2": Packed("E", {"pre_feedforward_layernorm_2.weight": "E"}),
+    "post_feedforward_norm_2": Packed("E", {"post_feedforward_layernorm_2.weight": "E"}),
+    "per_layer_gate": Packed("EP", {"per_layer_input_gate.weight": "P,E"}),
+    "per_layer_projection": Packed("PE", {"per_layer_projection.weight": "E,P"}),
+    "post_per_layer_norm": Packed("E", {"post_per_layer_input_norm.weight": "E"}),
+    "layer_scalar": Packed("", {"layer_scalar": "1"}),
+}
+
+
+def _qkv(spec: AttentionSpec) -> Packed:
+    names = ("q_proj", "k_proj", "v_proj")[: 1 + spec.mode.num_kv_projections]
+    tensors = {f"self_attn.{name}.weight": "KGD,E" for name in names}
+    return Packed("EKGD", tensors, "G", (spec.group_size, 1, 1)[: len(names)])
+
+
+def _table(config: Gemma4Config, prefix: str) -> dict[str, Packed]:
+    """From paths of our parameters to what they are made of, for all a Gemma 4 model can have."""
+    table = {name: packed.under(prefix) for name, packed in _MODEL.items()}
+    for layer in range(config.num_hidden_layers):
+        rows = _LAYER | {"attention.qkv_proj": _qkv(config.attention_spec(layer))}
+        at = f"layers.{layer}."
+        table |= {at + name: packed.under(prefix + at) for name, packed in rows.items()}
+    return table
+
+
+def load_hf(
+    directory: str | PathLike, model: Model, *, progress: Progress | None = terminal_bar
+) -> tuple[Model, LoadReport]:
+    """Loads a Hugging Face checkpoint straight to the device.
+
+    Tensors are read through memory maps and packed on the device, one parameter at a time. Beside
+    the model itself that takes host and device memory for the tensors of one parameter. Of other
+    towers (vision, audio) and of what KV-shared layers do not use nothing is read.
+
+        config = Gemma4Config.from_hf(directory / "config.json")
+        model = nnx.eval_shape(lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0)))
+        model, report = load_hf(directory, model)
+
+    Args:
+        directory: has `config.json` and `model.safetensors`, or several files and
+            `model.safetensors.index.json`, of the text model or of the multimodal one.
+        model: a `Gemma4Decoder`, best an abstract one (`nnx.eval_shape`, or
+            `nnx.get_abstract_model` for one that is sharded): its weights are not used, and real
+            ones are held beside the new ones for as long as the caller keeps them. It decides
+            dtypes, to which tensors are cast, and shardings.
+        progress: called with (bytes done, bytes in all) after each parameter. As it is, a bar on a
+            terminal and nothing elsewhere; None is quiet.
+
+    Returns:
+        (model, report): a new model, and what was loaded and skipped.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or corrupt; a tensor is missing, surplus,
+            misshapen, stored twice or not floating point; or the config is not the model's. The
+            message names it, and no weight has been read.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory")
+    _check_config(read_json(directory / "config.json"), model.config)
+    stored = stored_tensors(directory)
+    prefix = _prefix(stored)
+    tensors, skipped = {}, collections.Counter()
+    for name, tensor in stored.items():
+        if reason := _why_skipped(name, prefix, model.config):
+            skipped[reason] += 1
+        else:
+            tensors[name] = tensor
+    return load(model, _table(model.config, prefix), tensors, skipped, progress)
+
+
+def save_hf(
+    directory: str | PathLike,
+    model: nnx.Module,
+    config: str | PathLike | Mapping[str, Any],
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Saves a model as a Hugging Face directory of the text model (`Gemma4ForCausalLM`).
+
+    Tensors that `load_hf` read into the same dtype are written byte by byte as they were.
+
+    Args:
+        directory: made if it is not there; must not have a checkpoint in it.
+        model: a `Gemma4Decoder`.
+        config: contents or path of the `config.json` of the model, of the text model or the
+            multimodal one: it has more fields than `Gemma4Config` keeps.
+        max_shard_bytes: a larger model is split into files of at most this size (a parameter that
+            is larger has one to itself), with an index. One file is held in host memory at a time.
+
+    Raises:
+        CheckpointError: the directory has a checkpoint, or the config is not the model's.
+    """
+    directory = Path(directory)
+    config = dict(config) if isinstance(config, Mapping) else read_json(Path(config))
+    _check_config(config, model.config)
+    if directory.is_dir() and (old := {file.name for file in directory.glob("*.safetensors*")}):
+        raise CheckpointError(f"{directory} has {listed(old)}; save to another directory")
+    table = table_of(model, _table(model.config, "model."))
+    shards = list(_shards(model, max_shard_bytes))
+    directory.mkdir(parents=True, exist_ok=True)
+    weight_map, total = {}, 0
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE_FILE
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        values = parameters(model)
+        tensors = {
+            tensor: np.asarray(value)
+            for name in names
+            for tensor, value in table[name].unpack(values[name][...]).items()
+        }
+        # transformers refuses files that do not say so.
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / INDEX_FILE, index)
+    text = config.get("text_config", config)
+    _write_json(
+        directory / "config.json",
+        text
+        | {
+            "architectures": [_ARCHITECTURES[text["model_type"]]],
+            "dtype": str(model.embed_tokens.dtype),
+        },
+    )
+
+
+def _shards(model: nnx.Module, max_bytes: int) -> Iterator[list[str]]:
+    """The names of parameters, file by file."""
+    names, size = [], 0
+    for name, variable in parameters(model).items():
+        value = variable.get_value()
+        num_bytes = value.size * value.dtype.itemsize
+        if names and size + num_bytes > max_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += num_bytes
+    yield names
+
+
+def _prefix(names):
+    """What the names of the language model's tensors begin with."""
+    found = [prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in names]
+    if not found:
+        raise CheckpointError(
+            "the checkpoint lacks embed_tokens.weight, under any of the prefixes "
+            + ", ".join(repr(prefix) for prefix in _PREFIXES)
+        )
+    if len(found) > 1:
+        twice = listed(f"{prefix}embed_tokens.weight" for prefix in found)
+        raise CheckpointError(f"the checkpoint has two language models: {twice}")
+    return found[0]
+
+
+def _why_skipped(name, prefix, config):
+    """Under which heading the report counts this tensor; None if it is to be loaded."""
+    if tower := _OTHER_TOWERS.match(name):
+        return tower[0]
+    if name == _TIED_HEAD:
+        return _TIED_HEAD
+    unused = _UNUSED_IF_SHARED.match(name.removeprefix(prefix))
+    if unused is None or int(unused[1]) >= config.num_hidden_layers:
+        return None
+    is_shared = config.attention_spec(int(unused[1])).mode is ProjectionMode.Q_ONLY
+    return f"{prefix}layers.*.self_attn.{unused[2]} (KV-shared)" if is_shared else None
+
+
+def _check_config(given, model_config):
+    """Refuses a `config.json` of another model; None in either is unknown."""
+    try:
+        config = Gemma4Config.from_hf(given)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+    for field in dataclasses.fields(config):
+        theirs, ours = getattr(config, field.name), getattr(model_config, field.name)
+        if theirs != ours and None not in (theirs, ours):
+            raise CheckpointError(
+                f"config.json has {field.name} = {theirs!r}; the model was built with {ours!r}"
+            )
+
+
+def _write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
