@@ -77,8 +77,8 @@ def _exceeded_by_less_than(
 ) -> Shaped[Array, "B V"]:
     """Which tokens have less than `limit` of weight in tokens of larger logits.
 
-    That weight falls as logits rise, so they are all from some logit on, which is found by its bits:
-    32 passes over the logits, where sorting them would move all of them many times.
+    That weight falls as logits rise, so they are all from some logit on, which is found by its
+    bits: 32 passes over the logits, where sorting them would move all of them many times.
     """
     ranks = _ranks(logits)
 
