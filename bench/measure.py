@@ -106,6 +106,37 @@ def _time(program, calls, iterations):
     return Time(statistics.median(times), deciles[0], deciles[-1], round(launches, 2), kernels)
 
 
+def profile_step(
+    step: jax.stages.Compiled, params: Any, state: Any
+) -> tuple[list[tuple[str, float]], Any]:
+    """The kernels of one step, (name, ms) each in order, and the state after it.
+
+    Args:
+        step: compiled, (params, state) to the next state; donates it.
+        params: what stays.
+        state: what goes from step to step.
+    """
+    stepping = _Stepping(step, params, state)
+    _, kernels = profiler.measure(stepping, aggregate=False)()
+    return kernels, stepping.state
+
+
+class _Stepping(jax.stages.Wrapped):
+    """A compiled step that keeps its state, see `_Donating`."""
+
+    def __init__(self, step, params, state):
+        self.step, self.params, self.state = step, params, state
+
+    def __call__(self):
+        self.state = self.step(self.params, self.state)
+        return self.state
+
+    def trace(self):
+        raise NotImplementedError("it is compiled")
+
+    lower = trace
+
+
 class _Donating(jax.stages.Wrapped):
     """A jitted program that keeps its state between calls; `measure` jits what is not Wrapped."""
 

@@ -1,5 +1,6 @@
 """One attention layer of a Gemma 4 model, as a Flax NNX module."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -162,6 +163,17 @@ class Gemma4Attention(nnx.Module):
         Raises:
             ValueError: an argument has the wrong shape or dtype, or as `plan_step` raises.
         """
+        parts, cache = self.parts(x, positions, cache, k_scale)
+        return ops.sum_parts(parts, self.dtype), cache
+
+    def parts(
+        self,
+        x: Float[Array, "B T E"],
+        positions: Int[Array, "B T"] | StepPlan,
+        cache: Cache | None = None,
+        k_scale: Float[Array, " D"] | None = None,
+    ) -> tuple[Float[Array, "parts B T E"], Cache]:
+        """The same, y in parts that add up to it, see `ops.linear_parts`."""
         x = jnp.asarray(x)
         self._check_hidden(x)
         if cache is not None:
@@ -176,22 +188,13 @@ class Gemma4Attention(nnx.Module):
         plan = self._plan(x, positions, cache)
         k_scale = self._scale_of_keys(k_scale)
         x = x.astype(self.dtype)
-        qkv = jnp.einsum("bte,eknd->btknd", x, self.qkv_proj[...].astype(self.dtype))
-        heads = qkv, self.q_scale[...], k_scale, plan.cos, plan.sin
-        constants = {
-            "mode": self.spec.mode,
-            "eps": self.spec.eps,
-            "implementation": self.implementation,
-        }
-        if cache is None:
-            q, k, v = ops.qkv_norm_rope(*heads, **constants)
-            cache = self.init_cache(plan.layout).write(plan.slots, k, v)
-        else:
-            q, cache = ops.qkv_norm_rope_write(*heads, plan.slots, cache, **constants)
+        qkv = ops.linear(x, self._weight(self.qkv_proj, 1), implementation=self.implementation)
+        qkv = qkv.reshape(*x.shape[:2], *self.qkv_proj.shape[1:])
+        q, cache = self._prologue(qkv, k_scale, plan, cache)
         o = self._attend(q, cache, plan)
-        y = jnp.einsum("btnd,nde->bte", o, self.o_proj[...].astype(self.dtype))
-        # Refused by plan_step where positions are known; loud where they are not.
-        return jnp.where(plan.unplaced[..., None], jnp.nan, y), cache
+        o = o.reshape(*x.shape[:2], -1)
+        w = self._weight(self.o_proj, 2)
+        return ops.linear_parts(o, w, implementation=self.implementation), cache
 
     def load_hf(self, state_dict: Mapping[str, Any]) -> None:
         """Takes the weights of a Hugging Face `Gemma4TextAttention`, cast to the param dtype.
@@ -235,6 +238,24 @@ class Gemma4Attention(nnx.Module):
         _assign(self.q_scale, tensors["q_norm.weight"])
         if kv_projections:
             _assign(self.k_scale, tensors["k_norm.weight"])
+
+    def _weight(self, weight, input_axes):
+        """As a matrix: inputs, which are the first axes, by outputs."""
+        w = weight[...].astype(self.dtype)
+        return w.reshape(math.prod(w.shape[:input_axes]), -1)
+
+    def _prologue(self, qkv, k_scale, plan, cache):
+        """Queries, and the cache with the new keys and values."""
+        heads = qkv, self.q_scale[...], k_scale, plan.cos, plan.sin
+        constants = {
+            "mode": self.spec.mode,
+            "eps": self.spec.eps,
+            "implementation": self.implementation,
+        }
+        if cache is None:
+            q, k, v = ops.qkv_norm_rope(*heads, **constants)
+            return q, self.init_cache(plan.layout).write(plan.slots, k, v)
+        return ops.qkv_norm_rope_write(*heads, plan.slots, cache, **constants)
 
     def _attend(self, q, cache, plan):
         is_step = q.shape[1] <= MAX_DECODE_TOKENS

@@ -21,6 +21,9 @@ from g4attn_jax.config import AttentionSpec
 from g4attn_jax.page_allocator import check_page_size
 from g4attn_jax.rope import rope_cos_sin
 
+# What attention is told instead of the position of a token that has no slot; it answers with NaN.
+UNPLACED = -2
+
 # A ring is a whole number of these, so that an attention kernel reads it in whole tiles.
 _RING_TILE = 64
 
@@ -262,15 +265,23 @@ class StepPlan:
         return (self.positions >= 0) & (self.slots < 0)
 
     def placed(self) -> Int[Array, "B T"]:
-        """The positions, -1 for tokens without a slot too."""
-        return jnp.where(self.unplaced, -1, self.positions)
+        """The positions for attention: `UNPLACED` for tokens without a slot, -1 for padding."""
+        return jnp.where(self.unplaced, UNPLACED, self.positions)
+
+
+def where_token(
+    positions: Int[Array, "B T"], o: Float[Array, "B T Nq D"]
+) -> Float[Array, "B T Nq D"]:
+    """Attention's output: o for tokens, 0 for padding, NaN for tokens without a slot."""
+    positions = positions[..., None, None]
+    return jnp.where(positions >= 0, o, jnp.where(positions == UNPLACED, jnp.nan, 0))
 
 
 def key_positions(positions: Int[Array, "B T"], layout: Layout) -> Int[Array, "B C"]:
     """The position of the token in each of a sequence's slots, negative where there is none.
 
     Args:
-        positions: of the newest tokens, all of which have slots, -1 for padding.
+        positions: of the newest tokens, negative for those that have no slot.
         layout: of the cache.
     """
     capacity = layout.capacity

@@ -213,6 +213,7 @@ def cached_attention(
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights = rounded(weights / weights.sum(axis=-1, keepdims=True))
         o[b, t] = np.einsum("kgs,skd->kgd", weights, v[slots])
+    o[np.asarray(positions) < -1] = np.nan
     return rounded(o).reshape(*q.shape[:3], head_dim)
 
 

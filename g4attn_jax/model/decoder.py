@@ -179,16 +179,17 @@ class Gemma4Decoder(nnx.Module):
             for layer_type in sorted(set(self.config.layer_types))
         }
         x, per_layer = self._embed(jnp.asarray(tokens))
+        h = rms_norm(x, self.layers[0].input_norm[...], eps=self.config.rms_norm_eps)
         shared_from = self._producers().stop
-        x, caches = self._run(self.layers[:shared_from], x, per_layer, plans, dict(caches))
+        x, h, caches = self._run(self.layers[:shared_from], x, h, per_layer, plans, dict(caches))
         if logits_at is not None:
             # KV-shared layers write nothing that other tokens read, so these tokens are enough.
-            x = _select(x, logits_at)
+            x, h = _select(x, logits_at), _select(h, logits_at)
             per_layer = None if per_layer is None else _select(per_layer, logits_at)
             plans = {key: _select_plan(plan, logits_at) for key, plan in plans.items()}
         if x.size:  # attention takes no step without tokens
-            x, caches = self._run(self.layers[shared_from:], x, per_layer, plans, caches)
-        return rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps), caches
+            _, h, caches = self._run(self.layers[shared_from:], x, h, per_layer, plans, caches)
+        return h, caches
 
     def logits(self, hidden: Float[Array, "B n E"]) -> Float[Array, "B n V"]:
         """Float32 logits of final hidden states."""
@@ -214,21 +215,24 @@ class Gemma4Decoder(nnx.Module):
             eps=self.config.rms_norm_eps,
         )
 
-    def _run(self, layers, x, per_layer, plans, caches):
+    def _run(self, layers, x, h, per_layer, plans, caches):
         """Some of the layers, over all caches."""
+        norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for layer in layers:
             attention = layer.attention
             kv_layer = attention.spec.kv_layer
             is_shared = kv_layer != attention.layer
-            x, cache = layer(
+            x, h, cache = layer(
                 x,
+                h,
                 plans[self.config.layer_types[attention.layer]],
                 caches[kv_layer],
+                norms[attention.layer][...],
                 k_scale=self.layers[kv_layer].attention.k_scale[...] if is_shared else None,
                 per_layer_input=None if per_layer is None else per_layer[:, :, attention.layer],
             )
             caches = caches | {kv_layer: cache}
-        return x, caches
+        return x, h, caches
 
     def _producers(self):
         """Layers that have a cache of their own."""

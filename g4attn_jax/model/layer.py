@@ -18,13 +18,17 @@ from g4attn_jax.ops.head_norm.reference import rms_norm
 class Gemma4DecoderLayer(nnx.Module):
     """Attention and MLP between norms, then what the layer is told of the token, then a factor.
 
-        x = x + rms(attention(rms(x) * input_norm)) * post_attention_norm
+        h = rms(x) * input_norm
+        x = x + rms(attention(h)) * post_attention_norm
         y = mlp(rms(x) * pre_feedforward_norm)
         y = rms(y) * post_feedforward_norm_1                                     with experts (MoE)
             + rms(moe(x, rms(x) * pre_feedforward_norm_2)) * post_feedforward_norm_2
         x = x + rms(y) * post_feedforward_norm
         x = x + rms((gelu(x Wg) * p) Wp) * post_per_layer_norm        with per-layer inputs p (PLE)
         x = x * layer_scalar
+
+    A branch's last norm, its sum with x and the norms of that are one launch, `ops.add_rms_norm`,
+    across layers too: h comes from the layer before, and the next one's is made here.
 
     Attributes:
         attention: `Gemma4Attention`.
@@ -54,12 +58,13 @@ class Gemma4DecoderLayer(nnx.Module):
         embed, per_layer = config.hidden_size, config.hidden_size_per_layer_input
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.eps = config.rms_norm_eps
+        self.implementation = implementation
         self.attention = Gemma4Attention(
             config, layer, rngs=rngs, implementation=implementation, **dtypes
         )
         is_shared = self.attention.spec.mode is ProjectionMode.Q_ONLY
         width = config.intermediate_size * (2 if config.use_double_wide_mlp and is_shared else 1)
-        self.mlp = Gemma4MLP(embed, width, rngs=rngs, **dtypes)
+        self.mlp = Gemma4MLP(embed, width, rngs=rngs, implementation=implementation, **dtypes)
         self.moe = Gemma4MoE(config, rngs=rngs, **dtypes) if config.enable_moe_block else None
 
         def scale():
@@ -82,36 +87,46 @@ class Gemma4DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T E"],
+        h: Float[Array, "B T E"],
         plan: StepPlan,
         cache: Cache,
+        next_norm: Float[Array, " E"],
         *,
         k_scale: Float[Array, " D"] | None = None,
         per_layer_input: Float[Array, "B T P"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], Cache]:
+    ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"], Cache]:
         """One step of the layer.
 
         Args:
             x: [B, T, E], the residual stream.
+            h: [B, T, E], rms(x) * input_norm.
             plan: from `plan_step`, for the layer's type.
             cache: of layer `attention.spec.kv_layer`.
-            k_scale: of that layer if it is another one, else None.
+            next_norm: [E], `input_norm` of the next layer, after the last one the model's norm.
+            k_scale: of the cache's layer if it is another one, else None.
             per_layer_input: [B, T, P] with PLE, else None.
 
         Returns:
-            (x, cache): x [B, T, E] in the dtype it came in, and the updated cache.
+            (x, h, cache): x and rms(x) * next_norm, [B, T, E] in the dtype x came in, and the
+            updated cache.
         """
-        y, cache = self.attention(self._norm(x, self.input_norm), plan, cache, k_scale)
-        x = self._add(x, self._norm32(y, self.post_attention_norm))
-        y = self.mlp(self._norm(x, self.pre_feedforward_norm))
+        y, cache = self.attention.parts(h, plan, cache, k_scale)
+        norms = [self.pre_feedforward_norm[...]]
         if self.moe is not None:
-            z = self.moe(x, self._norm(x, self.pre_feedforward_norm_2))
-            y = self._norm32(y, self.post_feedforward_norm_1)
-            y += self._norm32(z, self.post_feedforward_norm_2)
-        x = self._add(x, self._norm32(y, self.post_feedforward_norm))
-        if per_layer_input is not None:
+            norms.append(self.pre_feedforward_norm_2[...])
+        x, (h, *of_moe) = self._add(x, y, self.post_attention_norm, norms)
+        y = self.mlp.parts(h)
+        if self.moe is not None:
+            y = self._norm(y.sum(axis=0), self.post_feedforward_norm_1)
+            y += self._norm(self.moe(x, *of_moe), self.post_feedforward_norm_2)
+        last = [next_norm], self.layer_scalar[...]
+        if per_layer_input is None:
+            x, (h,) = self._add(x, y, self.post_feedforward_norm, *last)
+        else:
+            x, _ = self._add(x, y, self.post_feedforward_norm)
             y = self._tell(x, per_layer_input)
-            x = self._add(x, self._norm32(y, self.post_per_layer_norm))
-        return x * self.layer_scalar[...].astype(x.dtype), cache
+            x, (h,) = self._add(x, y, self.post_per_layer_norm, *last)
+        return x, h, cache
 
     def _tell(self, x, per_layer_input):
         gate = x @ self.per_layer_gate[...].astype(x.dtype)
@@ -119,11 +134,16 @@ class Gemma4DecoderLayer(nnx.Module):
         return told.astype(x.dtype) @ self.per_layer_projection[...].astype(x.dtype)
 
     def _norm(self, x, scale):
-        return rms_norm(x, scale[...], eps=self.eps)
-
-    def _norm32(self, x, scale):
-        """Not rounded: the sum that it goes into is."""
+        """In float32: not rounded before the sum."""
         return rms_norm(x.astype(jnp.float32), scale[...], eps=self.eps)
 
-    def _add(self, x, y):
-        return (x.astype(jnp.float32) + y).astype(x.dtype)
+    def _add(self, x, y, scale, next_norms=(), factor=None):
+        return ops.add_rms_norm(
+            x,
+            y,
+            scale[...],
+            next_norms,
+            factor,
+            eps=self.eps,
+            implementation=self.implementation,
+        )

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from g4attn_jax import ops
+
 
 class Gemma4MLP(nnx.Module):
     """y = (gelu(x Wg) * x Wu) Wd, with the tanh form of gelu.
@@ -25,6 +27,7 @@ class Gemma4MLP(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         param_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        implementation: ops.Implementation | None = None,
     ):
         """Builds the MLP with random weights.
 
@@ -34,8 +37,10 @@ class Gemma4MLP(nnx.Module):
             rngs: stream `params` draws the weights.
             dtype: of activations.
             param_dtype: of the weights.
+            implementation: see `ops.linear`.
         """
         self.dtype = jnp.dtype(dtype)
+        self.implementation = implementation
         gate_up_init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         gate_up_shape = (hidden_size, 2, intermediate_size)
         down_shape = (intermediate_size, hidden_size)
@@ -50,8 +55,13 @@ class Gemma4MLP(nnx.Module):
         Args:
             x: [B, T, E], in `dtype`.
         """
-        gate_up = jnp.einsum("bte,ecf->btcf", x, self.gate_up_proj[...].astype(self.dtype))
-        return gelu_gate(gate_up) @ self.down_proj[...].astype(self.dtype)
+        return ops.sum_parts(self.parts(x), self.dtype)
+
+    def parts(self, x: Float[Array, "B T E"]) -> Float[Array, "parts B T E"]:
+        """The same in parts that add up to it, see `ops.linear_parts`."""
+        gate_up, down = (w[...].astype(self.dtype) for w in (self.gate_up_proj, self.down_proj))
+        gated = ops.geglu(x, gate_up, implementation=self.implementation)
+        return ops.linear_parts(gated, down, implementation=self.implementation)
 
 
 def gelu_gate(gate_up: Float[Array, "*batch 2 F"]) -> Float[Array, "*batch F"]:

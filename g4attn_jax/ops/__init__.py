@@ -1,7 +1,9 @@
 """The kernels, each behind a plain function with a `jnp` reference."""
 
+from g4attn_jax.ops.add_rms_norm import add_rms_norm
 from g4attn_jax.ops.decode_attention import decode_attention
 from g4attn_jax.ops.implementation import Implementation
+from g4attn_jax.ops.linear import geglu, linear, linear_parts, sum_parts
 from g4attn_jax.ops.prefill_attention import prefill_attention
 from g4attn_jax.ops.q_keqv_rms_norm import q_keqv_rms_norm
 from g4attn_jax.ops.qkv_norm_rope import qkv_norm_rope
@@ -10,10 +12,15 @@ from g4attn_jax.ops.qkv_rms_norm import qkv_rms_norm
 
 __all__ = [
     "Implementation",
+    "add_rms_norm",
     "decode_attention",
+    "geglu",
+    "linear",
+    "linear_parts",
     "prefill_attention",
     "q_keqv_rms_norm",
     "qkv_norm_rope",
     "qkv_norm_rope_write",
     "qkv_rms_norm",
+    "sum_parts",
 ]

@@ -9,6 +9,7 @@ import numpy as np
 
 from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache
 from g4attn_jax.config import ProjectionMode
+from g4attn_jax.layout import UNPLACED
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -203,10 +204,10 @@ def _check_addresses(q, cache, page_table, positions, sliding_window):
     lowest, highest = int(known.min(initial=-1)), int(known.max(initial=-1))
     # A ring holds what any of the tokens sees.
     is_ring = sliding_window is not None and capacity >= sliding_window + tokens - 1
-    if lowest < -1 or (highest >= capacity and not is_ring):
+    if lowest < UNPLACED or (highest >= capacity and not is_ring):
         raise ValueError(
-            f"positions has {lowest if lowest < -1 else highest}; accepted: -1 (padding) and 0 to "
-            f"{capacity - 1}, the last slot of a sequence"
+            f"positions has {lowest if lowest < UNPLACED else highest}; accepted: -1 (padding), "
+            f"{UNPLACED} (no slot) and 0 to {capacity - 1}, the last slot of a sequence"
         )
 
 

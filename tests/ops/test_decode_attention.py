@@ -104,6 +104,19 @@ def test_against_float64(name, implementation):
 
 
 @on_both
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_a_token_without_a_slot_is_nan(implementation, num_splits):
+    q, cache, table, positions = case([70, 3], capacity=96, tokens=3, poison=1.0)
+    positions = positions.at[0, 1].set(-2).at[1, 2].set(-2)
+    o = ops.decode_attention(
+        q, cache, table, positions, num_splits=num_splits, implementation=implementation
+    )
+    exact = formula(q, cache, table, positions)
+    assert np.isnan(exact[0, 1]).all() and np.isnan(exact[1, 2]).all()
+    np.testing.assert_allclose(o, exact, atol=2e-6)
+
+
+@on_both
 @pytest.mark.parametrize("compact", [False, True])
 def test_scale_and_float8(compact, implementation):
     arguments = case(
@@ -318,7 +331,7 @@ class TestBadInput:
             ({"positions": np.zeros((2, 1), np.int64)}, r"dtype int64; accepted: int32 \(2, 1\)"),
             ({"positions": jnp.zeros(2, jnp.int32)}, r"positions has shape \(2,\)"),
             ({"positions": jnp.full((2, 1), 80)}, r"positions has 80; accepted: .* 0 to 79"),
-            ({"positions": jnp.full((2, 1), -2)}, "positions has -2; accepted: -1 .padding."),
+            ({"positions": jnp.full((2, 1), -3)}, "positions has -3; accepted: -1 .padding."),
             ({"page_table": jnp.full((2, 5), 13)}, r"page_table has 13; accepted: .* 0 to 12"),
             ({"page_table": jnp.full((2, 5), -2)}, "page_table has -2; accepted: -1"),
             ({"page_table": jnp.zeros((3, 5), jnp.int32)}, r"page_table has shape \(3, 5\)"),

@@ -39,7 +39,8 @@ def decode_attention(
         cache: Nkv divides Nq.
         page_table: int32 [B, pages], pages of each sequence in order, -1 where it has none. None:
             sequence b has page b, as in contiguous and ring caches.
-        positions: int32 [B, T], -1 for padding. Each must have been written.
+        positions: int32 [B, T], -1 for padding, -2 for a token that has no slot. The others must
+            have been written.
         sliding_window: keys that a token sees, its own included; None: all.
         scale: of the scores; 1 in Gemma 4.
         num_splits: programs that share a sequence and KV head; None chooses. Results at one number
@@ -48,7 +49,7 @@ def decode_attention(
             XLA), "triton", "xla", or "triton_interpret". float8 needs 8.9 for the kernel.
 
     Returns:
-        [B, T, Nq, D] in q's dtype; zeros for padding.
+        [B, T, Nq, D] in q's dtype; zeros for padding, NaN for -2.
 
     Raises:
         ValueError: an argument has the wrong rank, size or dtype, or a position or page that is

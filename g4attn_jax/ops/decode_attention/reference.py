@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from g4attn_jax.layout import key_positions, read_layout
+from g4attn_jax.layout import key_positions, read_layout, where_token
 
 
 def decode_attention(q, cache, page_table, positions, *, sliding_window, scale, num_splits):
@@ -32,7 +32,7 @@ def decode_attention(q, cache, page_table, positions, *, sliding_window, scale, 
     o = _combine(weights, v.astype(q.dtype))
     if array_scale is not None:
         o *= array_scale
-    return jnp.where((positions >= 0)[..., None, None], o, 0).astype(q.dtype)
+    return where_token(positions, o).astype(q.dtype)
 
 
 def _visible(positions, layout, sliding_window):

@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from g4attn_jax.layout import UNPLACED
 from g4attn_jax.ops.attention_tiles.triton import (
     KEY_SCALES,
     dot,
@@ -146,6 +147,7 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
     o = acc / divisor[:, None]
     if inputs.scale is not None:
         o *= inputs.scale[1]
+    o = jnp.where((row_position == UNPLACED)[:, None], jnp.nan, o)
     out_row = pl.program_id(1) * inputs.q.shape[0] + q_row
     store_rows(outputs[0], out_row, row_mask, o, value_column, value_width)
     if launch.num_splits > 1:  # all value blocks write the same

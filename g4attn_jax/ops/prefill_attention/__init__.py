@@ -51,8 +51,8 @@ def prefill_attention(
         cache: Nkv divides Nq.
         page_table: int32 [B, pages], pages of each sequence in order, -1 where it has none. None:
             sequence b has page b, as in contiguous and ring caches.
-        positions: int32 [B, T], -1 for padding, which may be anywhere. Each must have been written,
-            and so must what lies between those of a sequence.
+        positions: int32 [B, T], -1 for padding, which may be anywhere, -2 for a token that has no
+            slot. The others must have been written, and so must what lies between them.
         sliding_window: keys that a token sees, its own included; None: all.
         scale: of the scores; 1 in Gemma 4.
         implementation: None (on an NVIDIA GPU of compute capability 8.0 or higher the kernel, or
@@ -61,7 +61,7 @@ def prefill_attention(
             "triton" (the kernel), "xla", or "triton_interpret". float8 needs 8.9 for the kernel.
 
     Returns:
-        [B, T, Nq, D] in q's dtype; zeros for padding.
+        [B, T, Nq, D] in q's dtype; zeros for padding, NaN for -2.
 
     Raises:
         ValueError: an argument has the wrong rank, size or dtype, or a position or page that is

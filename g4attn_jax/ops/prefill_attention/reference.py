@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from g4attn_jax.layout import Paged, key_positions, read_layout
+from g4attn_jax.layout import Paged, key_positions, read_layout, where_token
 
 # Scores exist for a block of tokens by a block of slots: [B, Nkv, G, 128, 512] in float32.
 _BLOCK_TOKENS = 128
@@ -96,7 +96,8 @@ def _attend(q, positions, *, cache, layout, held, sliding_window, scale):
     )
     (_, total, acc), _ = lax.scan(step, carry, jnp.arange(-(-layout.capacity // size)))
     o = acc / jnp.where(total > 0, total, 1)[..., None]  # padding sees nothing: 0
-    return jnp.moveaxis(o, 3, 1).reshape(batch, tokens, num_q_heads, head_dim).astype(q.dtype)
+    o = jnp.moveaxis(o, 3, 1).reshape(batch, tokens, num_q_heads, head_dim)
+    return where_token(positions, o).astype(q.dtype)
 
 
 def _einsum(subscripts, a, b):

@@ -1,0 +1,109 @@
+"""Attention layers with some of the kernels, and XLA for the rest: the steps of `decode_step`."""
+
+import enum
+
+from g4attn_jax import Gemma4Attention, Gemma4Decoder, ProjectionMode, ops
+from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
+from g4attn_jax.ops.head_norm.triton import Heads, head_norm
+from g4attn_jax.rope import apply_rope
+
+
+class Variant(enum.Enum):
+    """What a decoder has, each all of the one before it too."""
+
+    XLA = "a: XLA only"
+    AROUND = "a2: + the kernels around attention: matmuls of few tokens, sums with their norms"
+    K_EQ_V_NORM = "b: + shared-rrms K = V norm"
+    QKV_NORM = "c: + Q in the same launch"
+    PROLOGUE = "d: + RoPE and cache write: the one-launch prologue"
+    ATTENTION = "e: + decode attention"
+    COMPACT = "f: + compact K = V cache"
+
+    @property
+    def letter(self) -> str:
+        """Its name in tables."""
+        return self.value.split(":")[0]
+
+    def has(self, other: "Variant") -> bool:
+        """Whether what `other` adds is in it."""
+        order = list(Variant)
+        return order.index(self) >= order.index(other)
+
+
+class AblatedAttention(Gemma4Attention):
+    """A layer's attention, with its weights, as a variant has it."""
+
+    def __init__(self, layer: Gemma4Attention, variant: Variant):
+        self.variant = variant
+        self.spec, self.layer, self.hidden_size = layer.spec, layer.layer, layer.hidden_size
+        self.dtype = layer.dtype
+        self.implementation = None if variant.has(Variant.AROUND) else "xla"
+        self.qkv_proj, self.o_proj = layer.qkv_proj, layer.o_proj
+        self.q_scale, self.k_scale = layer.q_scale, layer.k_scale
+
+    def _prologue(self, qkv, k_scale, plan, cache):
+        mode, eps = self.spec.mode, self.spec.eps
+        has_k_eq_v = self.variant.has(Variant.K_EQ_V_NORM) and mode is ProjectionMode.QK_ONLY
+        has_qkv = self.variant.has(Variant.QKV_NORM)
+        if self.variant.has(Variant.PROLOGUE) or not (has_k_eq_v or has_qkv):
+            q, cache = ops.qkv_norm_rope_write(
+                qkv,
+                self.q_scale[...],
+                k_scale,
+                plan.cos,
+                plan.sin,
+                plan.slots,
+                cache,
+                mode=mode,
+                eps=eps,
+                implementation=None if self.variant.has(Variant.PROLOGUE) else "xla",
+            )
+            return q, cache
+        norm_k_scale = None if mode is ProjectionMode.Q_ONLY else k_scale
+        q, k, v = ops.qkv_rms_norm(
+            qkv,
+            self.q_scale[...],
+            norm_k_scale,
+            mode=mode,
+            eps=eps,
+            implementation=None if has_qkv else "xla",
+        )
+        if not has_qkv:
+            k, v = self._k_eq_v_norm(qkv, k_scale)
+        q = cache.query(apply_rope(q, plan.cos, plan.sin), k_scale, self.spec.rotary_dim)
+        if k is not None:
+            cache = cache.write(plan.slots, apply_rope(k, plan.cos, plan.sin), v)
+        return q, cache
+
+    def _attend(self, q, cache, plan):
+        if self.variant.has(Variant.ATTENTION):
+            return super()._attend(q, cache, plan)
+        attend = ops.decode_attention if q.shape[1] <= MAX_DECODE_TOKENS else ops.prefill_attention
+        return attend(
+            q,
+            cache,
+            plan.layout.pages(),
+            plan.placed(),
+            sliding_window=self.spec.sliding_window,
+            implementation="xla",
+        )
+
+    def _k_eq_v_norm(self, qkv, k_scale):
+        """K and V of one row, in one launch for them."""
+        *batch, num_kv_heads, rows, head_dim = qkv.shape
+        x = qkv.reshape(-1, head_dim)
+        heads = Heads(x, first=rows - 1, count=1, scales=(k_scale, None))
+        groups = x.shape[0] // rows
+        outputs = head_norm([heads], groups=groups, eps=self.spec.eps)
+        return [y.reshape(*batch, num_kv_heads, head_dim) for y in outputs]
+
+
+def ablate(decoder: Gemma4Decoder, variant: Variant) -> Gemma4Decoder:
+    """The decoder, changed in place to what a variant has; its weights keep their names."""
+    for layer in decoder.layers:
+        implementation = None if variant.has(Variant.AROUND) else "xla"
+        layer.implementation = layer.mlp.implementation = implementation
+        if layer.moe is not None:
+            layer.moe.implementation = implementation
+        layer.attention = AblatedAttention(layer.attention, variant)
+    return decoder

@@ -1,0 +1,66 @@
+"""The end of a residual branch and the norms of what follows it, in one launch."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from g4attn_jax.ops import checks
+from g4attn_jax.ops.add_rms_norm import reference, triton
+from g4attn_jax.ops.implementation import Implementation, differentiable_op
+
+_op = differentiable_op(kernel=triton.add_rms_norm, reference=reference.add_rms_norm)
+
+
+def add_rms_norm(
+    x: Float[Array, "*batch E"],
+    y: Float[Array, "*batch E"] | Float[Array, "parts *batch E"],
+    scale: Float[Array, " E"],
+    next_scales: Sequence[Float[Array, " E"]] = (),
+    factor: Float[Array, ""] | None = None,
+    *,
+    eps: float = 1e-6,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "*batch E"], tuple[Float[Array, "*batch E"], ...]]:
+    """Adds a branch, under its norm, to the residual stream, and norms the sum for what is next.
+
+    With rms(x) = x * rsqrt(mean(x^2) + eps), in float32:
+
+        sum = (x + rms(y) * scale) * factor        rounded to x's dtype
+        h_i = rms(sum) * next_scales_i
+
+    Args:
+        x: [..., E], the residual stream. bfloat16, float16 or float32.
+        y: [..., E], the branch, of any of these dtypes, or [parts, ..., E], which add up to it.
+        scale: [E], of the branch's norm, of any of these dtypes, as all scales are.
+        next_scales: [E] each, of the norms of the sum; there may be none.
+        factor: [], of the sum; None is 1.
+        eps: added to the mean squares.
+        implementation: None (the kernel on an NVIDIA GPU of compute capability 8.0 or higher, else
+            XLA), "triton", "xla", or "triton_interpret".
+
+    Returns:
+        (sum, h), h a tuple as long as `next_scales`, all in the shape and dtype of x.
+
+    Raises:
+        ValueError: an argument has the wrong rank, length or dtype.
+        NotImplementedError: "triton" was demanded and there is no supported GPU.
+
+    Source: `Gemma4TextDecoderLayer` of Hugging Face transformers 5.23.
+    """
+    checks.check_buffer("x", x, dims="E")
+    checks.check_buffer("y", y, dims="E")
+    if y.shape[-x.ndim :] != x.shape or y.ndim > x.ndim + 1 or y.size < x.size:
+        raise ValueError(
+            f"y has shape {y.shape}; accepted: {x.shape}, that of x, or parts of this shape"
+        )
+    scales = {f"next_scales[{i}]": next_scale for i, next_scale in enumerate(next_scales)}
+    if any(value is None for value in (scale, *next_scales)):
+        raise ValueError(f"a scale is None; accepted: arrays of shape ({x.shape[-1]},)")
+    checks.check_scales({"scale": scale, **scales}, head_dim=x.shape[-1])
+    if factor is not None:
+        if jnp.shape(factor) != ():
+            raise ValueError(f"factor has shape {jnp.shape(factor)}; accepted: ()")
+        checks.check_dtype("factor", getattr(factor, "dtype", None))
+    checks.check_eps(eps, 0.0)
+    return _op(x, y, scale, tuple(next_scales), factor, eps=eps, implementation=implementation)

@@ -1,0 +1,19 @@
+"""`linear_parts` and `geglu` in `jnp`."""
+
+import jax
+import jax.numpy as jnp
+
+
+def linear_parts(x, w, *, num_parts):
+    """See `g4attn_jax.ops.linear_parts`; the first part is all."""
+    if num_parts == 1:
+        return (x @ w)[None]
+    y = jnp.matmul(x, w, preferred_element_type=jnp.float32)
+    return jnp.zeros((num_parts, *y.shape), y.dtype).at[0].set(y)
+
+
+def geglu(x, w):
+    """See `g4attn_jax.ops.geglu`."""
+    gate_up = jnp.einsum("...k,kcf->...cf", x, w)
+    gate, up = jnp.unstack(gate_up.astype(jnp.float32), axis=-2)
+    return (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
