@@ -1,6 +1,8 @@
 """The kernels, each behind a plain function with a `jnp` reference."""
 
 from g4attn_jax.ops.decode_attention import decode_attention
+from g4attn_jax.ops.grouped_gated_matmul import grouped_gated_matmul
+from g4attn_jax.ops.grouped_matmul import grouped_matmul
 from g4attn_jax.ops.implementation import Implementation
 from g4attn_jax.ops.prefill_attention import prefill_attention
 from g4attn_jax.ops.q_keqv_rms_norm import q_keqv_rms_norm
@@ -11,6 +13,8 @@ from g4attn_jax.ops.qkv_rms_norm import qkv_rms_norm
 __all__ = [
     "Implementation",
     "decode_attention",
+    "grouped_gated_matmul",
+    "grouped_matmul",
     "prefill_attention",
     "q_keqv_rms_norm",
     "qkv_norm_rope",
