@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from g4attn_jax.ops.grouped_gated_matmul.reference import gelu_gate
+
 
 class Gemma4MLP(nnx.Module):
     """y = (gelu(x Wg) * x Wu) Wd, with the tanh form of gelu.
@@ -51,10 +53,5 @@ class Gemma4MLP(nnx.Module):
             x: [B, T, E], in `dtype`.
         """
         gate_up = jnp.einsum("bte,ecf->btcf", x, self.gate_up_proj[...].astype(self.dtype))
-        return gelu_gate(gate_up) @ self.down_proj[...].astype(self.dtype)
-
-
-def gelu_gate(gate_up: Float[Array, "*batch 2 F"]) -> Float[Array, "*batch F"]:
-    """gelu(gate) * up in float32, rounded once to the dtype of `gate_up`."""
-    gate, up = jnp.unstack(gate_up.astype(jnp.float32), axis=-2)
-    return (jax.nn.gelu(gate, approximate=True) * up).astype(gate_up.dtype)
+        gate, up = jnp.unstack(gate_up.astype(jnp.float32), axis=-2)
+        return gelu_gate(gate, up).astype(gate_up.dtype) @ self.down_proj[...].astype(self.dtype)

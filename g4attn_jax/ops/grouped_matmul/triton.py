@@ -1,9 +1,9 @@
 """Grouped matmul: programs of (tile of rows of one group, block of columns).
 
-A tile is `block_rows` rows, or what is left of a group: none has rows of two groups. Of group g with
-s_g rows there are ceil(s_g / block_rows); which tile has which rows follows from `group_sizes`, and
-every program works it out for itself, in a few operations on one vector. Launches of XLA that made a
-list of tiles would take longer than that, in a decode step a third as long as the product.
+A tile is `block_rows` rows, or what is left of a group: none has rows of two groups. A group of s
+rows has ceil(s / block_rows) of them. Which tile has which rows follows from `group_sizes`, and
+every program works it out for itself, in a few operations on one vector: XLA would make a list of
+tiles in four launches, which in a decode step take a third of the time of the product.
 
 There are as many programs as the sizes may need. The surplus has no rows and ends at once.
 """
@@ -22,8 +22,8 @@ from g4attn_jax.ops.attention_tiles.triton import dot, pad
 from g4attn_jax.ops.gpu import Gpu, gpu
 from g4attn_jax.ops.head_norm.triton import both, iota, load
 
-# Of matrices that a program asks for ahead. What a multiprocessor waits for at a time must be 40 KiB
-# to keep an H200's memory busy.
+# Of matrices that a program asks for ahead: what a multiprocessor must have on its way to keep an
+# H200's memory busy.
 _BYTES_AHEAD = 40 * 1024
 
 
@@ -192,34 +192,57 @@ def _kernel(inputs, out_ref, *, sizes, combine, launch):
     if inputs.rows is not None:
         x_row = load(inputs.rows.at[row], row_mask, row.shape)
         x_row = jnp.clip(x_row, 0, inputs.x.shape[0] - 1)
-    column = block * launch.block_columns + iota(launch.block_columns)
+    # The parts are side by side in one tile: tensor cores read x once for all of them.
+    index, width = iota(sizes.parts * launch.block_columns), jnp.int32(launch.block_columns)
+    part, column = lax.div(index, width), block * width + lax.rem(index, width)
     is_whole = sizes.columns % launch.block_columns == 0
-    column_mask = None if is_whole else (column < sizes.columns)[None, :]
+    column_mask = None if is_whole else column < sizes.columns
+    is_deep = sizes.depth % launch.block_depth == 0
 
-    def step(index, sums):
+    def step(index, total):
         k = index * launch.block_depth + iota(launch.block_depth)
-        k_mask = None if sizes.depth % launch.block_depth == 0 else k < sizes.depth
-        x = _load(inputs.x, x_row, k, row_mask[:, None], None if k_mask is None else k_mask[None])
-        w_mask = None if k_mask is None else k_mask[:, None]
+        k_mask = None if is_deep else k < sizes.depth
+        x = _load(inputs.x, x_row, k, row_mask, k_mask)
         w_row = group * sizes.depth + k
-        return tuple(
-            total
-            + dot(x, _load(inputs.w, w_row, part * sizes.columns + column, w_mask, column_mask))
-            for part, total in enumerate(sums)
-        )
+        w = _load(inputs.w, w_row, part * sizes.columns + column, k_mask, column_mask)
+        return total + dot(x, w)
 
-    nothing = jnp.zeros((launch.block_rows, launch.block_columns), jnp.float32)
+    nothing = jnp.zeros((launch.block_rows, index.size), jnp.float32)
     has_product = (group < sizes.groups) & (first < end)
     steps = has_product.astype(jnp.int32) * pl.cdiv(sizes.depth, launch.block_depth)
-    sums = lax.fori_loop(0, steps, step, (nothing,) * sizes.parts)
-    mask = jnp.broadcast_to(both(row_mask[:, None], column_mask), nothing.shape)
-    out = combine(*sums).astype(out_ref.dtype)
-    plgpu.store(out_ref.at[row[:, None], column[None, :]], out, mask=mask)
+    total = lax.fori_loop(0, steps, step, nothing)
+    out = combine(*_parts(total, sizes.parts)).astype(out_ref.dtype)
+    column = block * width + iota(launch.block_columns)
+    column_mask = None if is_whole else column < sizes.columns
+    _store(out_ref, row, column, row_mask, column_mask, out)
+
+
+def _parts(total, count):
+    """[rows, columns] of each of `count` parts that are side by side."""
+    if count == 1:
+        return [total]
+    parts = total.reshape(total.shape[0], count, -1)
+    # Triton has no slices; these sums are within a thread where a warp has whole rows.
+    index = iota(count)[None, :, None]
+    return [jnp.sum(jnp.where(index == i, parts, 0), axis=1) for i in range(count)]
+
+
+def _mask(row_mask, column_mask, shape):
+    """Of a tile, from masks of its rows and columns; None is all true."""
+    row_mask = None if row_mask is None else row_mask[:, None]
+    column_mask = None if column_mask is None else column_mask[None, :]
+    mask = both(row_mask, column_mask)
+    return None if mask is None else jnp.broadcast_to(mask, shape)
 
 
 def _load(ref, row, column, row_mask, column_mask):
-    rows = ref.at[row[:, None], column[None, :]]
-    return load(rows, both(row_mask, column_mask), (row.size, column.size))
+    shape = row.size, column.size
+    return load(ref.at[row[:, None], column[None, :]], _mask(row_mask, column_mask, shape), shape)
+
+
+def _store(ref, row, column, row_mask, column_mask, tile):
+    mask = _mask(row_mask, column_mask, tile.shape)
+    plgpu.store(ref.at[row[:, None], column[None, :]], tile, mask=mask)
 
 
 def _tile(group_sizes, tile, num_rows, block_rows):
