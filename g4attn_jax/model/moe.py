@@ -11,8 +11,8 @@ from g4attn_jax import ops
 from g4attn_jax.config import Gemma4Config
 from g4attn_jax.ops.head_norm.reference import rms_norm
 
-# Rows up to which comparing all pairs, two launches, is less than a sort.
-_MAX_COMPARED = 1024
+# Rows up to which comparing all pairs is fewer launches than a sort and its inverse: 32 tokens.
+_MAX_COMPARED = 256
 
 
 class Gemma4MoE(nnx.Module):

@@ -27,8 +27,9 @@ def grouped_gated_matmul(
         x: [T, K]. bfloat16, float16 or float32.
         w: [X, K, 2, N], of the dtype of x: of every group the matrix of the gate and the other.
         group_sizes: int32 [X], none negative, M or less in all.
-        rows: int32 [M], the row of x that row i of the result is of, from 0 to T - 1: rows of x are
-            read where they are, as often as they are needed. None: M is T, and row i of row i.
+        rows: int32 [M], the row of x that row i of the result is of, from 0 to T - 1 (what is
+            outside is clipped). Rows of x are read where they are, as often as they are needed.
+            None: M is T, and row i is of row i.
         implementation: as in `grouped_matmul`.
 
     Returns:

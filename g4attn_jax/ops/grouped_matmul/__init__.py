@@ -21,8 +21,8 @@ def grouped_matmul(
     Rows are sorted by group: the first `group_sizes[0]` are of group 0, and so on; rows past the
     last group are 0. The sum is float32 and rounded once (of float32 inputs every product is exact
     to float32 in the kernel; elsewhere JAX's matmul precision decides). The kernel reads the
-    matrices of groups that have rows, no others, and of rows none but a group's own. `jit`, `vmap`,
-    `jvp` and `grad` work, the derivatives by XLA.
+    matrices of groups that have rows, no others, and of rows none but a group's own. `jit`, `jvp`
+    and `grad` work, the derivatives by XLA; so does `vmap`, in XLA where all arguments are batched.
 
     Args:
         x: [M, K]. bfloat16, float16 or float32.
