@@ -104,7 +104,9 @@ class Gemma4MoE(nnx.Module):
         """(weights, experts) of every token: float32 and int32 [M, k], the best expert first."""
         # All in float32: what is rounded here does not change a number, it changes the expert.
         x = rms_norm(x.astype(jnp.float32), self.router_scale[...], eps=self.eps)
-        scores = (x / math.sqrt(x.shape[-1])) @ self.router_proj[...].astype(jnp.float32)
+        # XLA would round both to TF32 for a GPU's tensor cores.
+        x, proj = x / math.sqrt(x.shape[-1]), self.router_proj[...].astype(jnp.float32)
+        scores = jnp.matmul(x, proj, precision=jax.lax.Precision.HIGHEST)
         scores, experts = jax.lax.top_k(scores, self.top_k)
         scale = self.per_expert_scale[...].astype(jnp.float32)[experts]
         return jax.nn.softmax(scores, axis=-1) * scale, experts
