@@ -59,10 +59,10 @@ def plot(rows: list[dict], head: dict, path) -> None:
     titles = {"gated": "gelu(x Wg) * (x Wu), 2816 to 704", "down": "x Wd, 704 to 2816"}
     for axis, product in zip(axes, PRODUCTS, strict=True):
         shown = [row for row in rows if row["product"] == product]
-        ours = {"ours": ("g4attn-jax", "tab:blue", "o")}
-        plot_times(axis, titles[product], shown, ours)
         theirs = [(row["tokens"], row["xla_us"]) for row in shown if row["xla_us"] is not None]
         axis.loglog(*zip(*theirs, strict=True), color="tab:red", marker="s", ms=4, label="XLA")
+        ours = {"ours": ("g4attn-jax", "tab:blue", "o")}
+        plot_times(axis, titles[product], shown, ours)
         axis.legend()
     figure.suptitle(
         f"8 of 128 experts a token (26B-A4B), bfloat16, {head['gpu']}, JAX {head['jax']}"

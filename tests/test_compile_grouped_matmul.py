@@ -53,6 +53,24 @@ def test_is_one_launch(gpu, rows, groups, embed, width, dtype):
     assert sole_launch(gpu, ops.grouped_gated_matmul, x, w, sizes, index)
 
 
+def test_x64_and_vmap():
+    """Still one launch each; indices stay int32."""
+    x, w = struct(3, 64, 704), struct(128, 704, 2816)
+    sizes = struct(3, 128, dtype=jnp.int32)
+    with jax.enable_x64(True):
+        compiled = gpu_target.compile_for(
+            "9.0",
+            lambda x, w, sizes: jax.vmap(
+                lambda x, sizes: ops.grouped_matmul(x, w, sizes, implementation="triton")
+            )(x, sizes),
+            x,
+            w,
+            sizes,
+        )
+    assert count_launches(compiled.as_text(), "grouped_matmul") == 1
+    assert set(gpu_target.entry_opcodes(compiled)) <= {*gpu_target.FREE_OPCODES, "custom-call"}
+
+
 @pytest.mark.parametrize(("tokens", "launches"), [(1, 10), (32, 14), (2048, 16)])
 def test_experts(tokens, launches):
     """No array has a row for every expert, and routing is few launches."""

@@ -124,4 +124,5 @@ def _sort(experts):
         return order, jnp.zeros_like(order).at[order].set(index, unique_indices=True)
     key = experts * experts.size + index  # no two are equal
     place = jnp.sum(key[:, None] < key, axis=0, dtype=jnp.int32)
-    return jnp.sum(jnp.where(place[:, None] == index, index[:, None], 0), axis=0), place
+    is_there = place[:, None] == index
+    return jnp.sum(jnp.where(is_there, index[:, None], 0), axis=0, dtype=jnp.int32), place
