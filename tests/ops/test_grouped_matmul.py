@@ -218,17 +218,16 @@ def test_gradients_are_the_formulas(implementation):
         assert np.sum(np.asarray(gradient) * direction) == pytest.approx(slope, rel=1e-4)
 
 
-def test_tiles_are_rows_of_one_group():
-    """Every row in one tile, none of two groups, and no program more than the worst sizes need."""
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        num_rows, groups, block = rng.integers(1, 200), rng.integers(1, 12), 16
-        sizes = rng.multinomial(num_rows, rng.dirichlet(np.full(groups, 0.3)))
-        sizes[rng.integers(groups)] = 0
-        most = min(groups + 1, num_rows)
-        tiles = most + (num_rows - most) // block
-        needed = sum(-(-int(s) // block) for s in [*sizes, num_rows - sizes.sum()])
-        assert needed <= tiles
+@settings(max_examples=200, deadline=None, database=None)
+@given(
+    sizes=st.lists(st.integers(0, 50), min_size=1, max_size=12),
+    rest=st.integers(0, 50),
+    block_rows=st.sampled_from([1, 16, 64]),
+)
+def test_there_are_programs_for_all_tiles(sizes, rest, block_rows):
+    needed = sum(-(-size // block_rows) for size in [*sizes, rest])
+    shape = Sizes(sum(sizes) + rest, len(sizes), 1, 1, 1, 2)
+    assert needed <= shape.tiles(block_rows) <= shape.rows
 
 
 GPUS = (

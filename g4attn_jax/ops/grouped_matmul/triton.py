@@ -53,6 +53,11 @@ class Sizes(NamedTuple):
         count = x.shape[0] if rows is None else rows.shape[0]
         return cls(count, *w.shape, x.dtype.itemsize)
 
+    def tiles(self, block_rows: int) -> int:
+        """The most that the rows can make, whatever the sizes of groups; some may be of none."""
+        groups = min(self.groups + 1, self.rows)  # each a tile, and more for its rows but one
+        return groups + (self.rows - groups) // block_rows
+
     def fits(self, gpu: Gpu, launch: Launch) -> bool:
         """Whether the shared memory holds the tiles of x and w of all stages."""
         width = launch.block_rows + launch.block_columns * self.parts
@@ -155,15 +160,12 @@ def grouped_parts_matmul(
     if sizes.rows == 0 or x.size == 0:
         return jnp.zeros((sizes.rows, sizes.columns), x.dtype)
     launch = launch or choose_launch(gpu(), sizes)
-    # Rows of no group are tiles too. Of n groups that have rows none has a surplus of a whole tile.
-    groups = min(sizes.groups + 1, sizes.rows)
-    tiles = groups + (sizes.rows - groups) // launch.block_rows
     inputs = _Inputs(x, rows, w.reshape(-1, sizes.parts * sizes.columns), group_sizes)
     return pl.pallas_call(
         functools.partial(_kernel, sizes=sizes, combine=combine, launch=launch),
         name=name,
         out_shape=jax.ShapeDtypeStruct((sizes.rows, sizes.columns), x.dtype),
-        grid=(tiles * pl.cdiv(sizes.columns, launch.block_columns),),
+        grid=(sizes.tiles(launch.block_rows) * pl.cdiv(sizes.columns, launch.block_columns),),
         in_specs=(jax.tree.map(lambda _: pl.no_block_spec, inputs),),
         out_specs=pl.no_block_spec,
         compiler_params=plgpu.CompilerParams(
