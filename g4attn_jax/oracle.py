@@ -226,6 +226,34 @@ def usual_cached_attention(q, *arguments, **constants):
     return cached_attention(q, *arguments, **constants, rounded=rounded)
 
 
+def grouped_matmul(x, w, group_sizes):
+    """`ops.grouped_matmul`, group by group, in float64."""
+    x = np.asarray(x).astype(np.float64)
+    y, first = np.zeros((x.shape[0], w.shape[2])), 0
+    for group, size in enumerate(np.asarray(group_sizes)):
+        rows = slice(first, first := first + size)
+        if size:
+            y[rows] = x[rows] @ np.asarray(w[group]).astype(np.float64)
+    return y
+
+
+def grouped_gated_matmul(x, w, group_sizes, rows=None, *, rounded=lambda y: y):
+    """`ops.grouped_gated_matmul` in float64; `rounded` says how the two products are."""
+    x = x if rows is None else np.asarray(x)[np.asarray(rows)]
+    gate, up = (rounded(grouped_matmul(x, w[:, :, part], group_sizes)) for part in (0, 1))
+    return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+
+
+def usual_grouped_gated_matmul(x, w, group_sizes, rows=None):
+    """The same with the roundings of Hugging Face's experts: both products are."""
+    dtype = np.asarray(x).dtype
+
+    def rounded(y):
+        return y.astype(dtype).astype(np.float64)
+
+    return grouped_gated_matmul(x, w, group_sizes, rows, rounded=rounded).astype(dtype)
+
+
 def max_error(actual, exact) -> float:
     """The largest absolute difference; NaN anywhere gives NaN."""
     actual = np.asarray(actual).astype(np.float64)

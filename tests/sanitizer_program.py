@@ -3,8 +3,9 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 
-from g4attn_jax import CompactKVCache, KVCache, ProjectionMode
+from g4attn_jax import CompactKVCache, KVCache, ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8, float8_scale
 from g4attn_jax.commands.cases import AttentionCase, NormCase, PrologueCase
 
@@ -21,8 +22,27 @@ def all_cases():
         yield AttentionCase(form, 12, 3, d, d // 4, window, tokens, context=700)
 
 
+def launch_grouped(group_sizes, dtype, implementation="triton"):
+    """Both grouped matmuls, with rows of no group and sizes that no block divides."""
+    num_rows, groups = sum(group_sizes) + 3, len(group_sizes)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (num_rows, 80), dtype)
+    w = jax.random.normal(keys[1], (groups, 80, 72), dtype)
+    gate_up = jax.random.normal(keys[2], (groups, 80, 2, 72), dtype)
+    sizes = jnp.array(group_sizes, jnp.int32)
+    rows = jnp.arange(num_rows, dtype=jnp.int32)[::-1]
+    y = ops.grouped_matmul(x, w, sizes, implementation=implementation)
+    gated = ops.grouped_gated_matmul(x, gate_up, sizes, rows, implementation=implementation)
+    jax.block_until_ready((y, gated))
+    return 2
+
+
 def main():
     launched = 0
+    for group_sizes, dtype in itertools.product(
+        ([1, 0, 2], [50, 0, 70, 1], [700, 0]), (jnp.bfloat16, jnp.float32)
+    ):
+        launched += launch_grouped(group_sizes, dtype)
     for case in all_cases():
         arguments = case.arguments()
         jax.block_until_ready(case.run(arguments, "triton"))

@@ -296,13 +296,21 @@ def test_float8_caches():
     assert np.linalg.norm(logits - exact) < 0.25 * np.linalg.norm(exact)
 
 
-def test_experts_are_a_loop_over_tokens():
+@pytest.mark.parametrize("tokens", [7, 100])  # 63 and 900 rows: compared, and sorted
+@pytest.mark.parametrize("implementation", ["xla", "triton_interpret"])
+def test_experts_are_a_loop_over_tokens(implementation, tokens):
     config = model_of("gemma-4-26b-a4b")[0].config
-    moe = Gemma4MoE(config, rngs=nnx.Rngs(1), dtype=jnp.float32, param_dtype=jnp.float32)
+    moe = Gemma4MoE(
+        config,
+        rngs=nnx.Rngs(1),
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        implementation=implementation,
+    )
     rng = np.random.default_rng(0)
     moe.router_scale[...] = jnp.asarray(1 + 0.3 * rng.normal(size=moe.router_scale.shape))
     moe.per_expert_scale[...] = jnp.asarray(1 + 0.3 * rng.normal(size=moe.per_expert_scale.shape))
-    x, h = rng.normal(size=(2, 3, 7, config.hidden_size)).astype(np.float32)
+    x, h = rng.normal(size=(2, 3, tokens, config.hidden_size)).astype(np.float32)
     # One token takes the same experts as another, most experts none.
     x[0, 1] = x[0, 0]
     weights = {

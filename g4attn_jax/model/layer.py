@@ -65,7 +65,11 @@ class Gemma4DecoderLayer(nnx.Module):
         is_shared = self.attention.spec.mode is ProjectionMode.Q_ONLY
         width = config.intermediate_size * (2 if config.use_double_wide_mlp and is_shared else 1)
         self.mlp = Gemma4MLP(embed, width, rngs=rngs, implementation=implementation, **dtypes)
-        self.moe = Gemma4MoE(config, rngs=rngs, **dtypes) if config.enable_moe_block else None
+        self.moe = (
+            Gemma4MoE(config, rngs=rngs, implementation=implementation, **dtypes)
+            if config.enable_moe_block
+            else None
+        )
 
         def scale():
             return nnx.Param(jnp.ones(embed, param_dtype))

@@ -62,9 +62,3 @@ class Gemma4MLP(nnx.Module):
         gate_up, down = (w[...].astype(self.dtype) for w in (self.gate_up_proj, self.down_proj))
         gated = ops.geglu(x, gate_up, implementation=self.implementation)
         return ops.linear_parts(gated, down, implementation=self.implementation)
-
-
-def gelu_gate(gate_up: Float[Array, "*batch 2 F"]) -> Float[Array, "*batch F"]:
-    """gelu(gate) * up in float32, rounded once to the dtype of `gate_up`."""
-    gate, up = jnp.unstack(gate_up.astype(jnp.float32), axis=-2)
-    return (jax.nn.gelu(gate, approximate=True) * up).astype(gate_up.dtype)

@@ -2,6 +2,8 @@
 
 from g4attn_jax.ops.add_rms_norm import add_rms_norm
 from g4attn_jax.ops.decode_attention import decode_attention
+from g4attn_jax.ops.grouped_gated_matmul import grouped_gated_matmul
+from g4attn_jax.ops.grouped_matmul import grouped_matmul
 from g4attn_jax.ops.implementation import Implementation
 from g4attn_jax.ops.linear import geglu, linear, linear_parts, sum_parts
 from g4attn_jax.ops.prefill_attention import prefill_attention
@@ -15,6 +17,8 @@ __all__ = [
     "add_rms_norm",
     "decode_attention",
     "geglu",
+    "grouped_gated_matmul",
+    "grouped_matmul",
     "linear",
     "linear_parts",
     "prefill_attention",

@@ -211,6 +211,53 @@ def _check_addresses(q, cache, page_table, positions, sliding_window):
         )
 
 
+def check_grouped_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    dims: str,
+    rows: jax.Array | None = None,
+) -> None:
+    """Refuses arguments of a grouped matmul that do not go together.
+
+    Args:
+        x, group_sizes, rows: as `grouped_gated_matmul` has them.
+        w: [`dims`], of which the first two are X and K.
+        dims: sizes of w, each a letter or a number.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    check_buffer("x", x, dims="K")
+    check_buffer("w", w, dims=dims)
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {x.shape}; accepted: [T, K]")
+    wanted = dims.split(", ")
+    fixed = all(size == int(n) for size, n in zip(w.shape, wanted, strict=False) if n.isdigit())
+    if w.ndim != len(wanted) or w.shape[1] != x.shape[1] or not fixed:
+        raise ValueError(f"w has shape {w.shape}; accepted: [{dims}] with K = {x.shape[1]}")
+    if w.dtype != x.dtype:
+        raise ValueError(f"w has dtype {w.dtype}; accepted: that of x, {x.dtype}")
+    for name, array, size in (("group_sizes", group_sizes, w.shape[0]), ("rows", rows, None)):
+        if array is None and name == "rows":
+            continue
+        shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+        if shape is None or len(shape) != 1 or dtype != "int32" or size not in (None, shape[0]):
+            accepted = "[M]" if size is None else f"({size},)"
+            raise ValueError(
+                f"{name} has shape {shape} and dtype {dtype}; accepted: int32 {accepted}"
+            )
+    count = x.shape[0] if rows is None else rows.shape[0]
+    if not isinstance(group_sizes, jax.core.Tracer) and isinstance(count, int):
+        known = np.asarray(group_sizes, np.int64)
+        if known.min() < 0 or known.sum() > count:
+            raise ValueError(
+                f"group_sizes has {known.min()} as its least and sums to {known.sum()}; accepted: "
+                f"0 or more, {count} in all at most"
+            )
+
+
 def check_scales(scales: Mapping[str, jax.Array | None], *, head_dim: int) -> None:
     """Refuses a scale that is given and is not [D] in a dtype the kernel takes.
 

@@ -16,4 +16,9 @@ def geglu(x, w):
     """See `g4attn_jax.ops.geglu`."""
     gate_up = jnp.einsum("...k,kcf->...cf", x, w)
     gate, up = jnp.unstack(gate_up.astype(jnp.float32), axis=-2)
-    return (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
+    return gelu_gate(gate, up).astype(x.dtype)
+
+
+def gelu_gate(gate, up):
+    """gelu(gate) * up of float32."""
+    return jax.nn.gelu(gate, approximate=True) * up

@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.ops.attention_tiles.triton import dot
 from g4attn_jax.ops.head_norm.triton import both, iota, load
+from g4attn_jax.ops.linear.reference import gelu_gate
 
 
 class Launch(NamedTuple):
@@ -44,15 +45,11 @@ def linear_parts(x, w, *, num_parts, interpret=False, launch=None):
 
 def geglu(x, w, *, interpret=False, launch=None):
     """See `g4attn_jax.ops.geglu`."""
-    return _launch(x, w, _gated, "geglu", 1, interpret, launch)[0]
+    return _launch(x, w, gelu_gate, "geglu", 1, interpret, launch)[0]
 
 
 def _product(product):
     return product
-
-
-def _gated(gate, up):
-    return jax.nn.gelu(gate, approximate=True) * up
 
 
 def _launch(x, w, combine: Callable[..., jax.Array], name, num_parts, interpret, launch):

@@ -1,0 +1,266 @@
+"""Grouped matmul: programs of (tile of rows of one group, block of columns).
+
+A tile is `block_rows` rows, or what is left of a group: none has rows of two groups. A group of s
+rows has ceil(s / block_rows) of them. Which tile has which rows follows from `group_sizes`, and
+every program works it out for itself, in a few operations on one vector: XLA would make a list of
+tiles in four launches, which in a decode step take a third of the time of the product.
+
+There are as many programs as the sizes may need. The surplus has no rows and ends at once.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from g4attn_jax.ops.attention_tiles.triton import dot, pad
+from g4attn_jax.ops.gpu import Gpu, gpu
+from g4attn_jax.ops.head_norm.triton import both, iota, load
+
+# Of matrices that a program asks for ahead: what a multiprocessor must have on its way to keep an
+# H200's memory busy.
+_BYTES_AHEAD = 40 * 1024
+
+
+class Launch(NamedTuple):
+    """The shape of a launch."""
+
+    block_rows: int
+    block_columns: int  # of each part of the matrices
+    block_depth: int  # of K, multiplied at a time
+    num_warps: int
+    num_stages: int
+
+
+class Sizes(NamedTuple):
+    """Sizes of a product: x [rows, depth] times w [groups, depth, parts, columns]."""
+
+    rows: int
+    groups: int
+    depth: int
+    parts: int
+    columns: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, x, w, rows=None):
+        """Those of arguments of `grouped_parts_matmul`."""
+        count = x.shape[0] if rows is None else rows.shape[0]
+        return cls(count, *w.shape, x.dtype.itemsize)
+
+    def tiles(self, block_rows: int) -> int:
+        """The most that the rows can make, whatever the sizes of groups; some may be of none."""
+        groups = min(self.groups + 1, self.rows)  # each a tile, and more for its rows but one
+        return groups + (self.rows - groups) // block_rows
+
+    def fits(self, gpu: Gpu, launch: Launch) -> bool:
+        """Whether the shared memory holds the tiles of x and w of all stages."""
+        width = launch.block_rows + launch.block_columns * self.parts
+        tile = width * launch.block_depth * self.itemsize
+        return launch.num_stages * tile <= gpu.shared_memory
+
+
+def choose_launch(gpu: Gpu, sizes: Sizes) -> Launch:
+    """The launch for a product.
+
+    Few rows a group are bound by reading the matrices: small tiles, many bytes on their way, and
+    programs for every multiprocessor. Many are bound by arithmetic: tiles as large as the registers
+    hold sums of, but not so large that the last tile of a group is mostly empty.
+
+    Raises:
+        NotImplementedError: no launch fits the shared memory.
+    """
+    for launch in _launches(gpu, sizes):
+        if sizes.fits(gpu, launch):
+            return launch
+    raise NotImplementedError(
+        f"a matmul of {sizes.itemsize}-byte numbers needs more shared memory than the "
+        f"{gpu.shared_memory} bytes of this GPU; accepted: implementation 'xla'"
+    )
+
+
+def _launches(gpu, sizes):
+    """The fastest first."""
+    per_group = pl.cdiv(sizes.rows, sizes.groups)
+    if sizes.itemsize == 4:  # no tensor cores: sums and operands in registers
+        yield from (_launch(sizes, 16, 64, 32, 4, 3), _launch(sizes, 16, 32, 16, 4, 2))
+        return
+    if per_group > 192:
+        yield _launch(sizes, 128, 128, 64, 8, 3)
+    if per_group > 24:
+        yield _launch(sizes, 64, 128, 64, 4, 3)
+        yield _launch(sizes, 64, 64, 64, 4, 2)
+    block_rows = 16 if per_group <= 8 else 32
+    depth = 128 if sizes.depth % 128 == 0 else 64
+    for width in (128, 64):
+        programs = min(sizes.rows, sizes.groups) * pl.cdiv(sizes.columns, width // sizes.parts)
+        if width == 64 or programs >= 2 * gpu.num_sms:
+            stages = 1 + pl.cdiv(_BYTES_AHEAD, width * depth * sizes.itemsize)
+            yield _launch(sizes, block_rows, width, depth, 4, min(max(3, stages), 6))
+    yield _launch(sizes, 16, 64, 64, 4, 3)
+
+
+def _launch(sizes, block_rows, width, block_depth, num_warps, num_stages):
+    """With `width` columns of all parts, and no block larger than the product."""
+    return Launch(
+        block_rows,
+        min(width // sizes.parts, pad(sizes.columns)),
+        min(block_depth, pad(sizes.depth)),
+        num_warps,
+        num_stages,
+    )
+
+
+def grouped_matmul(x, w, group_sizes, *, interpret=False, launch=None):
+    """See `g4attn_jax.ops.grouped_matmul`; `launch` overrides the heuristics, for tuning."""
+    return grouped_parts_matmul(
+        x,
+        None,
+        w[:, :, None],
+        group_sizes,
+        combine=lambda y: y,
+        name="grouped_matmul",
+        interpret=interpret,
+        launch=launch,
+    )
+
+
+def grouped_parts_matmul(
+    x,
+    rows,
+    w,
+    group_sizes,
+    *,
+    combine: Callable[..., jax.Array],
+    name: str,
+    interpret: bool,
+    launch: Launch | None = None,
+) -> jax.Array:
+    """One launch for all parts of the matrices: combine(x_i w_g0, x_i w_g1, ...).
+
+    Args:
+        x: [T, K].
+        rows: int32 [M], the row of x that row i of the product is of; None: i.
+        w: [X, K, parts, N].
+        group_sizes: int32 [X].
+        combine: of float32 sums, one for each part, elementwise.
+        name: of the kernel.
+        interpret: runs the kernel body in Pallas' interpreter.
+        launch: overrides `choose_launch`.
+
+    Returns:
+        [M, N] in the dtype of x.
+    """
+    sizes = Sizes.of(x, w, rows)
+    if sizes.rows == 0 or x.size == 0:
+        return jnp.zeros((sizes.rows, sizes.columns), x.dtype)
+    launch = launch or choose_launch(gpu(), sizes)
+    inputs = _Inputs(x, rows, w.reshape(-1, sizes.parts * sizes.columns), group_sizes)
+    return pl.pallas_call(
+        functools.partial(_kernel, sizes=sizes, combine=combine, launch=launch),
+        name=name,
+        out_shape=jax.ShapeDtypeStruct((sizes.rows, sizes.columns), x.dtype),
+        grid=(sizes.tiles(launch.block_rows) * pl.cdiv(sizes.columns, launch.block_columns),),
+        in_specs=(jax.tree.map(lambda _: pl.no_block_spec, inputs),),
+        out_specs=pl.no_block_spec,
+        compiler_params=plgpu.CompilerParams(
+            num_warps=launch.num_warps, num_stages=launch.num_stages
+        ),
+        interpret=interpret,
+    )(inputs)
+
+
+class _Inputs(NamedTuple):
+    x: jax.Array  # [T, K]
+    rows: jax.Array | None  # int32 [M]
+    w: jax.Array  # [X * K, parts * N]
+    group_sizes: jax.Array  # int32 [X]
+
+
+def _kernel(inputs, out_ref, *, sizes, combine, launch):
+    # Blocks of columns of a tile are neighbours, which read the same rows, and then the tiles of a
+    # group, which read the same matrix: they find them in the L2.
+    blocks = jnp.int32(pl.cdiv(sizes.columns, launch.block_columns))
+    tile, block = lax.div(pl.program_id(0), blocks), lax.rem(pl.program_id(0), blocks)
+    group, first, end = _tile(inputs.group_sizes, tile, sizes.rows, launch.block_rows)
+    row = first + iota(launch.block_rows)
+    row_mask = row < end
+    x_row = row
+    if inputs.rows is not None:
+        x_row = load(inputs.rows.at[row], row_mask, row.shape)
+        x_row = jnp.clip(x_row, 0, inputs.x.shape[0] - 1)
+    # The parts are side by side in one tile: tensor cores read x once for all of them.
+    index, width = iota(sizes.parts * launch.block_columns), jnp.int32(launch.block_columns)
+    part, column = lax.div(index, width), block * width + lax.rem(index, width)
+    is_whole = sizes.columns % launch.block_columns == 0
+    column_mask = None if is_whole else column < sizes.columns
+    is_deep = sizes.depth % launch.block_depth == 0
+
+    def step(index, total):
+        k = index * launch.block_depth + iota(launch.block_depth)
+        k_mask = None if is_deep else k < sizes.depth
+        x = _load(inputs.x, x_row, k, row_mask, k_mask)
+        w_row = group * sizes.depth + k
+        w = _load(inputs.w, w_row, part * sizes.columns + column, k_mask, column_mask)
+        return total + dot(x, w)
+
+    nothing = jnp.zeros((launch.block_rows, index.size), jnp.float32)
+    has_product = (group < sizes.groups) & (first < end)
+    steps = has_product.astype(jnp.int32) * pl.cdiv(sizes.depth, launch.block_depth)
+    total = lax.fori_loop(0, steps, step, nothing)
+    out = combine(*_parts(total, sizes.parts)).astype(out_ref.dtype)
+    column = block * width + iota(launch.block_columns)
+    column_mask = None if is_whole else column < sizes.columns
+    _store(out_ref, row, column, row_mask, column_mask, out)
+
+
+def _parts(total, count):
+    """[rows, columns] of each of `count` parts that are side by side."""
+    if count == 1:
+        return [total]
+    parts = total.reshape(total.shape[0], count, -1)
+    # Triton has no slices; these sums are within a thread where a warp has whole rows.
+    index = iota(count)[None, :, None]
+    return [jnp.sum(jnp.where(index == i, parts, 0), axis=1) for i in range(count)]
+
+
+def _mask(row_mask, column_mask, shape):
+    """Of a tile, from masks of its rows and columns; None is all true."""
+    row_mask = None if row_mask is None else row_mask[:, None]
+    column_mask = None if column_mask is None else column_mask[None, :]
+    mask = both(row_mask, column_mask)
+    return None if mask is None else jnp.broadcast_to(mask, shape)
+
+
+def _load(ref, row, column, row_mask, column_mask):
+    shape = row.size, column.size
+    return load(ref.at[row[:, None], column[None, :]], _mask(row_mask, column_mask, shape), shape)
+
+
+def _store(ref, row, column, row_mask, column_mask, tile):
+    mask = _mask(row_mask, column_mask, tile.shape)
+    plgpu.store(ref.at[row[:, None], column[None, :]], tile, mask=mask)
+
+
+def _tile(group_sizes, tile, num_rows, block_rows):
+    """The group of a tile, its first row, and the row at which the group ends.
+
+    Past the tiles of all groups come those of rows of no group, for which the group is not less
+    than their number, and then tiles that begin past the last row.
+    """
+    index = iota(pad(group_sizes.size))
+    size = jnp.maximum(load(group_sizes.at[index], index < group_sizes.size, index.shape), 0)
+    total = lax.cumsum(size)
+    ends, starts = jnp.minimum(total, num_rows), jnp.minimum(total - size, num_rows)
+    last_tile = lax.cumsum(lax.div(ends - starts + (block_rows - 1), jnp.int32(block_rows)))
+    is_before = last_tile <= tile  # groups, all of whose tiles come before this one
+    group = jnp.sum(is_before.astype(jnp.int32), dtype=jnp.int32)
+    tiles_before = jnp.max(jnp.where(is_before, last_tile, 0))
+    rows_before = jnp.max(jnp.where(is_before, ends, 0))
+    end = jnp.min(jnp.where(is_before, num_rows, ends))
+    return group, rows_before + (tile - tiles_before) * block_rows, end
