@@ -171,8 +171,8 @@ def measure_batch(model, config, params, batch, gbps):
             caches = None  # before there are others
             form, caches = case.forms, random_like(case.caches())
         times, state = step_ms(programs[variant], params, (*case.tokens(CONTEXT), caches))
-        kernels, state = profile_step(programs[variant], params, state)
-        caches = state[2]
+        kernels, (_, _, caches) = profile_step(programs[variant], params, state)
+        del state  # caches of another form need its memory
         rows.append(
             {
                 "model": model,
@@ -216,9 +216,8 @@ def measure_workload(model, config, params, variant):
     case = Case(config, variant, 32, PROMPT + NEW_TOKENS)
     step, caches, times = case.step(), random_like(case.caches()), []
     for position in (PROMPT, PROMPT + NEW_TOKENS - 100):
-        more, state = step_ms(step, params, (*case.tokens(position), caches))
+        more, (_, _, caches) = step_ms(step, params, (*case.tokens(position), caches))
         times += more
-        caches = state[2]
     decode = 1e-3 * NEW_TOKENS * statistics.mean(times)
     tokens_per_s = 32 / (prefill + decode)
     row = {
@@ -265,6 +264,7 @@ def plot(rows, head, path):
     """Steps of 31B as shares of their limit, and first against last of the other models."""
     import matplotlib.pyplot as plt
 
+    places = list(dict.fromkeys(map(_place, rows)))
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     names = {variant.letter: variant.value for variant in Variant}
     largest = [row for row in rows if row["model"] == "gemma-4-31b"]
@@ -281,7 +281,6 @@ def plot(rows, head, path):
     axes[0].set(title="31B, a step", ylabel="ms")
     axes[0].legend(fontsize=8, loc="upper left")
     ends = (Variant.XLA.letter, SHIPPED.letter)
-    places = [(model, batch) for model in MODELS for batch in BATCHES]
     for i, letter in enumerate(ends):
         shares = [
             next(
@@ -314,15 +313,25 @@ def main():
     folder = output_folder(__doc__)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     gbps = read_gbps()
-    rows, workload = [], []
+    head = machine() | {
+        "read_gbps": round(gbps, 1),
+        "command": "python -m bench.decode_step",
+        "variants": {variant.letter: variant.value for variant in Variant},
+        "workload": [],
+    }
+    rows = []
     for model in MODELS:
         config = Gemma4Config.preset(model)
         params = random_like(Case(config, Variant.XLA, 1, CONTEXT).params)
         for batch in BATCHES:
             rows += measure_batch(model, config, params, batch, gbps)
-        if model == "gemma-4-31b":
-            workload = [measure_workload(model, config, params, v) for v in WORKLOAD_VARIANTS]
+            write_json(folder / "decode_step.json", head, rows)  # so far
         del params
+    config = Gemma4Config.preset("gemma-4-31b")
+    params = random_like(Case(config, Variant.XLA, 1, CONTEXT).params)
+    for variant in reversed(WORKLOAD_VARIANTS):
+        head["workload"].insert(0, measure_workload("gemma-4-31b", config, params, variant))
+        write_json(folder / "decode_step.json", head, rows)
     num_missed = 0
     for row in rows:
         missed = missed_bars(row, rows)
@@ -333,12 +342,6 @@ def main():
             f"limit {row['limit_ms']:8.3f} {share:.3f} {row['launches']} launches",
             ", ".join(missed),
         )
-    head = machine() | {
-        "read_gbps": round(gbps, 1),
-        "command": "python -m bench.decode_step",
-        "variants": {variant.letter: variant.value for variant in Variant},
-        "workload": workload,
-    }
     write_json(folder / "decode_step.json", head, rows)
     plot(rows, head, folder / "decode_step.png")
     print("rows that miss a bar:", num_missed)

@@ -22,6 +22,7 @@ from bench.measure import (
     write_json,
 )
 from g4attn_jax import ops
+from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.linear import reference, triton
 from g4attn_jax.ops.linear.triton import Launch
 
@@ -40,7 +41,7 @@ TOKENS = (1, 8, 32)
 def launches(chosen: Launch, matrices: int) -> list[Launch]:
     """Tiles of 8 to 32 KiB, of which 3 to 5 are there at a time."""
     found = {chosen}
-    for columns, k, stages in itertools.product((64, 128), (32, 64, 128, 256), (3, 4, 5)):
+    for columns, k, stages in itertools.product((64, 128), (32, 64, 128), (3, 4, 5)):
         if 8 * 1024 <= 2 * columns * k * matrices <= 32 * 1024:
             found.add(Launch(columns, k, 4, stages))
     return sorted(found)
@@ -52,7 +53,7 @@ def parts_of(k: int, matrices: int, columns: int, tokens: int) -> list[int]:
         return [1]
     x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((tokens, k), (k, columns)))
     chosen = jax.eval_shape(functools.partial(ops.linear_parts, implementation=None), x, w).shape[0]
-    return list(dict.fromkeys((chosen, 1, 2, 3, 4, 6)))
+    return list(dict.fromkeys((chosen, 1, 2, 3, 4)))
 
 
 def calls(k, matrices, columns, tokens):
@@ -75,7 +76,15 @@ def main():
     rows = []
     for (name, k, matrices, columns), tokens in itertools.product(WEIGHTS, TOKENS):
         parts = parts_of(k, matrices, columns, tokens)
-        chosen = triton.choose_launch(matrices=matrices, itemsize=2), parts[0]
+        chosen = triton.choose_launch(
+            gpu(),
+            rows=tokens,
+            columns=columns,
+            matrices=matrices,
+            num_parts=parts[0],
+            itemsize=2,
+        )
+        chosen = chosen, parts[0]
         if matrices == 2:
             functions = {None: reference.geglu}
         else:

@@ -66,7 +66,7 @@ class Sizes(NamedTuple):
 
 
 def choose_launch(gpu: Gpu, sizes: Sizes) -> Launch:
-    """The launch for a product.
+    """The launch for a product, fitted to bench/results/h200/tune_grouped_matmul.json.
 
     Few rows a group are bound by reading the matrices: small tiles, many bytes on their way, and
     programs for every multiprocessor. Many are bound by arithmetic: tiles as large as the registers
@@ -90,18 +90,19 @@ def _launches(gpu, sizes):
     if sizes.itemsize == 4:  # no tensor cores: sums and operands in registers
         yield from (_launch(sizes, 16, 64, 32, 4, 3), _launch(sizes, 16, 32, 16, 4, 2))
         return
-    if per_group > 192:
+    if per_group > 96:
+        yield _launch(sizes, 128, 256, 64, 8, 4)
         yield _launch(sizes, 128, 128, 64, 8, 3)
     if per_group > 24:
         yield _launch(sizes, 64, 128, 64, 4, 3)
         yield _launch(sizes, 64, 64, 64, 4, 2)
     block_rows = 16 if per_group <= 8 else 32
-    depth = 128 if sizes.depth % 128 == 0 else 64
-    for width in (128, 64):
-        programs = min(sizes.rows, sizes.groups) * pl.cdiv(sizes.columns, width // sizes.parts)
-        if width == 64 or programs >= 2 * gpu.num_sms:
-            stages = 1 + pl.cdiv(_BYTES_AHEAD, width * depth * sizes.itemsize)
-            yield _launch(sizes, block_rows, width, depth, 4, min(max(3, stages), 6))
+    width, depth = 128, 128 if sizes.depth % 128 == 0 else 64
+    programs = min(sizes.rows, sizes.groups) * pl.cdiv(sizes.columns, width // sizes.parts)
+    stages = max(3, 1 + pl.cdiv(_BYTES_AHEAD, width * depth * sizes.itemsize))
+    if programs < 2 * gpu.num_sms:  # DRAM gives narrower lines at less than its full rate
+        width, depth, stages = 64 * sizes.parts, 64, 6
+    yield _launch(sizes, block_rows, width, depth, 4, stages)
     yield _launch(sizes, 16, 64, 64, 4, 3)
 
 

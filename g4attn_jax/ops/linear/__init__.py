@@ -10,9 +10,9 @@ from g4attn_jax.ops.linear import reference, triton
 # Up to this many tokens a step is bound by reading its weights, and the kernel reads them faster
 # than XLA's matmul (bench/results/h200/tune_linear.json).
 MAX_TOKENS = 32
-# Programs that fill a GPU, each with a block of columns.
-_NUM_PROGRAMS = 256
-_BLOCK_COLUMNS = 64
+# Blocks of 64 columns that fill a GPU: fewer need parts, or go to XLA, which makes parts itself.
+_MIN_BLOCKS = 96
+_FULL = 256
 _MAX_PARTS = 8
 
 _linear_parts = differentiable_op(kernel=triton.linear_parts, reference=reference.linear_parts)
@@ -31,8 +31,8 @@ def linear(
         x: [..., K]. bfloat16, float16 or float32.
         w: [K, N], in x's dtype.
         implementation: None (on an NVIDIA GPU of compute capability 8.0 or higher the kernel for
-            up to 32 tokens, XLA for more; else XLA), "triton", "xla", or "triton_interpret". More
-            than 32 tokens are always XLA's.
+            up to 32 tokens and 6144 columns or more; else XLA), "triton" (the kernel for up to 32
+            tokens), "xla", or "triton_interpret" (the kernel for any number of them).
 
     Returns:
         [..., N] in x's dtype.
@@ -42,7 +42,7 @@ def linear(
         NotImplementedError: "triton" was demanded and there is no supported GPU.
     """
     _check(x, w, "K, N")
-    return _linear_parts(x, w, num_parts=1, implementation=_for_tokens(x, implementation))[0]
+    return _linear_parts(x, w, num_parts=1, implementation=_whole(x, w, implementation))[0]
 
 
 def linear_parts(
@@ -58,7 +58,7 @@ def linear_parts(
     Args:
         x: [..., K]. bfloat16, float16 or float32.
         w: [K, N], in x's dtype.
-        implementation: see `linear`. "xla" makes one part.
+        implementation: see `linear`, but for any number of columns. XLA makes one part.
 
     Returns:
         One part [1, ..., N] in x's dtype, or more in float32.
@@ -70,8 +70,7 @@ def linear_parts(
     _check(x, w, "K, N")
     implementation, parts = _for_tokens(x, implementation), 1
     if implementation != "xla":
-        blocks = -(-w.shape[1] // _BLOCK_COLUMNS)
-        parts = max(1, min(_MAX_PARTS, round(_NUM_PROGRAMS / blocks)))
+        parts = max(1, min(_MAX_PARTS, round(_FULL / _blocks(w))))
     return _linear_parts(x, w, num_parts=parts, implementation=implementation)
 
 
@@ -108,7 +107,7 @@ def geglu(
     _check(x, w, "K, 2, N")
     if w.shape[1] != 2:
         raise ValueError(f"w has shape {w.shape}; accepted: [K, 2, N]")
-    return _geglu(x, w, implementation=_for_tokens(x, implementation))
+    return _geglu(x, w, implementation=_whole(x, w, implementation))
 
 
 def _check(x, w, dims):
@@ -126,3 +125,13 @@ def _check(x, w, dims):
 def _for_tokens(x, implementation):
     is_few = x.size <= MAX_TOKENS * x.shape[-1]
     return implementation if is_few or implementation not in (None, "triton") else "xla"
+
+
+def _whole(x, w, implementation):
+    """Without parts: None leaves few columns to XLA."""
+    few_columns = implementation is None and _blocks(w) < _MIN_BLOCKS
+    return "xla" if few_columns else _for_tokens(x, implementation)
+
+
+def _blocks(w):
+    return -(-w.shape[-1] // 64)

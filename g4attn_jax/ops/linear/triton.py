@@ -17,8 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.ops.attention_tiles.triton import dot
+from g4attn_jax.ops.gpu import Gpu, gpu
 from g4attn_jax.ops.head_norm.triton import both, iota, load
 from g4attn_jax.ops.linear.reference import gelu_gate
+
+_TILE_BYTES = 16 * 1024
 
 
 class Launch(NamedTuple):
@@ -30,12 +33,29 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def choose_launch(*, matrices: int, itemsize: int) -> Launch:
-    """The launch for any number of rows and columns, from bench/results/h200/tune_linear.json.
+def choose_launch(
+    gpu: Gpu, *, rows: int, columns: int, matrices: int, num_parts: int, itemsize: int
+) -> Launch:
+    """The launch for a product, fitted to bench/results/h200/tune_linear.json.
 
-    A line of 64 columns is as short as DRAM gives at its full rate, and 16 KiB make a tile.
+    Programs own 128 columns if that makes enough of them, else 64: DRAM gives narrower lines at
+    less than its full rate. A tile is 16 KiB, and as many are on their way as the shared memory
+    holds, up to four.
+
+    Args:
+        gpu: what it runs on.
+        rows: tokens.
+        columns: N.
+        matrices: of the weight.
+        num_parts: programs that share columns.
+        itemsize: bytes of a number.
     """
-    return Launch(64, 256 // (matrices * itemsize), num_warps=4, num_stages=3)
+    wide = matrices == 1 and num_parts * columns >= 120 * 128
+    block_columns = 128 if wide else 64
+    block_k = _TILE_BYTES // (block_columns * matrices * itemsize)
+    tile = _TILE_BYTES + _block_rows(rows) * block_k * itemsize
+    most = 3 if matrices > 1 else 5
+    return Launch(block_columns, block_k, 4, max(2, min(most, gpu.shared_memory // tile)))
 
 
 def linear_parts(x, w, *, num_parts, interpret=False, launch=None):
@@ -59,7 +79,14 @@ def _launch(x, w, combine: Callable[..., jax.Array], name, num_parts, interpret,
     rows, dtype = math.prod(batch), x.dtype if num_parts == 1 else jnp.float32
     if rows == 0:
         return jnp.zeros((num_parts, *batch, columns), dtype)
-    launch = launch or choose_launch(matrices=matrices, itemsize=w.dtype.itemsize)
+    launch = launch or choose_launch(
+        gpu(),
+        rows=rows,
+        columns=columns,
+        matrices=matrices,
+        num_parts=num_parts,
+        itemsize=w.dtype.itemsize,
+    )
     y = pl.pallas_call(
         functools.partial(
             _multiply, combine=combine, matrices=matrices, num_parts=num_parts, launch=launch
@@ -77,10 +104,14 @@ def _launch(x, w, combine: Callable[..., jax.Array], name, num_parts, interpret,
     return y.reshape(num_parts, *batch, columns)
 
 
+def _block_rows(rows):
+    return max(16, pl.next_power_of_2(rows))  # tensor cores take 16 at least
+
+
 def _multiply(x_ref, w_ref, y_ref, *, combine, matrices, num_parts, launch):
     rows, k = x_ref.shape
     columns, part = y_ref.shape[1], pl.program_id(1)
-    block_rows = max(16, pl.next_power_of_2(rows))  # tensor cores take 16 at least
+    block_rows = _block_rows(rows)
     row = iota(block_rows)[:, None]
     column = (pl.program_id(0) * launch.block_columns + iota(launch.block_columns))[None, :]
     row_exists = None if rows == block_rows else row < rows

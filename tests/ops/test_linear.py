@@ -1,0 +1,164 @@
+"""Products of few tokens and a weight, against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from g4attn_jax import ops
+from g4attn_jax.ops.gpu import Gpu
+from g4attn_jax.ops.linear import triton
+from tests.ops.test_decode_attention import KERNEL
+
+on_both = pytest.mark.parametrize("implementation", ["xla", *KERNEL])
+on_the_kernel = pytest.mark.parametrize("implementation", KERNEL)
+# Tokens, K, N: edges of tiles and of the blocks of columns.
+SIZES = [(1, 512, 64), (3, 300, 80), (16, 64, 7000), (17, 130, 129), (32, 1024, 192)]
+
+
+def case(tokens, k, *n, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (tokens, 1, k), dtype)
+    return x, (jax.random.normal(keys[1], (k, *n)) * k**-0.5).astype(dtype)
+
+
+def exact(x, w):
+    x, w = (np.asarray(a).astype(np.float64) for a in (x, w))
+    return np.einsum("...k,k...n->...n", x, w) if w.ndim == 2 else np.einsum("btk,kcn->btcn", x, w)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+@on_both
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_against_float64(sizes, implementation):
+    x, w = case(*sizes)
+    with jax.default_matmul_precision("highest"):
+        y = ops.linear(x, w, implementation=implementation)
+        parts = ops.linear_parts(x, w, implementation=implementation)
+    np.testing.assert_allclose(y, exact(x, w), atol=4e-6)
+    np.testing.assert_allclose(ops.sum_parts(parts, x.dtype), exact(x, w), atol=4e-6)
+    assert len(parts) == 1 or implementation != "xla"
+
+
+@on_both
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_geglu_against_float64(sizes, implementation):
+    tokens, k, n = sizes
+    x, w = case(tokens, k, 2, n)
+    gate, up = np.moveaxis(exact(x, w), -2, 0)
+    with jax.default_matmul_precision("highest"):
+        y = ops.geglu(x, w, implementation=implementation)
+    np.testing.assert_allclose(y, gelu(gate) * up, atol=1e-5)
+
+
+@on_the_kernel
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_one_rounding(dtype, implementation):
+    """Within half an ulp, and what float32 sums of K numbers may be off by."""
+    x, w = case(8, 700, 200, dtype=dtype)
+    y = np.asarray(ops.linear(x, w, implementation=implementation)).astype(np.float64)
+    truth = exact(x, w)
+    half_ulp = 2.0 ** np.floor(np.log2(np.abs(truth))) * float(jnp.finfo(dtype).eps) / 2
+    assert (np.abs(y - truth) <= half_ulp + 2e-5).all()
+    gated = case(8, 700, 2, 200, dtype=dtype)
+    gate, up = np.moveaxis(exact(*gated), -2, 0)
+    truth = gelu(gate) * up
+    errors = [
+        np.abs(np.asarray(ops.geglu(*gated, implementation=which)).astype(np.float64) - truth).max()
+        for which in (implementation, "xla")
+    ]
+    assert errors[0] <= errors[1]
+
+
+@on_the_kernel
+def test_parts(implementation):
+    """As many as fill a GPU, none of them empty where there are tiles enough."""
+    x, w = case(4, 2048, 640)
+    parts = ops.linear_parts(x, w, implementation=implementation)
+    assert parts.shape == (8, 4, 1, 640) and parts.dtype == jnp.float32
+    assert (np.abs(parts).max(axis=(1, 2, 3)) > 0).all()
+    wide = jnp.zeros((16, 64 * 256), x.dtype)
+    assert len(ops.linear_parts(x[..., :16], wide, implementation=implementation)) == 1
+
+
+def test_who_gets_what():
+    """None takes XLA for many tokens, and without parts for few columns."""
+
+    def runs_kernel(f, x, w, implementation=None):
+        jaxpr = jax.make_jaxpr(lambda x, w: f(x, w, implementation=implementation))(x, w)
+        return "pallas_call" in str(jaxpr)
+
+    few, many = jnp.zeros((32, 64)), jnp.zeros((33, 64))
+    narrow, wide = jnp.zeros((64, 640)), jnp.zeros((64, 64 * 96))
+    assert runs_kernel(ops.linear, few, wide) and not runs_kernel(ops.linear, few, narrow)
+    assert not runs_kernel(ops.linear, many, wide)
+    assert runs_kernel(ops.linear_parts, few, narrow)
+    assert not runs_kernel(ops.linear_parts, many, narrow)
+    assert not runs_kernel(ops.linear_parts, few, narrow, "xla")
+    assert runs_kernel(ops.geglu, few, wide.reshape(64, 2, -1).repeat(2, axis=2))
+    assert not runs_kernel(ops.geglu, few, wide.reshape(64, 2, -1))
+
+
+@on_the_kernel
+def test_transformations(implementation):
+    x, w = case(4, 96, 160)
+
+    def loss(x, w, implementation=implementation):
+        y = ops.sum_parts(ops.linear_parts(x, w, implementation=implementation), x.dtype)
+        return jnp.sum(jnp.sin(y))
+
+    with jax.default_matmul_precision("highest"):
+        for ours, theirs in zip(
+            jax.grad(loss, (0, 1))(x, w), jax.grad(loss, (0, 1))(x, w, "xla"), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        batched = jax.vmap(lambda x: ops.linear(x, w, implementation=implementation))(x)
+        np.testing.assert_allclose(batched, exact(x, w), atol=4e-6)
+
+
+def test_no_tokens():
+    x, w = jnp.zeros((0, 64)), jnp.zeros((64, 640))
+    assert ops.linear(x, w, implementation="triton_interpret").shape == (0, 640)
+
+
+@pytest.mark.parametrize("shared_memory", [99 * 1024, 227 * 1024])
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_launches_fit(shared_memory, tokens):
+    for columns, matrices, parts, itemsize in [
+        (16384, 1, 1, 2), (5376, 1, 3, 2), (8192, 1, 1, 4), (21504, 2, 1, 2), (21504, 2, 1, 4),
+    ]:  # fmt: skip
+        launch = triton.choose_launch(
+            Gpu(8.6, 132, shared_memory),
+            rows=tokens,
+            columns=columns,
+            matrices=matrices,
+            num_parts=parts,
+            itemsize=itemsize,
+        )
+        rows = max(16, tokens)
+        tile = (rows + matrices * launch.block_columns) * launch.block_k * itemsize
+        assert launch.num_stages >= 2 and launch.num_stages * tile <= shared_memory
+
+
+@pytest.mark.parametrize(
+    ("f", "x", "w", "message"),
+    [
+        (ops.linear, (2, 8), (9, 4), r"w has shape \(9, 4\); with x of shape \(2, 8\) accepted"),
+        (ops.linear, (2, 8), (8, 4, 4), r"w has shape \(8, 4, 4\)"),
+        (ops.linear, (), (8, 4), r"x has shape \(\)"),
+        (ops.linear_parts, (2, 8), (8, 0), r"none of K, N may be 0"),
+        (ops.geglu, (2, 8), (8, 4), r"w has shape \(8, 4\)"),
+        (ops.geglu, (2, 8), (8, 3, 4), r"w has shape \(8, 3, 4\); accepted: \[K, 2, N\]"),
+    ],
+)
+def test_refusals(f, x, w, message):
+    with pytest.raises(ValueError, match=message):
+        f(jnp.zeros(x), jnp.zeros(w))
+
+
+def test_dtypes_must_agree():
+    with pytest.raises(ValueError, match="w has dtype bfloat16; accepted: float32, that of x"):
+        ops.linear(jnp.zeros((2, 8)), jnp.zeros((8, 4), jnp.bfloat16))
