@@ -112,7 +112,7 @@ def missed_bars(row: dict, others: list[dict]) -> list[str]:
 
     def bar(name, value, minimum):
         if value < minimum:
-            missed.append(f"{name} {value:.3f} < {minimum}")
+            missed.append(f"{name} {value:.3f} < {minimum:.3f}")
 
     def other(**fields):
         names = ("batch", "context", "num_kv_heads", "form", "layout", "query_tokens")
@@ -133,8 +133,8 @@ def missed_bars(row: dict, others: list[dict]) -> list[str]:
             bar("limit/ours", share, 0.90 if is_compact else 0.94)
         if batch == 1:
             bar("main/ours", row["main_us"] / ours, 0.90)
-    if is_compact and batch >= 8:
-        bar("separate/compact", other(form="separate") / ours, 1.45)
+        if is_compact and batch >= 8:
+            bar("separate/compact", other(form="separate") / ours, 1.45)
     if row["layout"] != LAYOUTS[False]:
         bar("contiguous/paged", other(layout=LAYOUTS[False]) / ours, 1 / 1.05)
     if row["query_tokens"] != 1:

@@ -265,7 +265,7 @@ def plot(rows, head, path):
     import matplotlib.pyplot as plt
 
     places = list(dict.fromkeys(map(_place, rows)))
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
     names = {variant.letter: variant.value for variant in Variant}
     largest = [row for row in rows if row["model"] == "gemma-4-31b"]
     for i, (letter, name) in enumerate(names.items()):
@@ -277,9 +277,9 @@ def plot(rows, head, path):
         for limit in sorted(limits):
             label = "memory limit of a and of f" if j == 0 and limit == max(limits) else None
             axes[0].plot([j - 0.45, j + 0.45], [limit] * 2, "k--", lw=1, label=label)
-    axes[0].set_xticks(range(len(BATCHES)), [f"{batch} sequences" for batch in BATCHES])
+    axes[0].set_xticks(range(len(BATCHES)), [f"B = {batch}" for batch in BATCHES])
     axes[0].set(title="31B, a step", ylabel="ms")
-    axes[0].legend(fontsize=8, loc="upper left")
+    axes[0].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     ends = (Variant.XLA.letter, SHIPPED.letter)
     for i, letter in enumerate(ends):
         shares = [
@@ -298,10 +298,8 @@ def plot(rows, head, path):
         axes[1].bar_label(bars, [f"{share:.2f}" for share in shares], fontsize=7)
     labels = [f"{model.removeprefix('gemma-4-')}\n{batch}" for model, batch in places]
     axes[1].set_xticks(range(len(places)), labels, fontsize=8)
-    axes[1].set(
-        title="all sizes, by number of sequences", ylabel="memory limit / step", ylim=(0, 1)
-    )
-    axes[1].legend(fontsize=8, loc="lower right")
+    axes[1].set(title="other sizes too, by B", ylabel="memory limit / step", ylim=(0, 1.1))
+    axes[1].legend(fontsize=8, loc="upper right", ncols=2)
     figure.suptitle(
         f"A decode step at context {CONTEXT}, bfloat16, {head['gpu']}, JAX {head['jax']}"
     )
