@@ -229,7 +229,10 @@ class _Programs:
 
         def one(carry):
             step, made, token, position, caches = carry
-            decoder = nnx.merge(self.graph, params)
+            # On a CPU, XLA converts bfloat16 weights to float32 for a matmul. Without the barrier
+            # it does so before the loop, and holds all of them.
+            weights, token = jax.lax.optimization_barrier((params, token))
+            decoder = nnx.merge(self.graph, weights)
             logits, caches = decoder(token[:, None], position[:, None], caches, layouts)
             token = _draw(logits[:, 0], position, drawing)
             made = made.at[:, step].set(jnp.where(position >= 0, token, -1))
