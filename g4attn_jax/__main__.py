@@ -1,8 +1,11 @@
-"""`python -m g4attn_jax decode` and `python -m g4attn_jax check`."""
+"""`python -m g4attn_jax generate`, `decode` and `check`."""
 
 import argparse
 import sys
+from pathlib import Path
 
+from g4attn_jax.checkpoint import CheckpointError
+from g4attn_jax.commands import generate as generation
 from g4attn_jax.commands.check import check
 from g4attn_jax.commands.decode import decode, plan
 
@@ -33,9 +36,25 @@ def main(argv: list[str] | None = None) -> int:
     decoding.add_argument("--prompt-len", type=_positive, default=32, help="tokens of the prefill")
     decoding.add_argument("--steps", type=_positive, default=16, help="decode steps")
     commands.add_parser("check", help="run the published equivalence sweep on this device")
+    generating = commands.add_parser(
+        "generate",
+        help="continue prompts with a checkpoint, or with random weights",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_generate_arguments(generating)
     args = parser.parse_args(argv)
     if args.command == "check":
         return 1 if check() else 0
+    if args.command == "generate":
+        try:
+            job = generation.plan(args)
+        except ValueError as error:
+            generating.error(str(error))
+        try:
+            generation.generate(job)
+        except CheckpointError as error:
+            generating.error(f"--checkpoint: {error}")
+        return 0
     try:
         jobs = plan(args.config, args.layers)
     except ValueError as error:
@@ -44,10 +63,82 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failures else 0
 
 
+def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="a directory of Hugging Face's format"
+    )
+    weights.add_argument(
+        "--random-weights", action="store_true", help="of a model's shapes, see --config"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="PATH_OR_PRESET",
+        help="with random weights: a config.json, or the name of a published model",
+    )
+    parser.add_argument(
+        "--layers",
+        type=_positive,
+        metavar="N",
+        help="with random weights: the first N layers of the model alone",
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="as it is, without a chat template; needs tokenizer.json; may be repeated",
+    )
+    parser.add_argument(
+        "--token-ids",
+        type=_token_list,
+        action="append",
+        default=[],
+        metavar="I,J,...",
+        help="a prompt in tokens; may be repeated",
+    )
+    parser.add_argument(
+        "--prompt-len",
+        type=_positive,
+        metavar="N",
+        help="with random weights and without --token-ids: tokens of a random prompt (16)",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, default=64, metavar="N", help="a prompt"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the most likely token"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="off if left out")
+    parser.add_argument("--top-p", type=float, metavar="P", help="off if left out")
+    parser.add_argument("--seed", type=_not_negative, default=0, help="of weights and sampling")
+    parser.add_argument(
+        "--stop-token-ids",
+        type=_token_list,
+        metavar="I,J,...",
+        help="if left out, eos_token_id of generation_config.json or config.json",
+    )
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of 1 or more, not {text!r}")
     return int(text)
+
+
+def _not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer of 0 or more, not {text!r}")
+    return int(text)
+
+
+def _token_list(text: str) -> list[int]:
+    try:
+        return [_not_negative(part.strip()) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"must be tokens separated by commas, not {text!r}"
+        ) from None
 
 
 def _int_list(text: str) -> list[int]:

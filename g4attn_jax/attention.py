@@ -84,8 +84,8 @@ class Gemma4Attention(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.implementation = implementation
         rows = spec.group_size + spec.mode.num_kv_projections
-        qkv_init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
-        o_init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+        qkv_init = nnx.initializers.lecun_uniform(in_axis=0, out_axis=(1, 2, 3))
+        o_init = nnx.initializers.lecun_uniform(in_axis=(0, 1), out_axis=2)
         qkv_shape = (config.hidden_size, spec.num_kv_heads, rows, spec.head_dim)
         o_shape = (spec.num_q_heads, spec.head_dim, config.hidden_size)
         self.qkv_proj = nnx.Param(qkv_init(rngs.params(), qkv_shape, param_dtype))

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
 
 from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Paged, Ring
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
+from g4attn_jax.checkpoint import load_hf
 from g4attn_jax.model import Gemma4MoE
 
 GOLDEN = Path(__file__).parent / "golden_model"
@@ -21,61 +21,14 @@ PROMPT, LENGTH = 24, 88  # of make_golden.py; the window is 8
 ATOL = 2e-4
 
 
-def load_hf(decoder, directory):
-    """The weights of a checkpoint in the decoder."""
-    tensors = load_file(directory / "model.safetensors")
-
-    def take(name, *shape, last=False):
-        tensor = jnp.asarray(tensors.pop(f"model.{name}"), decoder.norm.dtype)
-        return tensor.reshape(shape) if shape else tensor.T if last else tensor
-
-    decoder.embed_tokens[...] = take("embed_tokens.weight")
-    decoder.norm[...] = take("norm.weight")
-    if decoder.config.hidden_size_per_layer_input:
-        per_layer, projection = decoder.embed_tokens_per_layer, decoder.per_layer_model_projection
-        per_layer[...] = take("embed_tokens_per_layer.weight", *per_layer.shape)
-        projection[...] = take("per_layer_model_projection.weight", last=True).reshape(
-            projection.shape
-        )
-        decoder.per_layer_projection_norm[...] = take("per_layer_projection_norm.weight")
-    for index, layer in enumerate(decoder.layers):
-        prefix = f"model.layers.{index}.self_attn."
-        names = [name for name in tensors if name.startswith(prefix)]
-        layer.attention.load_hf({name.removeprefix(prefix): tensors.pop(name) for name in names})
-        of_layer = functools.partial(lambda i, name, **kw: take(f"layers.{i}.{name}", **kw), index)
-        gate_up = [of_layer(f"mlp.{name}_proj.weight", last=True) for name in ("gate", "up")]
-        layer.mlp.gate_up_proj[...] = jnp.stack(gate_up, axis=1)
-        layer.mlp.down_proj[...] = of_layer("mlp.down_proj.weight", last=True)
-        layer.layer_scalar[...] = of_layer("layer_scalar").reshape(())
-        norms = ["input", "post_attention", "pre_feedforward", "post_feedforward"]
-        if layer.moe is not None:
-            norms += ["post_feedforward_1", "pre_feedforward_2", "post_feedforward_2"]
-            moe = layer.moe
-            moe.router_scale[...] = of_layer("router.scale")
-            moe.router_proj[...] = of_layer("router.proj.weight", last=True)
-            moe.per_expert_scale[...] = of_layer("router.per_expert_scale")
-            experts, embed, _, width = moe.gate_up_proj.shape
-            gate_up = of_layer("experts.gate_up_proj").reshape(experts, 2, width, embed)
-            moe.gate_up_proj[...] = gate_up.transpose(0, 3, 1, 2)
-            moe.down_proj[...] = of_layer("experts.down_proj").transpose(0, 2, 1)
-        for name in norms:
-            kind, number = (name[:-2], name[-2:]) if name[-1].isdigit() else (name, "")
-            getattr(layer, f"{kind}_norm{number}")[...] = of_layer(
-                f"{kind}_layernorm{number}.weight"
-            )
-        if decoder.config.hidden_size_per_layer_input:
-            layer.per_layer_gate[...] = of_layer("per_layer_input_gate.weight", last=True)
-            layer.per_layer_projection[...] = of_layer("per_layer_projection.weight", last=True)
-            layer.post_per_layer_norm[...] = of_layer("post_per_layer_input_norm.weight")
-    assert not tensors, sorted(tensors)
-
-
 @functools.cache
 def model_of(name, dtype=jnp.float32):
     """(decoder, fixture)."""
     config = Gemma4Config.from_hf(GOLDEN / name / "config.json")
-    decoder = Gemma4Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
-    load_hf(decoder, GOLDEN / name)
+    abstract = nnx.eval_shape(
+        lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    )
+    decoder, _ = load_hf(GOLDEN / name, abstract)
     return decoder, np.load(GOLDEN / name / "golden.npz")
 
 

@@ -67,13 +67,13 @@ class Gemma4Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         embed_size, layers = config.hidden_size, config.num_hidden_layers
         # So that scaled embeddings and logits are of the order of 1.
-        table_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1)
+        table_init = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform", in_axis=-1)
         self.embed_tokens = nnx.Param(
             table_init(rngs.params(), (config.vocab_size, embed_size), param_dtype)
         )
         if width := config.hidden_size_per_layer_input:
             shape = (config.vocab_size_per_layer_input, layers, width)
-            init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+            init = nnx.initializers.lecun_uniform(in_axis=0, out_axis=(1, 2))
             self.embed_tokens_per_layer = nnx.Param(table_init(rngs.params(), shape, param_dtype))
             self.per_layer_model_projection = nnx.Param(
                 init(rngs.params(), (embed_size, layers, width), param_dtype)

@@ -80,7 +80,7 @@ class Gemma4DecoderLayer(nnx.Module):
             self.post_feedforward_norm_1 = scale()
             self.pre_feedforward_norm_2, self.post_feedforward_norm_2 = scale(), scale()
         if per_layer:
-            init = nnx.initializers.lecun_normal()
+            init = nnx.initializers.lecun_uniform()
             self.per_layer_gate = nnx.Param(init(rngs.params(), (embed, per_layer), param_dtype))
             self.per_layer_projection = nnx.Param(
                 init(rngs.params(), (per_layer, embed), param_dtype)

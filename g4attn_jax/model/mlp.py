@@ -41,12 +41,12 @@ class Gemma4MLP(nnx.Module):
         """
         self.dtype = jnp.dtype(dtype)
         self.implementation = implementation
-        gate_up_init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        gate_up_init = nnx.initializers.lecun_uniform(in_axis=0, out_axis=(1, 2))
         gate_up_shape = (hidden_size, 2, intermediate_size)
         down_shape = (intermediate_size, hidden_size)
         self.gate_up_proj = nnx.Param(gate_up_init(rngs.params(), gate_up_shape, param_dtype))
         self.down_proj = nnx.Param(
-            nnx.initializers.lecun_normal()(rngs.params(), down_shape, param_dtype)
+            nnx.initializers.lecun_uniform()(rngs.params(), down_shape, param_dtype)
         )
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:

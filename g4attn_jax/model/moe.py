@@ -61,8 +61,8 @@ class Gemma4MoE(nnx.Module):
         self.implementation = implementation
         # The router's input has norm 1, not sqrt(E).
         router_init = nnx.initializers.normal(1.0)
-        gate_up_init = nnx.initializers.lecun_normal(in_axis=1, out_axis=(2, 3), batch_axis=0)
-        down_init = nnx.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
+        gate_up_init = nnx.initializers.lecun_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
+        down_init = nnx.initializers.lecun_uniform(in_axis=1, out_axis=2, batch_axis=0)
         gate_up_shape, down_shape = (experts, embed, 2, width), (experts, width, embed)
         self.router_scale = nnx.Param(jnp.ones(embed, param_dtype))
         self.router_proj = nnx.Param(router_init(rngs.params(), (embed, experts), param_dtype))

@@ -1,5 +1,6 @@
 """From logits to the next token."""
 
+import dataclasses
 import math
 import numbers
 
@@ -9,6 +10,33 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped, UInt32
 
 _BITS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; see `sample`. As it is, the most likely one is taken.
+
+    Attributes:
+        temperature: 0 or more; 0 takes the most likely token.
+        top_k: 1 or more; None is off.
+        top_p: above 0, at most 1; None is off.
+
+    Raises:
+        ValueError: a number is not accepted.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        for name, (_, accepted, _) in _PARAMETERS.items():
+            value = getattr(self, name)
+            if value is None and name != "temperature":
+                continue
+            if not isinstance(value, numbers.Real):
+                raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+            _parameter(name, value, batch=1)
 
 
 def sample(
@@ -46,13 +74,11 @@ def sample(
     """
     _check_logits(logits)
     batch = logits.shape[0]
-    temperature = _parameter(
-        "temperature", temperature, batch, jnp.floating, "0 or more", _not_below_0
-    )
+    temperature = _parameter("temperature", temperature, batch)
     if top_k is not None:
-        top_k = _parameter("top_k", top_k, batch, jnp.integer, "1 or more", _from_1)
+        top_k = _parameter("top_k", top_k, batch)
     if top_p is not None:
-        top_p = _parameter("top_p", top_p, batch, jnp.floating, "above 0, at most 1", _up_to_1)
+        top_p = _parameter("top_p", top_p, batch)
 
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if isinstance(temperature, np.ndarray) and not temperature.any():
@@ -108,8 +134,9 @@ def _check_logits(logits):
         raise ValueError(f"logits has dtype {logits.dtype}; accepted: float32")
 
 
-def _parameter(name, value, batch, kind, accepted, is_accepted):
+def _parameter(name, value, batch):
     """As [1, 1] or [B, 1]: a NumPy array, with its numbers checked, unless it is JAX's."""
+    kind, accepted, is_accepted = _PARAMETERS[name]
     if not isinstance(value, jax.Array):
         if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.ndarray)):
             raise ValueError(f"{name} is {value!r}; accepted: {accepted}, or an array of them")
@@ -137,3 +164,10 @@ def _from_1(x):
 
 def _up_to_1(x):
     return (x > 0) & (x <= 1)
+
+
+_PARAMETERS = {
+    "temperature": (jnp.floating, "0 or more", _not_below_0),
+    "top_k": (jnp.integer, "1 or more", _from_1),
+    "top_p": (jnp.floating, "above 0, at most 1", _up_to_1),
+}

@@ -1,0 +1,247 @@
+"""`generate`: tokens after a prompt, from a checkpoint or from random weights."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from g4attn_jax.checkpoint import load_hf
+from g4attn_jax.commands.decode import load_config
+from g4attn_jax.config import Gemma4Config
+from g4attn_jax.generation import Generator
+from g4attn_jax.model import Gemma4Decoder
+from g4attn_jax.model.sampling import Sampling
+
+# The kernels read caches in whole tiles.
+_CAPACITY_TILE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be generated, all of it checked but the weights.
+
+    Attributes:
+        config: of the model.
+        checkpoint: where its weights are; None: random.
+        tokenizer: a `tokenizers.Tokenizer`, or None.
+        prompts: tokens of each.
+        max_new_tokens: the most that follow a prompt.
+        sampling: of the tokens.
+        stop_tokens: that end a sequence.
+        seed: of random weights and of sampling.
+    """
+
+    config: Gemma4Config
+    checkpoint: Path | None
+    tokenizer: Any | None
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    sampling: Sampling
+    stop_tokens: Sequence[int]
+    seed: int
+
+
+def plan(args: argparse.Namespace) -> Job:
+    """A job of the arguments of the command; reads no weights.
+
+    Raises:
+        ValueError: arguments contradict each other, or what they name is not there or none that is
+            accepted.
+    """
+    if args.checkpoint is None:
+        config, tokenizer = _random_config(args), None
+    else:
+        config, tokenizer = _checkpoint_config(args), _tokenizer(args)
+    stop_tokens = args.stop_token_ids
+    if stop_tokens is None:
+        stop_tokens = [] if args.checkpoint is None else _eos_tokens(args.checkpoint)
+    job = Job(
+        config=config,
+        checkpoint=args.checkpoint,
+        tokenizer=tokenizer,
+        prompts=_prompts(args, config, tokenizer),
+        max_new_tokens=args.max_new_tokens,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p),
+        stop_tokens=stop_tokens,
+        seed=args.seed,
+    )
+    _check_tokens("--stop-token-ids", stop_tokens, config)
+    return job
+
+
+def generate(job: Job) -> None:
+    """Loads or draws the weights, generates, and prints.
+
+    Standard output has for each prompt the text that follows it, if there is a tokenizer, of a
+    single prompt as it is made, and the tokens. Standard error has what it took. Generation runs
+    once for a token beforehand, so that no time is one of compiling.
+    """
+    decoder = _decoder(job)
+    longest = max(map(len, job.prompts)) + job.max_new_tokens
+    capacity = -(-longest // _CAPACITY_TILE) * _CAPACITY_TILE
+    generator = Generator(decoder, capacity=capacity)
+    arguments = {
+        "sampling": job.sampling,
+        "stop_tokens": job.stop_tokens,
+        "key": jax.random.key(job.seed),
+    }
+    start = time.perf_counter()
+    generator(job.prompts, 1, **arguments)
+    compiling = time.perf_counter() - start
+    texts = [_Text(job.tokenizer) for _ in job.prompts]
+    clock = _Clock()
+
+    def on_tokens(new):
+        clock.count(new)
+        if job.tokenizer is not None and len(texts) == 1:
+            print(texts[0].after(new[0]), end="", flush=True)
+
+    answers = generator(job.prompts, job.max_new_tokens, on_tokens=on_tokens, **arguments)
+    for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+        if len(answers) > 1:
+            print(f"prompt {number}:")
+            if job.tokenizer is not None:
+                print(text.after(answer), end="")
+        if job.tokenizer is not None:
+            print()
+        print("tokens:", ",".join(map(str, answer)))
+    prompt_tokens, new_tokens = sum(map(len, job.prompts)), sum(map(len, answers))
+    print(
+        f"{prompt_tokens} prompt tokens, {new_tokens} new tokens; compiled in {compiling:.1f} s, "
+        f"first after {clock.first:.3f} s, then {clock.rate}",
+        file=sys.stderr,
+    )
+
+
+class _Clock:
+    """When tokens came."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self.first, self._rest, self._last = 0.0, 0, 0.0
+
+    def count(self, new: list[list[int]]) -> None:
+        self._last = time.perf_counter() - self._start
+        if self.first:
+            self._rest += sum(map(len, new))
+        else:
+            self.first = self._last
+
+    @property
+    def rate(self) -> str:
+        if not self._rest:
+            return "none"
+        return f"{self._rest / (self._last - self.first):.2f} tokens/s"
+
+
+class _Text:
+    """Tokens to text, a few at a time: what is no whole character yet is kept back."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        if tokenizer is not None:
+            from tokenizers.decoders import DecodeStream
+
+            self._stream = DecodeStream(skip_special_tokens=True)
+
+    def after(self, tokens: Sequence[int]) -> str:
+        parts = (self._stream.step(self._tokenizer, token) for token in tokens)
+        return "".join(part for part in parts if part is not None)
+
+
+def _decoder(job):
+    if job.checkpoint is not None:
+        abstract = nnx.eval_shape(lambda: Gemma4Decoder(job.config, rngs=nnx.Rngs(0)))
+        return load_hf(job.checkpoint, abstract)[0]
+    # The default generator of random bits needs, on a CPU, eight times the memory of the weight
+    # that is drawn; this one none.
+    return Gemma4Decoder(job.config, rngs=nnx.Rngs(jax.random.key(job.seed, impl="rbg")))
+
+
+def _random_config(args):
+    if args.config is None:
+        raise ValueError("--random-weights needs --config")
+    if args.prompt:
+        raise ValueError("--prompt needs --checkpoint, for its tokenizer; or use --token-ids")
+    config = load_config(args.config)
+    config.check_decoder()
+    return config if args.layers is None else config.truncated(args.layers)
+
+
+def _checkpoint_config(args):
+    for name in ("config", "layers", "prompt_len"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for --random-weights alone")
+    path = args.checkpoint / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--checkpoint is {args.checkpoint}; there is no {path}")
+    return Gemma4Config.from_hf(path)
+
+
+def _tokenizer(args):
+    """That of the checkpoint; None if it cannot be had and is not needed."""
+    path = args.checkpoint / "tokenizer.json"
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        problem = "the package tokenizers: pip install 'g4attn-jax[generate]'"
+    else:
+        if path.is_file():
+            return _read_tokenizer(Tokenizer, path)
+        problem = f"{path}, which is not there"
+    if args.prompt:
+        raise ValueError(f"--prompt needs {problem}")
+    return None
+
+
+def _read_tokenizer(tokenizer_class, path):
+    try:
+        return tokenizer_class.from_file(str(path))
+    except Exception as error:  # the package raises no class of its own
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
+
+
+def _eos_tokens(checkpoint):
+    for name in ("generation_config.json", "config.json"):
+        path = checkpoint / name
+        if path.is_file():
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = fields.get("text_config", {}) | fields
+            found = fields.get("eos_token_id")
+            if found is not None:
+                return found if isinstance(found, list) else [found]
+    return []
+
+
+def _prompts(args, config, tokenizer):
+    if args.prompt_len is not None and args.token_ids:
+        raise ValueError("--prompt-len is for a random prompt, without --token-ids")
+    for tokens in args.token_ids:
+        _check_tokens("--token-ids", tokens, config)
+    prompts = list(args.token_ids)
+    for text in args.prompt:
+        tokens = tokenizer.encode(text).ids
+        if not tokens:
+            raise ValueError(f"--prompt is {text!r}, which has no tokens")
+        _check_tokens("--prompt", tokens, config)
+        prompts.append(tokens)
+    if prompts:
+        return prompts
+    if args.checkpoint is not None:
+        raise ValueError("--checkpoint needs --prompt or --token-ids")
+    length = 16 if args.prompt_len is None else args.prompt_len
+    return [np.random.default_rng(args.seed).integers(config.vocab_size, size=length)]
+
+
+def _check_tokens(name, tokens, config):
+    for token in tokens:
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(f"{name} has {token}; accepted: 0 to {config.vocab_size - 1}")

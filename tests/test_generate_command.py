@@ -1,0 +1,204 @@
+"""`python -m g4attn_jax generate`, on the fixtures of the model."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+
+from g4attn_jax.__main__ import main
+from g4attn_jax.commands.generate import _eos_tokens, _Text
+
+GOLDEN = Path(__file__).parent / "golden_model"
+NAME = "gemma-4-31b"
+TOKENS = np.load(GOLDEN / NAME / "golden.npz")["tokens"]
+PROMPT = 24
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A fixture with a tokenizer whose word for token 7 is "w7", and which begins with token 2."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / NAME / file, directory)
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(128)}, unk_token="w3"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(single="w2 $A", special_tokens=[("w2", 2)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 126]}))
+    return directory
+
+
+def joined(tokens):
+    return ",".join(map(str, tokens))
+
+
+def generate(capsys, *arguments):
+    """(standard output, standard error) of the command."""
+    assert main(["generate", *map(str, arguments)]) == 0
+    return capsys.readouterr()
+
+
+def tokens_of(output):
+    """The tokens printed for each prompt."""
+    lines = [line for line in output.splitlines() if line.startswith("tokens: ")]
+    return [[int(token) for token in line.split()[1].split(",")] for line in lines]
+
+
+def refusal(capsys, *arguments):
+    """The last line of standard error of a command that ends with status 2."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(["generate", *map(str, arguments)])
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_tokens_after_tokens(checkpoint, capsys):
+    """The command computes in bfloat16, in which three tokens are still those of float32."""
+    given = [joined(row[:PROMPT]) for row in TOKENS]
+    output, error = generate(
+        capsys,
+        *("--checkpoint", checkpoint, "--token-ids", given[0], "--token-ids", given[1]),
+        *("--max-new-tokens", 3),
+    )
+    expected = TOKENS[:, PROMPT : PROMPT + 3].tolist()
+    assert tokens_of(output) == expected
+    assert output.splitlines()[:2] == ["prompt 0:", " ".join(f"w{t}" for t in expected[0])]
+    assert re.search(
+        r"48 prompt tokens, 6 new tokens; .* first after \d+\.\d+ s, then \d+\.\d+ tokens/s", error
+    )
+
+
+def test_text_after_text(checkpoint, capsys):
+    """The tokenizer's own first token is added, and the text is that of the tokens."""
+    words = TOKENS[0, :6]
+    output, _ = generate(
+        capsys,
+        *("--checkpoint", checkpoint, "--prompt", " ".join(f"w{t}" for t in words)),
+        *("--max-new-tokens", 5),
+    )
+    text, line = output.splitlines()
+    [tokens] = tokens_of(line)
+    assert text == " ".join(f"w{token}" for token in tokens)
+    output, _ = generate(
+        capsys,
+        *("--checkpoint", checkpoint, "--token-ids", joined([2, *words]), "--max-new-tokens", 5),
+    )
+    assert tokens_of(output) == [tokens]
+
+
+def test_characters_of_several_tokens_are_printed_whole(checkpoint):
+    """One token a byte: what is printed is what all of them say, and never half a character."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    word = "é".encode()
+    vocab = {f"<0x{word[i % 2]:02X}>" if i < 2 else f"w{i}": i for i in range(128)}
+    tokenizer.model = WordLevel(vocab, unk_token="w3")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    text = _Text(tokenizer)
+    assert [text.after([0]), text.after([1]), text.after([0, 1, 5])] == ["", "é", "éw5"]
+
+
+def test_stop_tokens_are_those_of_the_checkpoint_unless_given(checkpoint, tmp_path, capsys):
+    directory = shutil.copytree(checkpoint, tmp_path / "stops")
+    follow = TOKENS[0, PROMPT : PROMPT + 3].tolist()
+    assert follow[1] != follow[0]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": follow[1]}))
+    arguments = ("--checkpoint", directory, "--token-ids", joined(TOKENS[0, :PROMPT]))
+    arguments += ("--max-new-tokens", 3)
+    assert tokens_of(generate(capsys, *arguments).out) == [follow[:2]]
+    assert tokens_of(generate(capsys, *arguments, "--stop-token-ids", 127).out) == [follow]
+
+
+def test_where_a_checkpoint_says_how_text_ends(checkpoint, tmp_path):
+    assert _eos_tokens(checkpoint) == [1, 126]
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    assert _eos_tokens(tmp_path) == [1]
+    text = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": text}))
+    assert _eos_tokens(tmp_path) == [1]
+    (tmp_path / "config.json").write_text("{}")
+    assert _eos_tokens(tmp_path) == []
+
+
+def test_random_weights(capsys):
+    arguments = ("--random-weights", "--config", GOLDEN / "gemma-4-e2b" / "config.json")
+    arguments += ("--layers", 2, "--prompt-len", 20, "--max-new-tokens", 6, "--seed", 5)
+    arguments += ("--temperature", 1.5, "--top-k", 50, "--top-p", 0.95)
+    output, error = generate(capsys, *arguments)
+    [tokens] = tokens_of(output)
+    assert len(tokens) == 6 and "20 prompt tokens, 6 new tokens" in error
+    assert generate(capsys, *arguments).out == output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of the arguments --checkpoint --random-weights is required"),
+        (["--random-weights"], "--random-weights needs --config"),
+        (["--random-weights", "--config", "gemma-5"], "unknown preset 'gemma-5'; accepted: "),
+        (["--random-weights", "--config", "31b", "--prompt", "x"], "--prompt needs --checkpoint"),
+        (["--random-weights", "--config", "31b", "--layers", "61"], "layers is 61; accepted: 1 to"),
+        (
+            ["--random-weights", "--config", "31b", "--token-ids", "5,262144"],
+            "--token-ids has 262144; accepted: 0 to 262143",
+        ),
+        (
+            ["--random-weights", "--config", "31b", "--token-ids", "5", "--prompt-len", "3"],
+            "--prompt-len is for a random prompt",
+        ),
+        (
+            ["--random-weights", "--config", "31b", "--stop-token-ids", "262144"],
+            "--stop-token-ids has 262144; accepted: 0 to 262143",
+        ),
+        (
+            ["--random-weights", "--config", "31b", "--temperature", "-1"],
+            "temperature is -1.0; accepted: 0 or more",
+        ),
+        (["--random-weights", "--config", "31b", "--top-k", "0"], "top_k is 0; accepted: 1 or"),
+        (["--random-weights", "--token-ids", "1,b"], "must be tokens separated by commas, not"),
+        (["--random-weights", "--seed", "-1"], "must be an integer of 0 or more, not '-1'"),
+        (["--random-weights", "--max-new-tokens", "0"], "must be an integer of 1 or more"),
+        (["--checkpoint", "nowhere", "--prompt", "x"], "--checkpoint is nowhere; there is no"),
+        (["--checkpoint", "x", "--random-weights"], "not allowed with argument --checkpoint"),
+    ],
+)
+def test_bad_arguments_are_explained(arguments, message, capsys):
+    assert message in refusal(capsys, *arguments)
+
+
+def test_bad_checkpoints_are_explained(checkpoint, tmp_path, capsys, monkeypatch):
+    given = ("--token-ids", "1,2")
+    assert "--checkpoint needs --prompt or --token-ids" in refusal(
+        capsys, "--checkpoint", checkpoint
+    )
+    for option in ("--config", "--layers", "--prompt-len"):
+        assert f"{option} is for --random-weights alone" in refusal(
+            capsys, "--checkpoint", checkpoint, *given, option, 2
+        )
+    directory = shutil.copytree(checkpoint, tmp_path / "changed")
+    (directory / "model.safetensors").write_bytes(b"no tensors")
+    message = refusal(capsys, "--checkpoint", directory, *given)
+    assert "--checkpoint: " in message and "model.safetensors is not a safetensors" in message
+    (directory / "tokenizer.json").write_text("{}")
+    message = refusal(capsys, "--checkpoint", directory, *given)
+    assert "tokenizer.json is no tokenizer" in message
+    (directory / "tokenizer.json").unlink()
+    message = refusal(capsys, "--checkpoint", directory, "--prompt", "w5")
+    assert "--prompt needs" in message and "tokenizer.json, which is not there" in message
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    message = refusal(capsys, "--checkpoint", checkpoint, "--prompt", "w5")
+    assert "--prompt needs the package tokenizers: pip install 'g4attn-jax[generate]'" in message
+
+
+def test_a_checkpoint_needs_no_tokenizer(checkpoint, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    arguments = ("--checkpoint", checkpoint, "--token-ids", "2,7", "--max-new-tokens", 2)
+    lines = generate(capsys, *arguments).out.splitlines()
+    assert len(lines) == 1 and len(tokens_of(lines[0])[0]) == 2
