@@ -3,13 +3,16 @@
 import enum
 
 from g4attn_jax import Gemma4Attention, Gemma4Decoder, ProjectionMode, ops
-from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
 from g4attn_jax.ops.head_norm.triton import Heads, head_norm
 from g4attn_jax.rope import apply_rope
 
 
 class Variant(enum.Enum):
-    """What a decoder has, each all of the one before it too."""
+    """What a decoder has, each all of the one before it too.
+
+    The letters are those of the project's fifth issue, which has none for the kernels around
+    attention.
+    """
 
     XLA = "a: XLA only"
     AROUND = "a2: + the kernels around attention: matmuls of few tokens, sums with their norms"
@@ -41,29 +44,18 @@ class AblatedAttention(Gemma4Attention):
         self.qkv_proj, self.o_proj = layer.qkv_proj, layer.o_proj
         self.q_scale, self.k_scale = layer.q_scale, layer.k_scale
 
-    def _prologue(self, qkv, k_scale, plan, cache):
+    def _prologue(self, qkv, k_scale, plan, cache, implementation):
         mode, eps = self.spec.mode, self.spec.eps
         has_k_eq_v = self.variant.has(Variant.K_EQ_V_NORM) and mode is ProjectionMode.QK_ONLY
         has_qkv = self.variant.has(Variant.QKV_NORM)
-        if self.variant.has(Variant.PROLOGUE) or not (has_k_eq_v or has_qkv):
-            q, cache = ops.qkv_norm_rope_write(
-                qkv,
-                self.q_scale[...],
-                k_scale,
-                plan.cos,
-                plan.sin,
-                plan.slots,
-                cache,
-                mode=mode,
-                eps=eps,
-                implementation=None if self.variant.has(Variant.PROLOGUE) else "xla",
-            )
-            return q, cache
-        norm_k_scale = None if mode is ProjectionMode.Q_ONLY else k_scale
+        if self.variant.has(Variant.PROLOGUE):
+            return super()._prologue(qkv, k_scale, plan, cache, None)
+        if not (has_k_eq_v or has_qkv):
+            return super()._prologue(qkv, k_scale, plan, cache, "xla")
         q, k, v = ops.qkv_rms_norm(
             qkv,
             self.q_scale[...],
-            norm_k_scale,
+            None if mode is ProjectionMode.Q_ONLY else k_scale,
             mode=mode,
             eps=eps,
             implementation=None if has_qkv else "xla",
@@ -75,18 +67,9 @@ class AblatedAttention(Gemma4Attention):
             cache = cache.write(plan.slots, apply_rope(k, plan.cos, plan.sin), v)
         return q, cache
 
-    def _attend(self, q, cache, plan):
-        if self.variant.has(Variant.ATTENTION):
-            return super()._attend(q, cache, plan)
-        attend = ops.decode_attention if q.shape[1] <= MAX_DECODE_TOKENS else ops.prefill_attention
-        return attend(
-            q,
-            cache,
-            plan.layout.pages(),
-            plan.placed(),
-            sliding_window=self.spec.sliding_window,
-            implementation="xla",
-        )
+    def _attend(self, q, cache, plan, implementation):
+        has_kernel = self.variant.has(Variant.ATTENTION)
+        return super()._attend(q, cache, plan, None if has_kernel else "xla")
 
     def _k_eq_v_norm(self, qkv, k_scale):
         """K and V of one row, in one launch for them."""

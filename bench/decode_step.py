@@ -7,8 +7,8 @@ and the last, random bfloat16 weights, caches filled to 8192 tokens with random 
 layers in rings. A step goes from tokens to the likeliest next ones; the next step takes them, each
 sequence's shifted by a number of its own, so that sequences stay different and all experts have
 work. Times are by the host's clock over chained, donated steps. The limit is the bytes that must
-move (weights, of experts those that so many tokens are expected to choose; what each layer's tokens
-see of the caches) over the rate of a float32 sum measured in the same run.
+move (weights, of experts those that so many tokens choose if all are as likely; what each layer's
+tokens see of the caches) over the rate of a float32 sum measured in the same run.
 
 The workload is that of the original change: 32 prompts of 10 240 tokens, 800 new tokens each. A
 prompt is prefilled by itself, in chunks, 32 times one that was measured; then all decode together,

@@ -74,10 +74,10 @@ def torch_us(q, cache, table, positions, *, shape: Shape, repeats: int = 5) -> f
     return 1e3 * start.elapsed_time(stop) / repeats
 
 
-def variants(shape: Shape, tokens: int, by_cudnn: bool):
+def variants(shape: Shape, tokens: int, arguments: tuple):
     """What is compared, by the prefix of its fields in the JSON."""
     yield "kernel", functools.partial(attention, implementation="triton")
-    if by_cudnn:
+    if cudnn.supports(*arguments[:3], sliding_window=shape.sliding_window, scale=1.0):
         yield "jax_nn_cudnn", functools.partial(jax_nn, implementation="cudnn")
     if shape.form is KVCache and not shape.paged and tokens <= MAX_XLA_TOKENS:
         yield "jax_nn_xla", functools.partial(jax_nn, implementation="xla")
@@ -88,7 +88,7 @@ def measure_row(shape: Shape, tokens: int) -> dict:
     arguments = shape.arguments(tokens)
     by_cudnn = cudnn.takes(*arguments[:3], sliding_window=shape.sliding_window, scale=1.0)
     functions = {
-        name: functools.partial(f, shape=shape) for name, f in variants(shape, tokens, by_cudnn)
+        name: functools.partial(f, shape=shape) for name, f in variants(shape, tokens, arguments)
     }
     times = dict.fromkeys(("kernel", "jax_nn_cudnn", "jax_nn_xla"))
     times |= kernel_times(functions, [arguments], 20 if tokens <= 8192 else 5)

@@ -190,8 +190,8 @@ class Gemma4Attention(nnx.Module):
         x = x.astype(self.dtype)
         qkv = ops.linear(x, self._weight(self.qkv_proj, 1), implementation=self.implementation)
         qkv = qkv.reshape(*x.shape[:2], *self.qkv_proj.shape[1:])
-        q, cache = self._prologue(qkv, k_scale, plan, cache)
-        o = self._attend(q, cache, plan)
+        q, cache = self._prologue(qkv, k_scale, plan, cache, self.implementation)
+        o = self._attend(q, cache, plan, self.implementation)
         o = o.reshape(*x.shape[:2], -1)
         w = self._weight(self.o_proj, 2)
         return ops.linear_parts(o, w, implementation=self.implementation), cache
@@ -244,20 +244,20 @@ class Gemma4Attention(nnx.Module):
         w = weight[...].astype(self.dtype)
         return w.reshape(math.prod(w.shape[:input_axes]), -1)
 
-    def _prologue(self, qkv, k_scale, plan, cache):
+    def _prologue(self, qkv, k_scale, plan, cache, implementation):
         """Queries, and the cache with the new keys and values."""
         heads = qkv, self.q_scale[...], k_scale, plan.cos, plan.sin
         constants = {
             "mode": self.spec.mode,
             "eps": self.spec.eps,
-            "implementation": self.implementation,
+            "implementation": implementation,
         }
         if cache is None:
             q, k, v = ops.qkv_norm_rope(*heads, **constants)
             return q, self.init_cache(plan.layout).write(plan.slots, k, v)
         return ops.qkv_norm_rope_write(*heads, plan.slots, cache, **constants)
 
-    def _attend(self, q, cache, plan):
+    def _attend(self, q, cache, plan, implementation):
         is_step = q.shape[1] <= MAX_DECODE_TOKENS
         attend = ops.decode_attention if is_step else ops.prefill_attention
         return attend(
@@ -266,7 +266,7 @@ class Gemma4Attention(nnx.Module):
             plan.layout.pages(),
             plan.placed(),
             sliding_window=self.spec.sliding_window,
-            implementation=self.implementation,
+            implementation=implementation,
         )
 
     def _check_hidden(self, x):

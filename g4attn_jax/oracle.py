@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from g4attn_jax.config import AttentionSpec, ProjectionMode
+from g4attn_jax.layout import UNPLACED
 
 Norm = Callable[..., np.ndarray]
 
@@ -213,7 +214,7 @@ def cached_attention(
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights = rounded(weights / weights.sum(axis=-1, keepdims=True))
         o[b, t] = np.einsum("kgs,skd->kgd", weights, v[slots])
-    o[np.asarray(positions) < -1] = np.nan
+    o[np.asarray(positions) == UNPLACED] = np.nan
     return rounded(o).reshape(*q.shape[:3], head_dim)
 
 

@@ -37,8 +37,24 @@ def launch_grouped(group_sizes, dtype, implementation="triton"):
     return 2
 
 
+def launch_decoder(tokens, dtype, implementation="triton"):
+    """Matmuls of few tokens and the residual sum, of sizes that no block divides."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (tokens, 200), dtype)
+    w = jax.random.normal(keys[1], (200, 200), dtype)
+    gate_up = jax.random.normal(keys[2], (200, 2, 200), dtype)
+    run = {"implementation": implementation}
+    parts = ops.linear_parts(x, w, **run)
+    outputs = [ops.linear(x, w, **run), ops.geglu(x, gate_up, **run)]
+    outputs += ops.add_rms_norm(x, parts, w[0], [w[1], w[2]], w[0, 0], **run)
+    jax.block_until_ready(outputs)
+    return 4
+
+
 def main():
     launched = 0
+    for tokens, dtype in itertools.product((1, 17, 32), (jnp.bfloat16, jnp.float32)):
+        launched += launch_decoder(tokens, dtype)
     for group_sizes, dtype in itertools.product(
         ([1, 0, 2], [50, 0, 70, 1], [700, 0]), (jnp.bfloat16, jnp.float32)
     ):

@@ -321,7 +321,7 @@ def test_compute_sanitizer_is_clean(tool):
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
     # JAX's own start-up calls may fail where a driver lacks a feature; only kernels count here.
     command += ["--report-api-errors", "no"]
-    for name in ("norm", "_attention", "combine_splits", "grouped_"):
+    for name in ("norm", "_attention", "combine_splits", "grouped_", "linear", "geglu"):
         command += ["--kernel-regex", f"kernel_substring={name}"]
     result = subprocess.run(
         [*command, sys.executable, "-m", "tests.sanitizer_program"],
@@ -333,4 +333,4 @@ def test_compute_sanitizer_is_clean(tool):
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "ERROR SUMMARY: 0 errors" in result.stdout or "RACECHECK SUMMARY: 0" in result.stdout
-    assert "launched 140" in result.stdout
+    assert "launched 164" in result.stdout

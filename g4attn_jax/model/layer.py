@@ -121,7 +121,7 @@ class Gemma4DecoderLayer(nnx.Module):
         x, (h, *of_moe) = self._add(x, y, self.post_attention_norm, norms)
         y = self.mlp.parts(h)
         if self.moe is not None:
-            y = self._norm(y.sum(axis=0), self.post_feedforward_norm_1)
+            y = self._norm(ops.sum_parts(y, jnp.float32), self.post_feedforward_norm_1)
             y += self._norm(self.moe(x, *of_moe), self.post_feedforward_norm_2)
         last = [next_norm], self.layer_scalar[...]
         if per_layer_input is None:

@@ -75,7 +75,7 @@ class Gemma4MoE(nnx.Module):
 
         Args:
             x: [B, T, E], the residual stream, which chooses the experts.
-            h: [B, T, E], its norm, which they work on, in `dtype`.
+            h: [B, T, E], its norm, which they work on; cast to `dtype`.
         """
         weights, experts = self.route(x.reshape(-1, x.shape[-1]))
         # Rows sorted by expert: those of one expert are one matmul. Row i is token order[i] // k's.
@@ -83,7 +83,7 @@ class Gemma4MoE(nnx.Module):
         of_expert = experts.reshape(-1, 1) == jnp.arange(self.per_expert_scale.shape[0])
         group_sizes = jnp.sum(of_expert, axis=0, dtype=jnp.int32)
         gated = ops.grouped_gated_matmul(
-            h.reshape(-1, h.shape[-1]),
+            h.reshape(-1, h.shape[-1]).astype(self.dtype),
             self.gate_up_proj[...].astype(self.dtype),
             group_sizes,
             order // self.top_k,

@@ -249,13 +249,19 @@ def test_launches_are_ones_that_fit(gpu):
         assert all(n >= 16 and n & (n - 1) == 0 for n in launch[:3])
 
 
-def test_programs_for_every_multiprocessor():
-    """A token of 26B-A4B has 8 experts; many rows are tiles for the tensor cores."""
+def test_enough_is_on_its_way():
+    """Of the 8 experts of a token of 26B-A4B: 40 KiB for every multiprocessor, in whole lines.
+
+    Many rows are tiles for the tensor cores.
+    """
     gpu = GPUS[0]
     for sizes in (Sizes(8, 128, 2816, 2, 704, 2), Sizes(8, 128, 704, 1, 2816, 2)):
         launch = choose_launch(gpu, sizes)
         assert launch.block_rows == 16
-        assert 8 * -(-sizes.columns // launch.block_columns) >= gpu.num_sms
+        assert launch.block_columns >= 64
+        tile = sizes.parts * launch.block_columns * launch.block_depth * sizes.itemsize
+        programs = 8 * -(-sizes.columns // launch.block_columns)
+        assert programs * (launch.num_stages - 1) * tile >= 40 * 1024 * gpu.num_sms
     for tokens, rows in ((128, 16), (512, 64), (8192, 128)):
         assert choose_launch(gpu, Sizes(8 * tokens, 128, 704, 1, 2816, 2)).block_rows == rows
 

@@ -7,6 +7,7 @@ import pytest
 
 from g4attn_jax import ops
 from g4attn_jax.ops.gpu import Gpu
+from g4attn_jax.ops.implementation import triton_refusal
 from g4attn_jax.ops.linear import triton
 from tests.ops.test_decode_attention import KERNEL
 
@@ -80,8 +81,10 @@ def test_parts(implementation):
     parts = ops.linear_parts(x, w, implementation=implementation)
     assert parts.shape == (8, 4, 1, 640) and parts.dtype == jnp.float32
     assert (np.abs(parts).max(axis=(1, 2, 3)) > 0).all()
-    wide = jnp.zeros((16, 64 * 256), x.dtype)
-    assert len(ops.linear_parts(x[..., :16], wide, implementation=implementation)) == 1
+    wide = jnp.zeros((2048, 64 * 264), x.dtype)
+    assert len(ops.linear_parts(x, wide, implementation=implementation)) == 1
+    shallow = ops.linear_parts(x[..., :130], w[:130], implementation=implementation)
+    assert len(shallow) == 3
 
 
 def test_who_gets_what():
@@ -119,6 +122,22 @@ def test_transformations(implementation):
         np.testing.assert_allclose(batched, exact(x, w), atol=1e-5)
 
 
+@pytest.mark.parametrize("f", [ops.linear, ops.linear_parts, ops.geglu])
+def test_symbolic_numbers_of_tokens(f):
+    shape = (64, 2, 6400) if f is ops.geglu else (64, 6400)
+    x = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 64), jnp.float32)
+    exported = jax.export.export(jax.jit(f))(x, jax.ShapeDtypeStruct(shape, jnp.float32))
+    x, w = jnp.ones((3, 64)), jnp.ones(shape)
+    np.testing.assert_allclose(exported.call(x, w), f(x, w, implementation="xla"), rtol=1e-6)
+
+
+def test_a_demand_is_checked_for_any_number_of_tokens():
+    if triton_refusal() is None:
+        pytest.skip("there is a GPU")
+    with pytest.raises(NotImplementedError, match="implementation 'triton' needs an NVIDIA GPU"):
+        ops.linear(jnp.zeros((33, 64)), jnp.zeros((64, 64)), implementation="triton")
+
+
 def test_no_tokens():
     x, w = jnp.zeros((0, 64)), jnp.zeros((64, 640))
     assert ops.linear(x, w, implementation="triton_interpret").shape == (0, 640)
@@ -138,9 +157,8 @@ def test_launches_fit(shared_memory, tokens):
             num_parts=parts,
             itemsize=itemsize,
         )
-        rows = max(16, tokens)
-        tile = (rows + matrices * launch.block_columns) * launch.block_k * itemsize
-        assert launch.num_stages >= 2 and launch.num_stages * tile <= shared_memory
+        x_tile, w_tile = max(16, tokens) * launch.block_k, matrices * launch.block_columns * launch.block_k
+        assert launch.num_stages * (x_tile + w_tile) * itemsize <= shared_memory
 
 
 @pytest.mark.parametrize(
@@ -160,5 +178,5 @@ def test_refusals(f, x, w, message):
 
 
 def test_dtypes_must_agree():
-    with pytest.raises(ValueError, match="w has dtype bfloat16; accepted: float32, that of x"):
+    with pytest.raises(ValueError, match="w has dtype bfloat16; accepted: that of x, float32"):
         ops.linear(jnp.zeros((2, 8)), jnp.zeros((8, 4), jnp.bfloat16))

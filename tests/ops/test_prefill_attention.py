@@ -77,6 +77,21 @@ def close(o, exact, positions):
 
 
 @on_both
+@pytest.mark.parametrize("sizes", [{"compact": True}, {"pages": 6}, {"sliding_window": 9}], ids=str)
+def test_a_token_without_a_slot_is_nan(sizes, implementation):
+    window = sizes.get("sliding_window")
+    sizes = {name: size for name, size in sizes.items() if name != "sliding_window"}
+    q, cache, table, positions = case([70, 33], capacity=96, tokens=17, **sizes)
+    positions = positions.at[0, 3].set(-2).at[1, 16].set(-2).at[1, 0].set(-1)
+    o = ops.prefill_attention(
+        q, cache, table, positions, sliding_window=window, implementation=implementation
+    )
+    exact = formula(q, cache, table, positions, sliding_window=window)
+    assert np.isnan(exact[0, 3]).all() and np.isnan(exact[1, 16]).all()
+    np.testing.assert_allclose(o, exact, atol=2e-6)
+
+
+@on_both
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64(name, implementation):
     """Slots that no sequence holds are NaN."""

@@ -55,9 +55,11 @@ def add_rms_norm(
             f"y has shape {y.shape}; accepted: {x.shape}, that of x, or parts of this shape"
         )
     scales = {f"next_scales[{i}]": next_scale for i, next_scale in enumerate(next_scales)}
-    if any(value is None for value in (scale, *next_scales)):
-        raise ValueError(f"a scale is None; accepted: arrays of shape ({x.shape[-1]},)")
-    checks.check_scales({"scale": scale, **scales}, head_dim=x.shape[-1])
+    scales["scale"] = scale
+    for name, given in scales.items():
+        if given is None:
+            raise ValueError(f"{name} is None; accepted: an array of shape ({x.shape[-1]},)")
+    checks.check_scales(scales, head_dim=x.shape[-1])
     if factor is not None:
         if jnp.shape(factor) != ():
             raise ValueError(f"factor has shape {jnp.shape(factor)}; accepted: ()")

@@ -20,7 +20,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.ops.attention_tiles.triton import dot, pad
 from g4attn_jax.ops.gpu import Gpu, gpu
-from g4attn_jax.ops.head_norm.triton import both, iota, load
+from g4attn_jax.ops.head_norm.triton import iota, load
+from g4attn_jax.ops.matmul_tiles.triton import load_tile, store_tile
 
 # Of matrices that a program asks for ahead: what a multiprocessor must have on its way to keep an
 # H200's memory busy.
@@ -205,19 +206,19 @@ def _kernel(inputs, out_ref, *, sizes, combine, launch):
     def step(index, total):
         k = index * launch.block_depth + iota(launch.block_depth)
         k_mask = None if is_deep else k < sizes.depth
-        x = _load(inputs.x, x_row, k, row_mask, k_mask)
+        x = load_tile(inputs.x, x_row, k, row_mask, k_mask)
         w_row = group * sizes.depth + k
-        w = _load(inputs.w, w_row, part * sizes.columns + column, k_mask, column_mask)
+        w = load_tile(inputs.w, w_row, part * sizes.columns + column, k_mask, column_mask)
         return total + dot(x, w)
 
     nothing = jnp.zeros((launch.block_rows, index.size), jnp.float32)
     has_product = (group < sizes.groups) & (first < end)
     steps = has_product.astype(jnp.int32) * pl.cdiv(sizes.depth, launch.block_depth)
     total = lax.fori_loop(0, steps, step, nothing)
-    out = combine(*_parts(total, sizes.parts)).astype(out_ref.dtype)
+    out = combine(*_parts(total, sizes.parts))
     column = block * width + iota(launch.block_columns)
     column_mask = None if is_whole else column < sizes.columns
-    _store(out_ref, row, column, row_mask, column_mask, out)
+    store_tile(out_ref, row, column, row_mask, column_mask, out)
 
 
 def _parts(total, count):
@@ -228,24 +229,6 @@ def _parts(total, count):
     # Triton has no slices; these sums are within a thread where a warp has whole rows.
     index = iota(count)[None, :, None]
     return [jnp.sum(jnp.where(index == i, parts, 0), axis=1) for i in range(count)]
-
-
-def _mask(row_mask, column_mask, shape):
-    """Of a tile, from masks of its rows and columns; None is all true."""
-    row_mask = None if row_mask is None else row_mask[:, None]
-    column_mask = None if column_mask is None else column_mask[None, :]
-    mask = both(row_mask, column_mask)
-    return None if mask is None else jnp.broadcast_to(mask, shape)
-
-
-def _load(ref, row, column, row_mask, column_mask):
-    shape = row.size, column.size
-    return load(ref.at[row[:, None], column[None, :]], _mask(row_mask, column_mask, shape), shape)
-
-
-def _store(ref, row, column, row_mask, column_mask, tile):
-    mask = _mask(row_mask, column_mask, tile.shape)
-    plgpu.store(ref.at[row[:, None], column[None, :]], tile, mask=mask)
 
 
 def _tile(group_sizes, tile, num_rows, block_rows):

@@ -4,16 +4,19 @@ import jax
 from jaxtyping import Array, Float
 
 from g4attn_jax.ops import checks
-from g4attn_jax.ops.implementation import Implementation, differentiable_op
+from g4attn_jax.ops.gpu import gpu
+from g4attn_jax.ops.implementation import (
+    Implementation,
+    check_implementation,
+    differentiable_op,
+)
 from g4attn_jax.ops.linear import reference, triton
 
 # Up to this many tokens a step is bound by reading its weights, and the kernel reads them faster
-# than XLA's matmul (bench/results/h200/tune_linear.json).
+# than XLA's matmul (bench/tune_linear.py).
 MAX_TOKENS = 32
-# Blocks of 64 columns that fill a GPU: fewer need parts, or go to XLA, which makes parts itself.
-_MIN_BLOCKS = 96
-_FULL = 256
-_MAX_PARTS = 8
+# Without parts fewer columns are too few programs; XLA, which makes parts itself, takes them.
+_MIN_COLUMNS = 6144
 
 _linear_parts = differentiable_op(kernel=triton.linear_parts, reference=reference.linear_parts)
 _geglu = differentiable_op(kernel=triton.geglu, reference=reference.geglu)
@@ -27,12 +30,16 @@ def linear(
 ) -> Float[Array, "*batch N"]:
     """x w, summed in float32 and rounded once.
 
+    Weights that are sharded over devices are gathered for a kernel, as for any custom call: run it
+    inside `jax.shard_map`, or take "xla".
+
     Args:
         x: [..., K]. bfloat16, float16 or float32.
         w: [K, N], in x's dtype.
         implementation: None (on an NVIDIA GPU of compute capability 8.0 or higher the kernel for
             up to 32 tokens and 6144 columns or more; else XLA), "triton" (the kernel for up to 32
-            tokens), "xla", or "triton_interpret" (the kernel for any number of them).
+            tokens and any columns, XLA for more), "xla", or "triton_interpret" (the kernel for any
+            number of tokens). Under `jax.vmap` the tokens of one element count.
 
     Returns:
         [..., N] in x's dtype.
@@ -58,10 +65,11 @@ def linear_parts(
     Args:
         x: [..., K]. bfloat16, float16 or float32.
         w: [K, N], in x's dtype.
-        implementation: see `linear`, but for any number of columns. XLA makes one part.
+        implementation: see `linear`, but for any number of columns.
 
     Returns:
-        One part [1, ..., N] in x's dtype, or more in float32.
+        One part [1, ..., N] in x's dtype, or more in float32: as many as the kernel would make,
+        though XLA in its place fills the first alone. "xla" and more than 32 tokens make one.
 
     Raises:
         ValueError: an argument has the wrong rank, length or dtype.
@@ -70,14 +78,22 @@ def linear_parts(
     _check(x, w, "K, N")
     implementation, parts = _for_tokens(x, implementation), 1
     if implementation != "xla":
-        parts = max(1, min(_MAX_PARTS, round(_FULL / _blocks(w))))
+        parts = triton.choose_parts(gpu(), k=w.shape[0], columns=w.shape[1])
     return _linear_parts(x, w, num_parts=parts, implementation=implementation)
 
 
 def sum_parts(
     parts: Float[Array, "parts *batch N"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "*batch N"]:
-    """What `linear_parts` made parts of, rounded once to a dtype."""
+    """What `linear_parts` made parts of.
+
+    Args:
+        parts: [parts, ..., N].
+        dtype: of the sum, to which it is rounded once.
+
+    Returns:
+        [..., N].
+    """
     return (parts[0] if len(parts) == 1 else parts.sum(axis=0)).astype(dtype)
 
 
@@ -119,19 +135,19 @@ def _check(x, w, dims):
             f"[{dims}] with K {x.shape[-1]}"
         )
     if w.dtype != x.dtype:
-        raise ValueError(f"w has dtype {w.dtype}; accepted: {x.dtype}, that of x")
+        raise ValueError(f"w has dtype {w.dtype}; accepted: that of x, {x.dtype}")
 
 
 def _for_tokens(x, implementation):
-    is_few = x.size <= MAX_TOKENS * x.shape[-1]
-    return implementation if is_few or implementation not in (None, "triton") else "xla"
+    """What runs: XLA for many tokens, and where their number is symbolic."""
+    check_implementation(implementation)
+    if implementation in ("xla", "triton_interpret"):
+        return implementation
+    is_few = isinstance(x.size, int) and x.size <= MAX_TOKENS * x.shape[-1]
+    return implementation if is_few else "xla"
 
 
 def _whole(x, w, implementation):
-    """Without parts: None leaves few columns to XLA."""
-    few_columns = implementation is None and _blocks(w) < _MIN_BLOCKS
-    return "xla" if few_columns else _for_tokens(x, implementation)
-
-
-def _blocks(w):
-    return -(-w.shape[-1] // 64)
+    """The same without parts: None leaves few columns to XLA."""
+    is_narrow = implementation is None and w.shape[-1] < _MIN_COLUMNS
+    return "xla" if is_narrow else _for_tokens(x, implementation)

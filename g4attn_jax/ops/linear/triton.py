@@ -16,12 +16,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from g4attn_jax.ops.attention_tiles.triton import dot
+from g4attn_jax.ops.attention_tiles.triton import dot, pad
 from g4attn_jax.ops.gpu import Gpu, gpu
-from g4attn_jax.ops.head_norm.triton import both, iota, load
+from g4attn_jax.ops.head_norm.triton import iota
 from g4attn_jax.ops.linear.reference import gelu_gate
+from g4attn_jax.ops.matmul_tiles.triton import load_tile, store_tile
 
 _TILE_BYTES = 16 * 1024
+_BLOCK_K = 64  # of a tile of 128 columns of bfloat16
+_MAX_PARTS = 8
 
 
 class Launch(NamedTuple):
@@ -33,14 +36,24 @@ class Launch(NamedTuple):
     num_stages: int
 
 
+def choose_parts(gpu: Gpu, *, k: int, columns: int) -> int:
+    """How many programs should share columns: two programs of 64 columns a multiprocessor.
+
+    No more than have a tile of the K rows of a weight each.
+    """
+    parts = round(2 * gpu.num_sms / pl.cdiv(columns, 64))
+    return max(1, min(parts, pl.cdiv(k, _BLOCK_K), _MAX_PARTS))
+
+
 def choose_launch(
     gpu: Gpu, *, rows: int, columns: int, matrices: int, num_parts: int, itemsize: int
 ) -> Launch:
-    """The launch for a product, fitted to bench/results/h200/tune_linear.json.
+    """The launch for a product, fitted to runs of bench/tune_linear.py on an H200.
 
-    Programs own 128 columns if that makes enough of them, else 64: DRAM gives narrower lines at
-    less than its full rate. A tile is 16 KiB, and as many are on their way as the shared memory
-    holds, up to four.
+    Programs own 128 columns if that makes about one for each multiprocessor, else 64: DRAM gives
+    narrower lines at less than its full rate. A tile is 16 KiB, and up to four are on their way
+    while one is multiplied. Two matrices at a time have two programs a multiprocessor, and less
+    each.
 
     Args:
         gpu: what it runs on.
@@ -50,10 +63,10 @@ def choose_launch(
         num_parts: programs that share columns.
         itemsize: bytes of a number.
     """
-    wide = matrices == 1 and num_parts * columns >= 120 * 128
+    wide = matrices == 1 and num_parts * columns >= 0.9 * gpu.num_sms * 128
     block_columns = 128 if wide else 64
     block_k = _TILE_BYTES // (block_columns * matrices * itemsize)
-    tile = _TILE_BYTES + _block_rows(rows) * block_k * itemsize
+    tile = _TILE_BYTES + pad(rows) * block_k * itemsize
     most = 3 if matrices > 1 else 5
     return Launch(block_columns, block_k, 4, max(2, min(most, gpu.shared_memory // tile)))
 
@@ -104,44 +117,25 @@ def _launch(x, w, combine: Callable[..., jax.Array], name, num_parts, interpret,
     return y.reshape(num_parts, *batch, columns)
 
 
-def _block_rows(rows):
-    return max(16, pl.next_power_of_2(rows))  # tensor cores take 16 at least
-
-
 def _multiply(x_ref, w_ref, y_ref, *, combine, matrices, num_parts, launch):
-    rows, k = x_ref.shape
-    columns, part = y_ref.shape[1], pl.program_id(1)
-    block_rows = _block_rows(rows)
-    row = iota(block_rows)[:, None]
-    column = (pl.program_id(0) * launch.block_columns + iota(launch.block_columns))[None, :]
-    row_exists = None if rows == block_rows else row < rows
-    column_exists = None if columns % launch.block_columns == 0 else column < columns
+    (rows, k), columns, part = x_ref.shape, y_ref.shape[1], pl.program_id(1)
+    row = iota(pad(rows))
+    column = pl.program_id(0) * launch.block_columns + iota(launch.block_columns)
+    row_mask = None if row.size == rows else row < rows
+    column_mask = None if columns % launch.block_columns == 0 else column < columns
 
     def tile(i, sums):
         index = (i * num_parts + part) * launch.block_k + iota(launch.block_k)
-        exists = None if k % launch.block_k == 0 else index < k
-        in_row = None if exists is None else exists[None, :]
-        in_column = None if exists is None else exists[:, None]
-        x = load(x_ref.at[row, index[None, :]], both(row_exists, in_row), (block_rows, index.size))
-        mask = both(in_column, column_exists)
-        return tuple(
-            total
-            + dot(
-                x,
-                load(
-                    w_ref.at[index[:, None], i * columns + column], mask, (index.size, column.size)
-                ),
-            )
-            for i, total in enumerate(sums)
-        )
+        mask = None if k % launch.block_k == 0 else index < k
+        x = load_tile(x_ref, row, index, row_mask, mask)
+        ws = [
+            load_tile(w_ref, index, matrix * columns + column, mask, column_mask)
+            for matrix in range(matrices)
+        ]
+        return tuple(total + dot(x, w) for total, w in zip(sums, ws, strict=True))
 
-    zero = jnp.zeros((block_rows, column.size), jnp.float32)
     tiles, parts = pl.cdiv(k, launch.block_k), jnp.int32(num_parts)
     count = tiles if num_parts == 1 else lax.div(tiles + parts - 1 - part, parts)
+    zero = jnp.zeros((row.size, column.size), jnp.float32)
     sums = lax.fori_loop(0, count, tile, (zero,) * matrices)
-    mask = both(row_exists, column_exists)
-    plgpu.store(
-        y_ref.at[part * rows + row, column],
-        combine(*sums).astype(y_ref.dtype),
-        mask=None if mask is None else jnp.broadcast_to(mask, zero.shape),
-    )
+    store_tile(y_ref, part * rows + row, column, row_mask, column_mask, combine(*sums))

@@ -13,8 +13,8 @@ from jax import lax
 
 from g4attn_jax.cache import KVCache
 
-# At 2048 tokens of 31B's sliding layers the kernel is done before the host has read which of the
-# two is to run; at 8192 cuDNN is 1.5 times faster (bench/results/h200/prefill_attention.json).
+# cuDNN is 1.5 times faster (bench/results/h200/prefill_attention.json), but the host must read
+# which of the two is to run: at 2048 tokens of 31B's sliding layers the kernel is done before.
 _MIN_TOKENS = 4096
 # cuDNN masks scores, but multiplies whole tiles of values, by weights of 0: none of its tiles has
 # more rows or columns than this.
@@ -22,10 +22,16 @@ _MAX_TILE = 256
 
 
 def takes(q, cache, page_table, *, sliding_window, scale) -> bool:
+    """Whether cuDNN is the faster one for such arguments, where it supports them."""
+    constants = {"sliding_window": sliding_window, "scale": scale}
+    return q.shape[1] >= _MIN_TOKENS and supports(q, cache, page_table, **constants)
+
+
+def supports(q, cache, page_table, *, sliding_window, scale) -> bool:
     """Whether JAX would hand such arguments to cuDNN on the GPUs of this process."""
     if jax.default_backend() != "gpu" or page_table is not None or not isinstance(cache, KVCache):
         return False
-    if cache.scale is not None or not _MIN_TOKENS <= q.shape[1] <= cache.v.shape[1]:
+    if cache.scale is not None or q.shape[1] > cache.v.shape[1]:
         return False
     attend = functools.partial(_attend, sliding_window=sliding_window, scale=scale)
     try:
