@@ -157,8 +157,8 @@ def test_launches_fit(shared_memory, tokens):
             num_parts=parts,
             itemsize=itemsize,
         )
-        x_tile, w_tile = max(16, tokens) * launch.block_k, matrices * launch.block_columns * launch.block_k
-        assert launch.num_stages * (x_tile + w_tile) * itemsize <= shared_memory
+        tile = (max(16, tokens) + matrices * launch.block_columns) * launch.block_k * itemsize
+        assert launch.num_stages * tile <= shared_memory
 
 
 @pytest.mark.parametrize(
