@@ -116,9 +116,11 @@ class Gemma4Attention(nnx.Module):
         check_layout(layout)
         layout.check_step(self.spec, num_tokens=0)
         if self.spec.mode is ProjectionMode.Q_ONLY:
+            kv_layer = self.spec.kv_layer
+            producer = "the target's last layer" if kv_layer is None else f"layer {kv_layer}"
             raise ValueError(
-                f"layer {self.layer} is Q_ONLY: it reads the cache of layer {self.spec.kv_layer}; "
-                "make it with that layer's init_cache"
+                f"layer {self.layer} is Q_ONLY: it reads the cache of {producer}; make it with "
+                "that layer's init_cache"
             )
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
         if dtype not in (self.dtype, caches.FLOAT8):

@@ -44,6 +44,7 @@ class AttentionSpec:
         rotary_dim: R, twice the number of rotating pairs; the other D - R dims carry no position.
         eps: added to the mean square in every RMSNorm.
         kv_layer: index of the layer whose cache this one reads; its own unless `mode` is Q_ONLY.
+            None in a model that has no cache: an assistant's layers read another model's.
     """
 
     mode: ProjectionMode
@@ -54,7 +55,7 @@ class AttentionSpec:
     rope_theta: float
     rotary_dim: int
     eps: float
-    kv_layer: int
+    kv_layer: int | None
 
     @property
     def group_size(self) -> int:

@@ -78,7 +78,7 @@ def _qkv(spec: AttentionSpec) -> Packed:
     return Packed("EKGD", tensors, "G", (spec.group_size, 1, 1)[: len(names)])
 
 
-def _table(config: Gemma4Config, prefix: str) -> dict[str, Packed]:
+def packing_table(config: Gemma4Config, prefix: str) -> dict[str, Packed]:
     """From paths of our parameters to what they are made of, for all a Gemma 4 model can have."""
     table = {name: packed.under(prefix) for name, packed in _MODEL.items()}
     for layer in range(config.num_hidden_layers):
@@ -127,11 +127,11 @@ def load_hf(
     prefix = _prefix(stored)
     tensors, skipped = {}, collections.Counter()
     for name, tensor in stored.items():
-        if reason := _why_skipped(name, prefix, model.config):
+        if reason := why_skipped(name, prefix, model.config):
             skipped[reason] += 1
         else:
             tensors[name] = tensor
-    return load(model, _table(model.config, prefix), tensors, skipped, progress)
+    return load(model, packing_table(model.config, prefix), tensors, skipped, progress)
 
 
 def save_hf(
@@ -161,7 +161,7 @@ def save_hf(
     _check_config(config, model.config)
     if directory.is_dir() and (old := {file.name for file in directory.glob("*.safetensors*")}):
         raise CheckpointError(f"{directory} has {listed(old)}; save to another directory")
-    table = table_of(model, _table(model.config, "model."))
+    table = table_of(model, packing_table(model.config, "model."))
     shards = list(_shards(model, max_shard_bytes))
     directory.mkdir(parents=True, exist_ok=True)
     weight_map, total = {}, 0
@@ -221,7 +221,7 @@ def _prefix(names):
     return found[0]
 
 
-def _why_skipped(name, prefix, config):
+def why_skipped(name, prefix, config):
     """Under which heading the report counts this tensor; None if it is to be loaded."""
     if tower := _OTHER_TOWERS.match(name):
         return tower[0]

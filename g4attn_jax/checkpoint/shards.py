@@ -14,7 +14,8 @@ from g4attn_jax.checkpoint.errors import CheckpointError, listed
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Others are quantized weights, whose scales and layouts this package does not know.
-_DTYPES = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32}
+_FLOATS = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32}
+_INTEGERS = {"I32": np.int32, "I64": np.int64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,11 @@ class StoredTensor:
 
     @property
     def is_float(self) -> bool:
-        return self.dtype in _DTYPES
+        return self.dtype in _FLOATS
+
+    @property
+    def is_integer(self) -> bool:
+        return self.dtype in _INTEGERS
 
     def read(self) -> np.ndarray:
         """The tensor, read-only, mapped into memory: read from the disk when it is first used.
@@ -36,7 +41,7 @@ class StoredTensor:
         The mapping ends with the array, so what has been read of a file does not add up. (The
         `get_tensor` of safetensors 0.8 maps all of the file and copies the tensor to the heap.)
         """
-        dtype = np.dtype(_DTYPES[self.dtype])
+        dtype = np.dtype((_FLOATS | _INTEGERS)[self.dtype])
         return np.memmap(self.file, dtype, "r", self.offset, self.shape).view(np.ndarray)
 
 

@@ -1,8 +1,16 @@
 """The Gemma 4 text decoder around `Gemma4Attention`."""
 
+from g4attn_jax.model.assistant import Gemma4Assistant, last_caches
 from g4attn_jax.model.decoder import Gemma4Decoder
 from g4attn_jax.model.layer import Gemma4DecoderLayer
 from g4attn_jax.model.mlp import Gemma4MLP
 from g4attn_jax.model.moe import Gemma4MoE
 
-__all__ = ["Gemma4Decoder", "Gemma4DecoderLayer", "Gemma4MLP", "Gemma4MoE"]
+__all__ = [
+    "Gemma4Assistant",
+    "Gemma4Decoder",
+    "Gemma4DecoderLayer",
+    "Gemma4MLP",
+    "Gemma4MoE",
+    "last_caches",
+]

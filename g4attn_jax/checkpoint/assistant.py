@@ -1,0 +1,115 @@
+"""The assistant's directory in Hugging Face's form, read.
+
+Source of names and shapes: `Gemma4AssistantForCausalLM` of Hugging Face transformers 5.23.
+"""
+
+import collections
+import dataclasses
+from os import PathLike
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from g4attn_jax.assistant_config import AssistantConfig
+from g4attn_jax.checkpoint import hf
+from g4attn_jax.checkpoint.errors import CheckpointError
+from g4attn_jax.checkpoint.loading import Model, Progress, load
+from g4attn_jax.checkpoint.packing import Packed
+from g4attn_jax.checkpoint.report import LoadReport, terminal_bar
+from g4attn_jax.checkpoint.shards import read_json, stored_tensors
+from g4attn_jax.config import Gemma4Config
+
+_PREFIX = "model."
+_TOKEN_ORDERING = "masked_embedding.token_ordering"
+# Letters as in `packing`; A is the target's width, here C counts centroids.
+_ASSISTANT = {
+    "pre_projection": Packed("AE", {"pre_projection.weight": "E,A"}),
+    "post_projection": Packed("EA", {"post_projection.weight": "A,E"}),
+    "centroids": Packed("EC", {"masked_embedding.centroids.weight": "C,E"}),
+}
+
+
+def load_assistant(
+    directory: str | PathLike, model: Model, *, progress: Progress | None = terminal_bar
+) -> tuple[Model, LoadReport]:
+    """Loads a Hugging Face checkpoint of an assistant straight to the device, as `load_hf` does.
+
+        config = AssistantConfig.from_hf(directory / "config.json")
+        model = nnx.eval_shape(lambda: Gemma4Assistant(config, rngs=nnx.Rngs(0)))
+        model, report = load_assistant(directory, model)
+
+    Args:
+        directory: has `config.json` and `model.safetensors`, or several files and
+            `model.safetensors.index.json`.
+        model: a `Gemma4Assistant`, best an abstract one; see `load_hf`.
+        progress: as of `load_hf`.
+
+    Returns:
+        (model, report): a new model, and what was loaded and skipped.
+
+    Raises:
+        CheckpointError: as `load_hf`, or `token_ordering` does not have every token once.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory")
+    config = model.config
+    _check_config(read_json(directory / "config.json"), config)
+    stored = stored_tensors(directory)
+    ordering = None
+    if config.use_ordered_embeddings:
+        ordering = _token_ordering(stored.pop(_TOKEN_ORDERING, None), config.text.vocab_size)
+    tensors, skipped = {}, collections.Counter()
+    for name, tensor in stored.items():
+        if reason := hf.why_skipped(name, _PREFIX, config.text):
+            skipped[reason] += 1
+        else:
+            tensors[name] = tensor
+    table = hf.packing_table(config.text, _PREFIX) | _ASSISTANT
+    model, report = load(model, table, tensors, skipped, progress)
+    if ordering is None:
+        return model, report
+    model.token_ordering.set_value(jnp.asarray(ordering, jnp.int32))
+    return model, dataclasses.replace(report, loaded=report.loaded + 1)
+
+
+def _token_ordering(tensor, vocab_size):
+    if tensor is None:
+        raise CheckpointError(f"the checkpoint lacks {_TOKEN_ORDERING}")
+    if tensor.shape != (vocab_size,):
+        raise CheckpointError(
+            f"{_TOKEN_ORDERING} has shape {tensor.shape}; this model needs {(vocab_size,)}"
+        )
+    if not tensor.is_integer:
+        raise CheckpointError(
+            f"{_TOKEN_ORDERING} has dtype {tensor.dtype}; accepted: int32 and int64"
+        )
+    ordering = tensor.read()
+    if not np.array_equal(np.sort(ordering), np.arange(vocab_size)):
+        raise CheckpointError(
+            f"{_TOKEN_ORDERING} does not have every token from 0 to {vocab_size - 1} once"
+        )
+    return ordering
+
+
+def _check_config(given, ours):
+    """Refuses a `config.json` of another model; None in either text config is unknown."""
+    try:
+        theirs = AssistantConfig.from_hf(given)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+    pairs = [
+        (field.name, getattr(theirs, field.name), getattr(ours, field.name))
+        for field in dataclasses.fields(AssistantConfig)
+        if field.name != "text"
+    ]
+    for field in dataclasses.fields(Gemma4Config):
+        values = getattr(theirs.text, field.name), getattr(ours.text, field.name)
+        if None not in values:
+            pairs.append((f"text_config.{field.name}", *values))
+    for name, in_file, in_model in pairs:
+        if in_file != in_model:
+            raise CheckpointError(
+                f"config.json has {name} = {in_file!r}; the model was built with {in_model!r}"
+            )

@@ -1,0 +1,257 @@
+"""The model that drafts tokens for a Gemma 4 decoder, out of the decoder's caches."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from g4attn_jax import ops
+from g4attn_jax.assistant_config import AssistantConfig
+from g4attn_jax.cache import Cache
+from g4attn_jax.layout import LayerType, Layout, StepPlan, plan_step
+from g4attn_jax.model.decoder import Gemma4Decoder
+from g4attn_jax.model.layer import Gemma4DecoderLayer
+from g4attn_jax.ops.head_norm.reference import rms_norm
+from g4attn_jax.rope import rope_cos_sin
+
+
+class TokenOrdering(nnx.Variable):
+    """Integers that training does not change, and so no `nnx.Param`."""
+
+
+class Gemma4Assistant(nnx.Module):
+    """Layers that read the target's caches, between projections from and to the target's width.
+
+        x = [e ; h] Wpre                         e: the target's scaled embedding of a token
+        x = layer(x)                             every one Q_ONLY, over the target's caches
+        n = rms(x) * norm
+        h' = n Wpost
+        logits = n embed_tokens^T                for all tokens, or for those of the best centroids
+
+    h is the target's final hidden state of the token before, of which the target predicted this
+    one. Drafting goes on from the drafted token and h', at the same position: the assistant writes
+    nothing, so there is nothing new to see. The logits are not capped.
+
+    With ordered embeddings the vocabulary is C groups of V / C tokens, `token_ordering` lists them
+    one after the other, and only tokens of the k groups whose centroids have the best scores
+    n centroids have logits.
+
+    Letters: B batch, T tokens, V vocabulary, E the assistant's width, A the target's.
+
+    Attributes:
+        pre_projection: Wpre, [2 A, E].
+        layers: `Gemma4DecoderLayer`s.
+        norm: [E].
+        post_projection: Wpost, [E, A].
+        embed_tokens: [V, E], the head.
+        centroids: [E, C], with ordered embeddings alone.
+        token_ordering: int32 [V], with ordered embeddings alone.
+
+    Source: `Gemma4AssistantForCausalLM` of Hugging Face transformers 5.23.
+    """
+
+    def __init__(
+        self,
+        config: AssistantConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        param_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        implementation: ops.Implementation | None = None,
+    ):
+        """Builds the model with random weights, and with tokens in their own order.
+
+        Args:
+            config: of the assistant.
+            rngs: stream `params` draws the weights.
+            dtype: of activations; the target's caches must have it too.
+            param_dtype: of the weights; cast to `dtype` in every call where they differ.
+            implementation: of the kernels, see `ops.qkv_norm_rope_write`.
+
+        Raises:
+            ValueError: as `Gemma4Attention` raises.
+            NotImplementedError: "triton" was demanded and there is no supported GPU.
+        """
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.implementation = implementation
+        text, target_size = config.text, config.backbone_hidden_size
+        size, vocab_size = text.hidden_size, text.vocab_size
+
+        def matrix(*shape):
+            init = nnx.initializers.lecun_uniform()
+            return nnx.Param(init(rngs.params(), shape, param_dtype))
+
+        self.pre_projection = matrix(2 * target_size, size)
+        self.layers = nnx.List(
+            Gemma4DecoderLayer(
+                text,
+                layer,
+                rngs=rngs,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                implementation=implementation,
+            )
+            for layer in range(text.num_hidden_layers)
+        )
+        self.norm = nnx.Param(jnp.ones(size, param_dtype))
+        self.post_projection = matrix(size, target_size)
+        table_init = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform", in_axis=-1)
+        self.embed_tokens = nnx.Param(table_init(rngs.params(), (vocab_size, size), param_dtype))
+        if config.use_ordered_embeddings:
+            self.centroids = matrix(size, config.num_centroids)
+            self.token_ordering = TokenOrdering(jnp.arange(vocab_size, dtype=jnp.int32))
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B T A"],
+        hidden: Float[Array, "B T A"],
+        positions: Int[Array, "B T"],
+        caches: Mapping[str, Cache],
+        layouts: Mapping[str, Layout],
+        k_scales: Mapping[str, Float[Array, " D"]] | None = None,
+    ) -> tuple[Float[Array, "B T V"], Float[Array, "B T A"]]:
+        """One draft of every sequence (T = 1).
+
+        Args:
+            embeddings: [B, T, A], of the newest token, which the target has not read yet, or of the
+                one drafted last: `embed` of the target's table.
+            hidden: [B, T, A], the target's final hidden state of the token before the newest, as
+                `Gemma4Decoder.hidden` returns it; from then on what this returned last.
+            positions: integer [B, T], of the newest token: 1 or more, as many as the tokens before
+                it, which the caches must have. It stays while tokens are drafted. What the caches
+                have from there on is not seen, so that rejected tokens may stay in them. -1 marks
+                padding. Only T = 1 is what transformers does; each of several is on its own.
+            caches: the target's last of each layer type, see `last_caches`.
+            layouts: of each layer type, that the caches were made with.
+            k_scales: of the layers that made the caches, by type; a `CompactKVCache` needs it.
+
+        Returns:
+            (logits, hidden): float32 [B, T, V], minus infinity for tokens of other centroids than
+            the best; and [B, T, A] in `dtype`, to draft on from.
+
+        Raises:
+            ValueError: an argument has the wrong shape or dtype, a cache, layout or k_scale is
+                missing, or as `plan_step` raises.
+        """
+        self._check(embeddings, hidden, caches, layouts)
+        positions = positions if hasattr(positions, "shape") else np.asarray(positions)
+        if positions.shape != embeddings.shape[:2]:
+            raise ValueError(
+                f"positions has shape {positions.shape}; with embeddings of shape "
+                f"{embeddings.shape} it must be {embeddings.shape[:2]}"
+            )
+        plans = {
+            layer_type: self._plan(layer_type, positions, layouts[layer_type])
+            for layer_type in self._layer_types()
+        }
+        inputs = jnp.concatenate([embeddings, hidden], axis=-1)
+        x = self._linear(inputs, self.pre_projection)
+        h = rms_norm(x, self.layers[0].input_norm[...], eps=self.config.text.rms_norm_eps)
+        next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
+        scales = {} if k_scales is None else k_scales
+        for layer, layer_type, norm in zip(
+            self.layers, self.config.text.layer_types, next_norms, strict=True
+        ):
+            x, h, _ = layer(
+                x,
+                h,
+                plans[layer_type],
+                caches[layer_type],
+                norm[...],
+                k_scale=scales.get(layer_type),
+            )
+        return self.logits(h), self._linear(h, self.post_projection)
+
+    def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
+        """Float32 logits of final hidden states before `post_projection`."""
+        table = self.embed_tokens[...].astype(self.dtype)
+        if not self.config.use_ordered_embeddings:
+            return jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "bte,ec->btc",
+            hidden,
+            self.centroids[...].astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        _, best = jax.lax.top_k(scores, self.config.centroid_intermediate_top_k)
+        groups = self.token_ordering[...].reshape(self.config.num_centroids, -1)
+        tokens = groups[best].reshape(*hidden.shape[:2], -1)
+        # A row of each token, not a copy of the table: k V / C rows of V.
+        logits = jnp.einsum(
+            "bte,btne->btn",
+            hidden,
+            self.embed_tokens[...][tokens].astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        # transformers gives the others the least logit of the whole batch less 1. A sample would
+        # then be one of them more often than not, and depend on the other sequences.
+        others = jnp.full((*hidden.shape[:2], table.shape[0]), -jnp.inf)
+        return jnp.put_along_axis(others, tokens, logits, axis=-1, inplace=False)
+
+    def _linear(self, x, weight):
+        w = weight[...].astype(self.dtype)
+        return ops.linear(x.astype(self.dtype), w, implementation=self.implementation)
+
+    def _plan(self, layer_type, positions, layout) -> StepPlan:
+        """Queries are rotated to their positions, and see the keys of the positions before."""
+        text = self.config.text
+        spec = text.attention_spec(text.layer_types.index(layer_type))
+        window = None if spec.sliding_window is None else text.sliding_window
+        numpy = jnp if isinstance(positions, jax.core.Tracer) else np
+        last_keys = numpy.where(positions > 0, positions - 1, numpy.minimum(positions, -1))
+        of_target = dataclasses.replace(spec, sliding_window=window)
+        keys = plan_step(of_target, last_keys, layout)
+        cos, sin = rope_cos_sin(
+            jnp.asarray(positions),
+            theta=spec.rope_theta,
+            head_dim=spec.head_dim,
+            rotary_dim=spec.rotary_dim,
+        )
+        return dataclasses.replace(keys, cos=cos, sin=sin, layer_type=LayerType.of(spec))
+
+    def _layer_types(self):
+        return sorted(set(self.config.text.layer_types))
+
+    def _check(self, embeddings, hidden, caches, layouts):
+        size = self.config.backbone_hidden_size
+        for name, array in (("embeddings", embeddings), ("hidden", hidden)):
+            shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", None)
+            if len(shape) != 3 or shape[-1] != size or not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(
+                    f"{name} is a {type(array).__name__} of shape {shape} and dtype {dtype}; "
+                    f"accepted: floating-point [B, T, {size}], of the target"
+                )
+        if embeddings.shape != hidden.shape:
+            raise ValueError(
+                f"hidden has shape {hidden.shape}; with embeddings of shape {embeddings.shape} it "
+                f"must be {embeddings.shape}"
+            )
+        for name, given in (("caches", caches), ("layouts", layouts)):
+            missing = [key for key in self._layer_types() if key not in given]
+            if missing:
+                raise ValueError(f"{name} lacks {', '.join(missing)}; the assistant reads it")
+
+
+def last_caches(
+    target: Gemma4Decoder, caches: Mapping[int, Cache]
+) -> tuple[dict[str, Cache], dict[str, Float[Array, " D"]]]:
+    """What an assistant reads of its target.
+
+    Args:
+        target: the decoder.
+        caches: its caches, of every layer that has one.
+
+    Returns:
+        (caches, k_scales): by layer type, of the last layer that has a cache.
+    """
+    last = {target.config.layer_types[index]: index for index in sorted(caches)}
+    k_scales = {
+        layer_type: target.layers[index].attention.k_scale[...]
+        for layer_type, index in last.items()
+    }
+    return {layer_type: caches[index] for layer_type, index in last.items()}, k_scales

@@ -1,0 +1,408 @@
+"""Our assistant against Hugging Face's, over caches that our decoder filled."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Paged, Ring
+from g4attn_jax.assistant_config import AssistantConfig
+from g4attn_jax.cache import CompactKVCache, KVCache
+from g4attn_jax.checkpoint import CheckpointError, load_assistant, load_hf
+from g4attn_jax.model import Gemma4Assistant, last_caches
+from g4attn_jax.model.embedding import embed
+
+GOLDEN = Path(__file__).parent / "golden_assistant"
+TARGETS = Path(__file__).parent / "golden_model"
+NAMES = ("gemma-4-e4b", "gemma-4-31b")  # the first has ordered embeddings, the second K = V
+LENGTHS = np.array([5, 80], np.int32)  # of make_golden.py; the window is 8
+DRAFTS, CAPACITY, CHUNK, REJECTED = 4, 88, 40, 5
+ATOL = 2e-4
+
+
+@functools.cache
+def target_of(name):
+    config = Gemma4Config.from_hf(TARGETS / name / "config.json")
+    abstract = nnx.eval_shape(
+        lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32)
+    )
+    return load_hf(TARGETS / name, abstract)[0], np.load(TARGETS / name / "golden.npz")["tokens"]
+
+
+def abstract_of(folder, implementation=None):
+    config = AssistantConfig.from_hf(folder / "config.json")
+    return nnx.eval_shape(
+        lambda: Gemma4Assistant(
+            config,
+            rngs=nnx.Rngs(0),
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+            implementation=implementation,
+        )
+    )
+
+
+@functools.cache
+def assistant_of(name, implementation=None):
+    """(assistant, fixture)."""
+    assistant, _ = load_assistant(GOLDEN / name, abstract_of(GOLDEN / name, implementation))
+    return assistant, np.load(GOLDEN / name / "golden.npz")
+
+
+def layouts_of(kind, window):
+    if kind == "paged":
+        # Pages from the end of the pool, every other one another's.
+        pages = -(-CAPACITY // 16)
+        table = 2 * (2 * pages - 1 - np.arange(2 * pages)).reshape(2, pages)
+        layout = Paged(jnp.asarray(table, jnp.int32), 4 * pages, 16)
+        return {"sliding_attention": layout, "full_attention": layout}
+    full = Contiguous(2, CAPACITY)
+    sliding = Ring(2, window, CHUNK) if kind == "ring" else full
+    return {"sliding_attention": sliding, "full_attention": full}
+
+
+@functools.cache
+def prompt_of(name):
+    """(caches of the first LENGTHS tokens, contiguous, hidden states of the last of them)."""
+    target, tokens = target_of(name)
+    layouts = layouts_of("contiguous", target.config.sliding_window)
+    graph, params = nnx.split(target)
+
+    @jax.jit
+    def fill(params, tokens, positions, caches):
+        with jax.default_matmul_precision("highest"):
+            return nnx.merge(graph, params).hidden(tokens, positions, caches, layouts)
+
+    positions = np.broadcast_to(np.arange(LENGTHS.max()), (2, LENGTHS.max()))
+    positions = np.where(positions < LENGTHS[:, None], positions, -1)
+    hidden, caches = fill(
+        params, tokens[:, : LENGTHS.max()], positions, target.init_caches(layouts)
+    )
+    return caches, hidden[np.arange(2), LENGTHS - 1][:, None]
+
+
+def caches_of(name, kind, form):
+    """(layouts, what the assistant reads, k_scales)."""
+    target, _ = target_of(name)
+    filled, k_scales = last_caches(target, prompt_of(name)[0])
+    layouts, caches = layouts_of(kind, target.config.sliding_window), {}
+    for layer_type, full in filled.items():
+        layout = layouts[layer_type]
+        attention = next(
+            layer.attention
+            for layer, own_type in zip(target.layers, target.config.layer_types, strict=True)
+            if own_type == layer_type
+        )
+        of_type = form if layer_type == "full_attention" else KVCache
+        cache = attention.init_cache(layout, of_type)
+        for start in range(0, LENGTHS.max(), CHUNK):
+            at = np.broadcast_to(start + np.arange(CHUNK), (2, CHUNK))
+            slots = layout.slots(jnp.asarray(np.where(at < LENGTHS[:, None], at, -1)))
+            cache = cache.write(slots, *(x[:, start : start + CHUNK] for x in (full.k, full.v)))
+        caches[layer_type] = cache
+    return layouts, caches, k_scales
+
+
+def with_rejected(caches, layouts):
+    """The caches with other keys and values at positions that are to be seen by no draft."""
+    written = {}
+    for layer_type, cache in caches.items():
+        slots = layouts[layer_type].slots(jnp.asarray(LENGTHS[:, None] + np.arange(REJECTED)))
+        shape = (2, REJECTED, *cache.v.shape[2:])
+        k, v = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+        written[layer_type] = cache.write(slots, k, v)
+    return written
+
+
+def drafter_of(name, kind, implementation=None):
+    """From caches and k_scales to (logits [B, DRAFTS, V], hidden [B, DRAFTS, A], tokens)."""
+    target, tokens = target_of(name)
+    assistant, _ = assistant_of(name, implementation)
+    layouts = layouts_of(kind, target.config.sliding_window)
+    table = target.embed_tokens[...]
+    graph, params = nnx.split(assistant)
+
+    @jax.jit
+    def one(params, token, hidden, positions, caches, k_scales):
+        with jax.default_matmul_precision("highest"):
+            assistant = nnx.merge(graph, params)
+            return assistant(embed(table, token), hidden, positions, caches, layouts, k_scales)
+
+    def draft(caches, k_scales):
+        token, hidden = tokens[np.arange(2), LENGTHS][:, None], prompt_of(name)[1]
+        drafts = []
+        for _ in range(DRAFTS):
+            logits, hidden = one(params, token, hidden, LENGTHS[:, None], caches, k_scales)
+            token = np.argmax(logits, axis=-1)
+            drafts.append((logits, hidden, token))
+        return [np.concatenate(values, axis=1) for values in zip(*drafts, strict=True)]
+
+    return draft
+
+
+CACHES = [
+    pytest.param(name, kind, form, id=f"{name}-{kind}-{form.__name__}")
+    for name in NAMES
+    for kind in ("contiguous", "ring", "paged")
+    for form in (KVCache, CompactKVCache)
+    if form is KVCache or name == "gemma-4-31b"
+]
+
+
+def assert_golden(drafted, golden):
+    logits, hidden, tokens = drafted
+    assert logits.dtype == jnp.float32
+    # transformers gives the tokens of other centroids 1 less than the least of all.
+    others = np.isneginf(logits)
+    least = np.where(others, np.inf, logits).min(axis=-1, keepdims=True)
+    np.testing.assert_allclose(
+        np.where(others, least - 1, logits), golden["logits"], rtol=0, atol=ATOL
+    )
+    np.testing.assert_allclose(hidden, golden["hidden"], rtol=0, atol=ATOL)
+    np.testing.assert_array_equal(tokens, golden["tokens"])
+
+
+@pytest.mark.parametrize(("name", "kind", "form"), CACHES)
+def test_drafts_are_those_of_hugging_face(name, kind, form):
+    golden = assistant_of(name)[1]
+    hidden = prompt_of(name)[1][:, 0]
+    np.testing.assert_allclose(hidden, golden["target_hidden"], rtol=0, atol=ATOL)
+    layouts, caches, k_scales = caches_of(name, kind, form)
+    draft = drafter_of(name, kind)
+    assert_golden(draft(caches, k_scales), golden)
+    # A rejected draft leaves its keys and values in the slots after the last accepted token's.
+    assert_golden(draft(with_rejected(caches, layouts), k_scales), golden)
+
+
+def test_the_fixture_has_ordered_embeddings():
+    assistant, golden = assistant_of("gemma-4-e4b")
+    assert assistant.config.use_ordered_embeddings
+    assert (golden["logits"] == golden["logits"].min(axis=-1, keepdims=True)).sum(
+        axis=-1
+    ).min() > 90
+    logits = np.asarray(assistant.logits(jnp.ones((1, 2, 24))))
+    assert (np.isfinite(logits).sum(axis=-1) == 4 * 8).all()
+
+
+def test_kernels():
+    _, caches, k_scales = caches_of("gemma-4-31b", "contiguous", CompactKVCache)
+    draft = drafter_of("gemma-4-31b", "contiguous", "triton_interpret")
+    assert_golden(draft(caches, k_scales), assistant_of("gemma-4-31b")[1])
+
+
+def test_tokens_of_a_call_and_padding_are_on_their_own():
+    target, tokens = target_of("gemma-4-31b")
+    assistant, golden = assistant_of("gemma-4-31b")
+    layouts, caches, _ = caches_of("gemma-4-31b", "contiguous", KVCache)
+    newest = embed(target.embed_tokens[...], tokens[np.arange(2), LENGTHS][:, None])
+    repeated = (jnp.tile(x, (1, 3, 1)) for x in (newest, prompt_of("gemma-4-31b")[1]))
+    positions = np.stack([LENGTHS - 1, LENGTHS, np.full(2, -1)], axis=1)
+    logits, _ = assistant(*repeated, positions, caches, layouts)
+    np.testing.assert_allclose(logits[:, 1], golden["logits"][:, 0], rtol=0, atol=ATOL)
+    assert np.abs(logits[:, 0] - logits[:, 1]).max() > 0.01
+    assert np.isfinite(logits).all()
+
+
+def test_the_caches_are_only_read():
+    target, _ = target_of("gemma-4-31b")
+    assistant, _ = assistant_of("gemma-4-31b")
+    assert {layer.attention.k_scale for layer in assistant.layers} == {None}
+    with pytest.raises(ValueError, match="reads the cache of the target's last layer"):
+        assistant.layers[1].attention.init_cache(Contiguous(2, 88))
+    caches, _ = prompt_of("gemma-4-31b")
+    read, _ = last_caches(target, caches)
+    assert read["sliding_attention"] is caches[4] and read["full_attention"] is caches[5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embeddings": jnp.zeros((2, 1, 24))}, r"embeddings .* accepted: .* \[B, T, 64\]"),
+        ({"hidden": jnp.zeros((2, 1, 64), int)}, "hidden is .* dtype int32; accepted: floating"),
+        ({"hidden": jnp.zeros((2, 2, 64))}, r"hidden has shape \(2, 2, 64\).* \(2, 1, 64\)"),
+        ({"positions": LENGTHS}, r"positions has shape \(2,\); .* must be \(2, 1\)"),
+        ({"positions": np.array([[5], [90]])}, "positions has 89, for which sequence 1 has no"),
+        ({"caches": {}}, "caches lacks full_attention, sliding_attention; the assistant reads it"),
+        ({"layouts": {"full_attention": Contiguous(2, 88)}}, "layouts lacks sliding_attention"),
+        ({"k_scales": None}, "k_scale is missing; Q_ONLY with a CompactKVCache needs it"),
+    ],
+)
+def test_a_draft_that_makes_no_sense(changes, message):
+    assistant, _ = assistant_of("gemma-4-31b")
+    hidden = prompt_of("gemma-4-31b")[1]
+    layouts, caches, k_scales = caches_of("gemma-4-31b", "contiguous", CompactKVCache)
+    arguments = {
+        "embeddings": hidden,
+        "hidden": hidden,
+        "positions": LENGTHS[:, None],
+        "caches": caches,
+        "layouts": layouts,
+        "k_scales": k_scales,
+    }
+    with pytest.raises(ValueError, match=message):
+        assistant(**arguments | changes)
+
+
+def config_of(name="gemma-4-e4b"):
+    return json.loads((GOLDEN / name / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "text_config",
+        "backbone_hidden_size",
+        "use_ordered_embeddings",
+        "num_centroids",
+        "centroid_intermediate_top_k",
+        "text_config.vocab_size",
+        "text_config.enable_moe_block",
+        "text_config.num_hidden_layers",
+    ],
+)
+def test_a_config_that_lacks_a_field(field):
+    config = config_of()
+    *path, key = field.split(".")
+    del (config[path[0]] if path else config)[key]
+    with pytest.raises(ValueError, match=f"{key} is missing"):
+        AssistantConfig.from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma4"}, "model_type is 'gemma4'; an assistant's config has one of"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings = False is not supported"),
+        ({"backbone_hidden_size": 0}, "backbone_hidden_size must be an integer of at least 1"),
+        ({"use_ordered_embeddings": 1}, "use_ordered_embeddings must be true or false, not 1"),
+        ({"num_centroids": 12}, "num_centroids = 12 does not divide vocab_size = 128"),
+        ({"num_centroids": True}, "num_centroids must be an integer of at least 1"),
+        ({"centroid_intermediate_top_k": 17}, "_top_k = 17 exceeds num_centroids = 16"),
+        ({"text_config": None}, "text_config must be an object"),
+    ],
+)
+def test_a_config_that_makes_no_sense(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AssistantConfig.from_hf(config_of() | changes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size_per_layer_input", 16),
+        ("enable_moe_block", True),
+        ("use_double_wide_mlp", True),
+        ("num_kv_shared_layers", 2),
+    ],
+)
+def test_a_text_config_of_no_assistant(field, value):
+    config = config_of()
+    config["text_config"][field] = value
+    with pytest.raises(ValueError, match=rf"text_config\.{field} = {value}"):
+        AssistantConfig.from_hf(config)
+
+
+def test_configs_that_say_the_same():
+    given = config_of()
+    config = AssistantConfig.from_hf(given)
+    given["text_config"]["num_kv_shared_layers"] = 0
+    assert AssistantConfig.from_hf(given) == config
+    without = AssistantConfig.from_hf(config_of("gemma-4-31b"))
+    assert (without.num_centroids, without.centroid_intermediate_top_k) == (None, None)
+
+
+def test_targets():
+    config = AssistantConfig.from_hf(config_of())
+    target = json.loads((TARGETS / "gemma-4-e4b" / "config.json").read_text())
+    config.check_target(Gemma4Config.from_hf(target))
+    for changes, message in (
+        ({"hidden_size": 64}, "backbone_hidden_size is 48; the target has hidden_size 64"),
+        ({"vocab_size": 256}, "vocab_size is 128; the target has 256"),
+        ({"sliding_window": 16}, "sliding_window of sliding_attention layers is 8; .* has 16"),
+        ({"global_head_dim": 64}, "head_dim of full_attention layers is 32; the target has 64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config.check_target(Gemma4Config.from_hf(target | changes))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """(a directory, a function that writes it with changed tensors)."""
+    source = GOLDEN / "gemma-4-e4b"
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+
+    def write(changes):
+        tensors = load_file(source / "model.safetensors") | changes
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if tensor is not None},
+            tmp_path / "model.safetensors",
+        )
+        return tmp_path
+
+    return write
+
+
+ORDERING = "masked_embedding.token_ordering"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pre_projection.weight": None}, "the checkpoint lacks pre_projection.weight"),
+        ({"post_projection.bias": np.zeros(48, np.float32)}, "the checkpoint has post_proj.*bias"),
+        (
+            {"masked_embedding.centroids.weight": np.zeros((24, 16), np.float32)},
+            r"centroids.weight has shape \(24, 16\); this model needs \(16, 24\)",
+        ),
+        ({ORDERING: None}, f"the checkpoint lacks {ORDERING}"),
+        ({ORDERING: np.arange(64)}, rf"{ORDERING} has shape \(64,\); this model needs \(128,\)"),
+        ({ORDERING: np.arange(128, dtype=np.float32)}, f"{ORDERING} has dtype F32; accepted: int"),
+        (
+            {ORDERING: np.zeros(128, np.int64)},
+            f"{ORDERING} does not have every token from 0 to 127",
+        ),
+        (
+            {"model.norm.weight": np.zeros(24, np.int32)},
+            "model.norm.weight has dtype I32; accepted: bfloat16, float16 and float32",
+        ),
+    ],
+)
+def test_a_corrupt_checkpoint(folder, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_assistant(folder(changes), abstract_of(GOLDEN / "gemma-4-e4b"))
+
+
+def test_what_is_skipped(folder):
+    changes = {
+        "lm_head.weight": np.zeros((128, 24), np.float32),
+        "model.layers.0.self_attn.k_norm.weight": np.zeros(16, np.float32),
+    }
+    _, report = load_assistant(folder(changes), abstract_of(GOLDEN / "gemma-4-e4b"))
+    assert report.skipped == {
+        "lm_head.weight": 1,
+        "model.layers.*.self_attn.k_norm (KV-shared)": 1,
+    }
+    assert report.loaded == len(load_file(GOLDEN / "gemma-4-e4b" / "model.safetensors"))
+
+
+def test_another_assistants_checkpoint():
+    with pytest.raises(CheckpointError, match=r"config\.json has backbone_hidden_size = 64"):
+        load_assistant(GOLDEN / "gemma-4-31b", abstract_of(GOLDEN / "gemma-4-e4b"))
+
+
+def test_the_parameter_tree_can_be_known_without_arrays():
+    assistant, _ = assistant_of("gemma-4-e4b")
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), nnx.state(assistant))
+    abstract = abstract_of(GOLDEN / "gemma-4-e4b")
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), nnx.state(abstract)) == shapes
+
+
+def test_fixtures_are_small():
+    sizes = [path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()]
+    assert sum(sizes) < 300_000
