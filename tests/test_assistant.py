@@ -87,6 +87,7 @@ def prompt_of(name):
     return caches, hidden[np.arange(2), LENGTHS - 1][:, None]
 
 
+@functools.cache
 def caches_of(name, kind, form):
     """(layouts, what the assistant reads, k_scales)."""
     target, _ = target_of(name)
@@ -203,7 +204,10 @@ def test_tokens_of_a_call_and_padding_are_on_their_own():
     newest = embed(target.embed_tokens[...], tokens[np.arange(2), LENGTHS][:, None])
     repeated = (jnp.tile(x, (1, 3, 1)) for x in (newest, prompt_of("gemma-4-31b")[1]))
     positions = np.stack([LENGTHS - 1, LENGTHS, np.full(2, -1)], axis=1)
-    logits, _ = assistant(*repeated, positions, caches, layouts)
+    graph, params = nnx.split(assistant)
+    logits, _ = jax.jit(lambda p, *args: nnx.merge(graph, p)(*args, layouts))(
+        params, *repeated, positions, caches
+    )
     np.testing.assert_allclose(logits[:, 1], golden["logits"][:, 0], rtol=0, atol=ATOL)
     assert np.abs(logits[:, 0] - logits[:, 1]).max() > 0.01
     assert np.isfinite(logits).all()

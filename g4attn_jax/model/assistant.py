@@ -124,8 +124,10 @@ class Gemma4Assistant(nnx.Module):
                 `Gemma4Decoder.hidden` returns it; from then on what this returned last.
             positions: integer [B, T], of the newest token: 1 or more, as many as the tokens before
                 it, which the caches must have. It stays while tokens are drafted. What the caches
-                have from there on is not seen, so that rejected tokens may stay in them. -1 marks
-                padding. Only T = 1 is what transformers does; each of several is on its own.
+                have from there on is not seen, so that rejected tokens may stay in them; a ring
+                has what is seen whole after a step of up to `max_new_tokens`, any of them rejected.
+                -1 marks padding. Only T = 1 is what transformers does; each of several is on its
+                own.
             caches: the target's last of each layer type, see `last_caches`.
             layouts: of each layer type, that the caches were made with.
             k_scales: of the layers that made the caches, by type; a `CompactKVCache` needs it.
