@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
+from g4attn_jax import Gemma4Config, Gemma4Decoder, Generator
 from g4attn_jax.__main__ import main
+from g4attn_jax.checkpoint import load_hf
 from g4attn_jax.commands.generate import _eos_tokens, _Text
 
 GOLDEN = Path(__file__).parent / "golden_model"
@@ -34,6 +37,19 @@ def checkpoint(tmp_path_factory):
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 126]}))
     return directory
+
+
+@pytest.fixture(scope="module")
+def follows(checkpoint):
+    """The tokens that the generator makes after both prompts, in bfloat16 as the command."""
+    config = Gemma4Config.from_hf(checkpoint / "config.json")
+    decoder, _ = load_hf(
+        checkpoint,
+        nnx.eval_shape(lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0))),
+        progress=None,
+    )
+    generator = Generator(decoder, capacity=PROMPT + 3)
+    return generator(TOKENS[:, :PROMPT].tolist(), 3)
 
 
 def joined(tokens):
@@ -60,17 +76,15 @@ def refusal(capsys, *arguments):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_tokens_after_tokens(checkpoint, capsys):
-    """The command computes in bfloat16, in which three tokens are still those of float32."""
+def test_tokens_after_tokens(checkpoint, follows, capsys):
     given = [joined(row[:PROMPT]) for row in TOKENS]
     output, error = generate(
         capsys,
         *("--checkpoint", checkpoint, "--token-ids", given[0], "--token-ids", given[1]),
         *("--max-new-tokens", 3),
     )
-    expected = TOKENS[:, PROMPT : PROMPT + 3].tolist()
-    assert tokens_of(output) == expected
-    assert output.splitlines()[:2] == ["prompt 0:", " ".join(f"w{t}" for t in expected[0])]
+    assert tokens_of(output) == follows
+    assert output.splitlines()[:2] == ["prompt 0:", " ".join(f"w{t}" for t in follows[0])]
     assert re.search(
         r"48 prompt tokens, 6 new tokens; .* first after \d+\.\d+ s, then \d+\.\d+ tokens/s", error
     )
@@ -105,9 +119,11 @@ def test_characters_of_several_tokens_are_printed_whole(checkpoint):
     assert [text.after([0]), text.after([1]), text.after([0, 1, 5])] == ["", "é", "éw5"]
 
 
-def test_stop_tokens_are_those_of_the_checkpoint_unless_given(checkpoint, tmp_path, capsys):
+def test_stop_tokens_are_those_of_the_checkpoint_unless_given(
+    checkpoint, follows, tmp_path, capsys
+):
     directory = shutil.copytree(checkpoint, tmp_path / "stops")
-    follow = TOKENS[0, PROMPT : PROMPT + 3].tolist()
+    follow = follows[0]
     assert follow[1] != follow[0]
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": follow[1]}))
     arguments = ("--checkpoint", directory, "--token-ids", joined(TOKENS[0, :PROMPT]))
