@@ -77,7 +77,7 @@ def test_rows_are_read_where_they_are(implementation):
 
 
 @on_the_kernel
-@settings(max_examples=20, deadline=None, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(sizes=st.lists(st.integers(0, 40), min_size=6, max_size=6))
 def test_any_sizes(implementation, sizes):
     """Of one compiled program; those that do not fit the rows are cut off."""
@@ -218,7 +218,7 @@ def test_gradients_are_the_formulas(implementation):
         assert np.sum(np.asarray(gradient) * direction) == pytest.approx(slope, rel=1e-4)
 
 
-@settings(max_examples=200, deadline=None, database=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.integers(0, 50), min_size=1, max_size=12),
     rest=st.integers(0, 50),
