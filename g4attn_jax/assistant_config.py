@@ -1,12 +1,11 @@
 """From the `config.json` of a Gemma 4 assistant to what its modules need to know."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Self
 
-from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
+from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode, read_config
 
 _MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 # What the text config of an assistant may ask for.
@@ -77,13 +76,7 @@ class AssistantConfig:
             ValueError: a field is missing, has a wrong type, contradicts another, or asks for
                 something this model does not do. The message names the field.
         """
-        if not isinstance(config, (str, PathLike, Mapping)):
-            raise ValueError(f"config is {config!r}; accepted: a path or a dict")
-        if not isinstance(config, Mapping):
-            with open(config, encoding="utf-8") as file:
-                config = json.load(file)
-            if not isinstance(config, Mapping):
-                raise ValueError(f"config must be a JSON object, not a {type(config).__name__}")
+        config = read_config(config)
         if config.get("model_type") not in _MODEL_TYPES:
             raise ValueError(
                 f"model_type is {config.get('model_type')!r}; an assistant's config has one of "

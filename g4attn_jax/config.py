@@ -63,6 +63,22 @@ class AttentionSpec:
         return self.num_q_heads // self.num_kv_heads
 
 
+def read_config(config: str | PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The contents of a `config.json`, given as they are or by its path.
+
+    Raises:
+        ValueError: it is neither, or the file holds no object.
+    """
+    if not isinstance(config, (str, PathLike, Mapping)):
+        raise ValueError(f"config is {config!r}; accepted: a path or a dict")
+    if not isinstance(config, Mapping):
+        with open(config, encoding="utf-8") as file:
+            config = json.load(file)
+        if not isinstance(config, Mapping):
+            raise ValueError(f"config must be a JSON object, not a {type(config).__name__}")
+    return config
+
+
 @dataclasses.dataclass(frozen=True)
 class Gemma4Config:
     """The text config of a Gemma 4 model, under Hugging Face's names.
@@ -114,13 +130,7 @@ class Gemma4Config:
             ValueError: a field is missing, has a wrong type, contradicts another, or asks for
                 something this attention does not do. The message names the field.
         """
-        if not isinstance(config, (str, PathLike, Mapping)):
-            raise ValueError(f"config is {config!r}; accepted: a path or a dict")
-        if not isinstance(config, Mapping):
-            with open(config, encoding="utf-8") as file:
-                config = json.load(file)
-            if not isinstance(config, Mapping):
-                raise ValueError(f"config must be a JSON object, not a {type(config).__name__}")
+        config = read_config(config)
         text = config.get("text_config", config)
         if not isinstance(text, Mapping):
             raise ValueError(f"text_config must be an object, not {text!r}")
