@@ -12,9 +12,9 @@ from g4attn_jax.ops.implementation import (
 )
 from g4attn_jax.ops.linear import reference, triton
 
-# Up to this many tokens a step is bound by reading its weights, and the kernel reads those of 31B
-# faster than XLA's matmul (bench/tune_linear.py), but for a single token's gate and up and full QKV,
-# where XLA is 1 to 2 % faster. More tokens have not been measured.
+# Up to this many tokens a step is bound by reading its weights. The kernel reads those of 31B
+# faster than XLA's matmul (bench/tune_linear.py), but for gate and up and full QKV of a single
+# token, where XLA is 1 to 2 % faster. More tokens have not been measured.
 MAX_TOKENS = 32
 # Without parts fewer columns are too few programs; XLA, which makes parts itself, takes them. Where
 # one overtakes the other has not been measured.
