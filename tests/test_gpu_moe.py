@@ -56,11 +56,13 @@ def test_real_sizes(tokens):
 
 
 def test_float32_sizes():
+    """Against float64: K products summed one after another are off by sqrt(K) 2^-24 or less."""
     gate_up, _ = matrices(jnp.float32)
     x, rows, sizes = routed(8, jnp.float32)
     gated = ops.grouped_gated_matmul(x, gate_up, sizes, rows, implementation="triton")
     exact = oracle.grouped_gated_matmul(x, np.asarray(gate_up), sizes, rows)
-    np.testing.assert_allclose(gated, exact, rtol=0, atol=2e-5)
+    error = np.linalg.norm(np.asarray(gated) - exact)
+    assert error <= EMBED**0.5 * 2.0**-24 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 1030])
@@ -84,4 +86,4 @@ def test_the_module(tokens):
     error = np.linalg.norm(ours - exact)
     assert error < 1e-2 * np.linalg.norm(exact)
     if usual is not None:
-        assert error <= 1.02 * np.linalg.norm(usual - exact)
+        assert error <= np.linalg.norm(usual - exact)

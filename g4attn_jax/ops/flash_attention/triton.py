@@ -150,8 +150,11 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
     o = jnp.where((row_position == UNPLACED)[:, None], jnp.nan, o)
     out_row = pl.program_id(1) * inputs.q.shape[0] + q_row
     store_rows(outputs[0], out_row, row_mask, o, value_column, value_width)
-    if launch.num_splits > 1:  # all value blocks write the same
+    if launch.num_splits > 1:
         log_sum = jnp.where(total > 0, m + jnp.log2(divisor), -jnp.inf)
+        # Another block's may be rounded in another way: it adds the parts of a key in its order.
+        if launch.value_blocks > 1:
+            row_mask &= value_block == 0
         plgpu.store(outputs[1].at[out_row], log_sum, mask=row_mask)
 
 
