@@ -133,9 +133,13 @@ class Gemma4DecoderLayer(nnx.Module):
         return x, h, cache
 
     def _tell(self, x, per_layer_input):
-        gate = x @ self.per_layer_gate[...].astype(x.dtype)
-        told = jax.nn.gelu(gate.astype(jnp.float32), approximate=True) * per_layer_input
-        return told.astype(x.dtype) @ self.per_layer_projection[...].astype(x.dtype)
+        """In parts."""
+        gate = ops.sum_parts(self._parts(x, self.per_layer_gate), jnp.float32)
+        told = jax.nn.gelu(gate, approximate=True) * per_layer_input
+        return self._parts(told.astype(x.dtype), self.per_layer_projection)
+
+    def _parts(self, x, weight):
+        return ops.linear_parts(x, weight[...].astype(x.dtype), implementation=self.implementation)
 
     def _norm(self, x, scale):
         """In float32: not rounded before the sum."""
