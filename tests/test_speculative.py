@@ -22,10 +22,12 @@ from g4attn_jax import (
     Generator,
     KVCache,
     Paged,
+    Ring,
     Sampling,
     generation,
 )
 from g4attn_jax.assistant_config import AssistantConfig
+from g4attn_jax.cache import CompactKVCache
 from g4attn_jax.checkpoint import load_assistant, load_hf
 from g4attn_jax.model import Gemma4Assistant
 from g4attn_jax.model.acceptance import Drawn, Greedy
@@ -215,6 +217,96 @@ def test_a_ring_of_a_window_and_a_group(monkeypatch):
     # The assistant's own drafts are the same too: it sees the same keys.
     for of_roomy, of_tight in zip(*seen, strict=True):
         np.testing.assert_array_equal(of_roomy, of_tight)
+
+
+class Logits(NamedTuple):
+    """Greedy, with logits for evidence."""
+
+    def draft(self, logits, position):
+        return Greedy().draft(logits, position)[0], logits
+
+    def accept(self, *of_step):
+        return Greedy().accept(*of_step)
+
+
+def test_a_group_drafts_as_if_nothing_had_been_refused():
+    """From the hidden state of the last token but one, over the keys of all before the last."""
+    name = "gemma-4-31b"
+    target, assistant = target_of(name), assistant_of(name)
+    # From 24 on the fixture's tokens are what the target says.
+    tokens = np.load(TARGETS / name / "golden.npz")["tokens"].repeat(3, axis=0)
+    batch, length = tokens.shape
+    layouts = {
+        "sliding_attention": Ring(batch, target.config.sliding_window, length),
+        "full_attention": Contiguous(batch, length + K),
+    }
+    graph, params = nnx.split((target, assistant))
+    forms = {"full_attention": CompactKVCache}
+
+    @jax.jit
+    def fill(params, positions):
+        target, _ = nnx.merge(graph, params)
+        caches = target.init_caches(layouts, forms)
+        return target.hidden(tokens, positions, caches, layouts)
+
+    @jax.jit
+    def drafted(params, token, position, hidden, caches):
+        models = nnx.merge(graph, params)
+        return draft(*models, token, position, hidden, caches, layouts, Logits(), draft_tokens=K)
+
+    @jax.jit
+    def verified(params, token, position, drafts, num_drafts, caches):
+        target, _ = nnx.merge(graph, params)
+        of_drafts = drafts, None, num_drafts
+        return verify(target, token, position, *of_drafts, caches, layouts, Logits())
+
+    rows, index = np.arange(batch), np.arange(length)
+    begin = np.array([30, 41, 40, 30, 63, 64], np.int32)
+    accepted = np.array([0, 1, 2, 3, 4, 2], np.int32)
+    num_drafts = np.array([4, 4, 4, 4, 4, 2], np.int32)  # the last has no others to refuse
+    drafts = tokens[rows[:, None], begin[:, None] + 1 + np.arange(K)]
+    refused = np.arange(K) >= accepted[:, None]
+    drafts = np.where(refused, (drafts + 1) % 128, drafts).astype(np.int32)
+    _, before = fill(params, np.where(index < begin[:, None], index, -1))
+    group = verified(params, tokens[rows, begin], begin, drafts, num_drafts, before)
+    np.testing.assert_array_equal(group.num_accepted, accepted)
+
+    position = begin + accepted + 1
+    whole, caches = fill(params, np.where(index < position[:, None], index, -1))
+    hidden = np.asarray(whole)[rows, position - 1]
+    np.testing.assert_allclose(group.hidden, hidden, rtol=0, atol=2e-4)
+    token = tokens[rows, position]
+    np.testing.assert_array_equal(np.asarray(group.tokens)[rows, accepted], token)
+    of_group = drafted(params, token, position, group.hidden, group.caches)
+    expected = drafted(params, token, position, hidden, caches)
+    np.testing.assert_allclose(of_group[1], expected[1], rtol=0, atol=2e-4)
+    np.testing.assert_array_equal(of_group[0], expected[0])
+    # The state of another token would be noticed.
+    other = drafted(params, token, position, np.asarray(whole)[rows, position - 2], caches)
+    assert np.abs(other[1] - expected[1]).max(axis=(1, 2)).min() > 0.01
+
+
+@pytest.mark.parametrize("name", ["gemma-4-e4b", "gemma-4-31b"])
+def test_drafts_of_hugging_face(name):
+    golden = np.load(ASSISTANTS / name / "golden.npz")["tokens"]
+    target, tokens = target_of(name), np.load(TARGETS / name / "golden.npz")["tokens"]
+    lengths = np.array([5, 80], np.int32)  # of golden_assistant/make_golden.py
+    layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(2, 88))
+    graph, params = nnx.split((target, assistant_of(name)))
+
+    @jax.jit
+    def drafts(params, positions):
+        target, assistant = nnx.merge(graph, params)
+        hidden, caches = target.hidden(tokens, positions, target.init_caches(layouts), layouts)
+        rows = np.arange(2)
+        last = tokens[rows, lengths], lengths, hidden[rows, lengths - 1]
+        return draft(
+            target, assistant, *last, caches, layouts, Greedy(), draft_tokens=golden.shape[1]
+        )[0]
+
+    index = np.arange(tokens.shape[1])
+    positions = np.where(index < lengths[:, None], index, -1)
+    np.testing.assert_array_equal(drafts(params, positions), golden)
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 8])
