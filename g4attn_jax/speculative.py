@@ -121,11 +121,12 @@ def draft(
     """
     check_draft_tokens(draft_tokens)
     read, k_scales = last_caches(decoder, caches)
+    plans = assistant.plan(position[:, None], layouts)
 
     def one(carry, at):
         token, hidden = carry
         embeddings = embed(decoder.embed_tokens[...], token[:, None]).astype(decoder.dtype)
-        logits, hidden = assistant(embeddings, hidden, position[:, None], read, layouts, k_scales)
+        logits, hidden = assistant.step(embeddings, hidden, plans, read, k_scales)
         token, evidence = rule.draft(logits[:, 0], at)
         return (token, hidden), (token, evidence)
 

@@ -398,12 +398,14 @@ def drawn_from_chains(sampling, same_chain=False):
         logits=lambda hidden: jnp.asarray(target)[hidden[..., 0]],
     )
 
-    class Looked:
-        dtype = jnp.dtype(jnp.float32)
-
-        def __call__(self, embeddings, hidden, positions, caches, layouts, k_scales):
-            return jnp.asarray(assistant)[embeddings[..., 0].astype(int)], hidden
-
+    reader = SimpleNamespace(
+        dtype=jnp.dtype(jnp.float32),
+        plan=lambda positions, layouts: None,
+        step=lambda embeddings, hidden, *of_caches: (
+            jnp.asarray(assistant)[embeddings[..., 0].astype(int)],
+            hidden,
+        ),
+    )
     keys = jax.random.split(jax.random.key(5), DRAWN_SEQUENCES)
     rule = generation._rule(sampling, keys, DRAWN_SEQUENCES, VOCAB)
 
@@ -411,7 +413,7 @@ def drawn_from_chains(sampling, same_chain=False):
     def group(token, position, num_drafts, rule):
         hidden = jnp.zeros((DRAWN_SEQUENCES, 1))
         of_target = token, position, hidden, {}, {}
-        drafts, evidence = draft(decoder, Looked(), *of_target, rule, draft_tokens=K)
+        drafts, evidence = draft(decoder, reader, *of_target, rule, draft_tokens=K)
         of_drafts = token, position, drafts, evidence, num_drafts
         verified = verify(decoder, *of_drafts, {}, {}, rule)
         return verified._replace(hidden=None), drafts
