@@ -261,7 +261,8 @@ def plot(head, rows, path):
     right.set(title="speedup", xlabel="share of drafts accepted", ylabel="tokens/s over plain's")
     right.legend()
     figure.suptitle(
-        f"31B, {DRAFTS} drafts, context {CONTEXT}, bfloat16, {head['gpu']}, JAX {head['jax']}"
+        f"31B, {DRAFTS} drafts, context {steps[0]['context']}, bfloat16, {head['gpu']}, "
+        f"JAX {head['jax']}"
     )
     figure.savefig(path, dpi=110)
 

@@ -140,7 +140,8 @@ class Generator:
             stop_tokens: each ends the sequence that makes it, and is the last of it.
             key: of `jax.random`, needed unless sampling is greedy: one, from which sequence b draws
                 as from `jax.random.fold_in(key, b)`, or one of each sequence, [B]. The token that
-                follows position p is drawn with the sequence's key, folded with p.
+                follows position p is drawn with the sequence's key, folded with p; with an
+                assistant it is another of the same distribution, see `acceptance.Drawn`.
             on_tokens: called with the new tokens of each sequence, several times; together they are
                 what is returned.
             on_drafts: called at the end with what became of the drafts; with an assistant alone.

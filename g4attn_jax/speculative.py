@@ -117,9 +117,11 @@ def draft(
         (drafts, evidence): int32 [B, k], and what `verify` is to be told of them, [B, k, ...].
 
     Raises:
-        ValueError: draft_tokens is not accepted, or as `Gemma4Assistant` raises.
+        ValueError: an argument has the wrong shape or dtype, draft_tokens is not accepted, or as
+            `Gemma4Assistant` raises.
     """
     check_draft_tokens(draft_tokens)
+    _check(token=token, position=position)
     read, k_scales = last_caches(decoder, caches)
     plans = assistant.plan(position[:, None], layouts)
 
@@ -164,7 +166,7 @@ def verify(
     Raises:
         ValueError: an argument has the wrong shape or dtype, or as `Gemma4Decoder` raises.
     """
-    _check(token, position, drafts, num_drafts)
+    _check(token=token, position=position, drafts=drafts, num_drafts=num_drafts)
     index = jnp.arange(drafts.shape[1] + 1, dtype=jnp.int32)
     goes_on = position[:, None] >= 0
     is_read = goes_on & (index <= num_drafts[:, None])
@@ -199,21 +201,19 @@ def check_draft_tokens(draft_tokens: int) -> None:
         )
 
 
-def _check(token, position, drafts, num_drafts):
-    batch = token.shape[0] if len(getattr(token, "shape", ())) == 1 else "B"
-    for name, array, rank in (
-        ("token", token, 1),
-        ("position", position, 1),
-        ("drafts", drafts, 2),
-        ("num_drafts", num_drafts, 1),
-    ):
+def _check(**arrays):
+    """Refuses what is not one integer of every sequence, or of `drafts` up to 8."""
+    batch = "B"
+    for name, array in arrays.items():
         shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", None)
-        fits = len(shape) == rank and shape[0] == batch
-        if rank == 2:
+        is_of_drafts = name == "drafts"
+        fits = len(shape) == 1 + is_of_drafts and batch in ("B", shape[0])
+        if is_of_drafts:
             fits = fits and shape[1] <= MAX_DRAFT_TOKENS
         if not fits or not jnp.issubdtype(dtype, jnp.integer):
-            accepted = f"[{batch}]" if rank == 1 else f"[{batch}, 0 to {MAX_DRAFT_TOKENS}]"
+            accepted = f"[{batch}, 0 to {MAX_DRAFT_TOKENS}]" if is_of_drafts else f"[{batch}]"
             raise ValueError(
                 f"{name} is a {type(array).__name__} of shape {shape} and dtype {dtype}; "
                 f"accepted: integer {accepted}"
             )
+        batch = shape[0]

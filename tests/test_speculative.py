@@ -27,7 +27,7 @@ from g4attn_jax import (
     generation,
 )
 from g4attn_jax.assistant_config import AssistantConfig
-from g4attn_jax.cache import CompactKVCache
+from g4attn_jax.cache import FLOAT8, CompactKVCache
 from g4attn_jax.checkpoint import load_assistant, load_hf
 from g4attn_jax.model import Gemma4Assistant
 from g4attn_jax.model.acceptance import Drawn, Greedy
@@ -188,6 +188,17 @@ def test_layouts_and_forms(layouts, forms, monkeypatch):
     options = {"capacity": CAPACITY, "chunk_tokens": 16, "forms": forms}
     generator = Generator(target_of(name), assistant=assistant_of(name), draft_tokens=K, **options)
     assert_all_is_told(generator, name, monkeypatch)
+
+
+def test_float8_caches():
+    """Of K = V layers compact too: a draft's query absorbs the key scale of the cache's layer."""
+    name = "gemma-4-31b"
+    options = {"capacity": CAPACITY, "chunk_tokens": 16, "cache_dtype": FLOAT8}
+    prompts = prompts_of(name)
+    plain = Generator(target_of(name), **options)(prompts, 64)
+    assert plain != [answer[:64] for answer in plain_of(name)]
+    generator = Generator(target_of(name), assistant=assistant_of(name), **options)
+    assert generator(prompts, 64) == plain
 
 
 def test_a_ring_of_a_window_and_a_group(monkeypatch):
@@ -563,3 +574,19 @@ def test_groups_that_make_no_sense(changes, message):
     }
     with pytest.raises(ValueError, match=message):
         verify(target_of("gemma-4-e4b"), **arguments | changes, caches={}, layouts={}, rule=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"draft_tokens": 0}, "draft_tokens is 0; accepted: an integer from 1 to 8"),
+        ({"token": np.zeros(2)}, r"token is .* dtype float64; accepted: integer \[B\]"),
+        ({"position": np.zeros((2, 1), int)}, r"position is .* accepted: integer \[2\]"),
+    ],
+)
+def test_drafts_that_make_no_sense(changes, message):
+    arguments = {"token": np.zeros(2, int), "position": np.zeros(2, int), "draft_tokens": K}
+    models = target_of("gemma-4-e4b"), assistant_of("gemma-4-e4b")
+    of_target = {"hidden": np.zeros((2, 48)), "caches": {}, "layouts": {}, "rule": Greedy()}
+    with pytest.raises(ValueError, match=message):
+        draft(*models, **arguments | of_target | changes)
