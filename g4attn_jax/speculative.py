@@ -35,7 +35,7 @@ from g4attn_jax.model.assistant import Gemma4Assistant, last_caches
 from g4attn_jax.model.decoder import Gemma4Decoder
 from g4attn_jax.model.embedding import embed
 
-# With more drafts the last are seldom reached; transformers' assistants are made for fewer.
+# What is tested; attention would take up to 15 (`ops.decode_attention.MAX_DECODE_TOKENS`).
 MAX_DRAFT_TOKENS = 8
 
 
@@ -134,6 +134,7 @@ def draft(
 
     follows = position + jnp.arange(draft_tokens, dtype=jnp.int32)[:, None]
     start = token.astype(jnp.int32), hidden[:, None].astype(assistant.dtype)
+    # A loop of known length: a pass is compiled once, and a GPU does not wait for the host in it.
     _, drafted = jax.lax.scan(one, start, follows)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), drafted)
 
