@@ -238,7 +238,8 @@ class _Sequences(NamedTuple):
                 tokens=count,
             )
             statistics = jax.tree.map(jnp.add, statistics, made)
-        return new, _Sequences(token, jnp.where(has_ended, -1, position), hidden, statistics)
+        position = jnp.where(has_ended, -1, position)
+        return new, _Sequences(token, position, hidden, statistics)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -322,6 +323,7 @@ class _Programs:
                 drafts, evidence = draft(
                     decoder, assistant, *of_target, rule, draft_tokens=self.draft_tokens
                 )
+            # The first step has no hidden state to draft from; tokens past the end have no room.
             room = jnp.where(position > begin, end - position - 1, 0)
             num_drafts = jnp.clip(room, 0, self.draft_tokens)
             verified = verify(
