@@ -160,49 +160,46 @@ def test_the_tokens_of_plain_decoding(name, monkeypatch):
 
 
 def contiguous(batch):
-    return dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(batch, CAPACITY))
+    return Contiguous(batch, CAPACITY)
+
+
+def ring(batch):
+    return Ring(batch, 8, 16)  # the fixtures' window, and a chunk
 
 
 def paged(batch):
     """Pages from the end of the pool, every other one another's; none past the capacity."""
     columns = -(-CAPACITY // 16)
     table = 2 * (batch * columns - 1 - np.arange(batch * columns)).reshape(batch, columns)
-    layout = Paged(jnp.asarray(table, jnp.int32), 2 * batch * columns, 16)
-    return dict.fromkeys(("sliding_attention", "full_attention"), layout)
+    return Paged(jnp.asarray(table, jnp.int32), 2 * batch * columns, 16)
 
 
 @pytest.mark.parametrize(
-    ("layouts", "forms"),
+    ("sliding", "full", "form"),
+    # With the generator's own choice, ring, contiguous and compact, all that each type can have.
     [
-        (contiguous, None),
-        (contiguous, {"full_attention": KVCache}),
-        (paged, None),
-        (paged, {"full_attention": KVCache}),
-        (None, {"full_attention": KVCache}),
+        (contiguous, paged, CompactKVCache),
+        (paged, contiguous, KVCache),
+        (ring, paged, KVCache),
     ],
 )
-def test_layouts_and_forms(layouts, forms, monkeypatch):
+def test_layouts_and_forms(sliding, full, form, monkeypatch):
     name = "gemma-4-31b"
-    if layouts is not None:
-        monkeypatch.setattr(generation._Programs, "_layouts", lambda self, batch: layouts(batch))
-    options = {"capacity": CAPACITY, "chunk_tokens": 16, "forms": forms}
+
+    def layouts(programs, batch):
+        return {"sliding_attention": sliding(batch), "full_attention": full(batch)}
+
+    monkeypatch.setattr(generation._Programs, "_layouts", layouts)
+    options = {"capacity": CAPACITY, "chunk_tokens": 16, "forms": {"full_attention": form}}
     generator = Generator(target_of(name), assistant=assistant_of(name), draft_tokens=K, **options)
     assert_all_is_told(generator, name, monkeypatch)
 
 
-def test_float8_caches():
-    """Of K = V layers compact too: a draft's query absorbs the key scale of the cache's layer."""
-    name = "gemma-4-31b"
-    options = {"capacity": CAPACITY, "chunk_tokens": 16, "cache_dtype": FLOAT8}
-    prompts = prompts_of(name)
-    plain = Generator(target_of(name), **options)(prompts, 64)
-    assert plain != [answer[:64] for answer in plain_of(name)]
-    generator = Generator(target_of(name), assistant=assistant_of(name), **options)
-    assert generator(prompts, 64) == plain
-
-
 def test_a_ring_of_a_window_and_a_group(monkeypatch):
-    """No slot more than is asked for, 59 + 5 in a tile of 64, with chunks smaller than a group."""
+    """No slot more than is asked for, 59 + 5 in a tile of 64, with chunks smaller than a group.
+
+    In float8, so that drafts also read scaled caches.
+    """
     name, window = "gemma-4-31b", 59
     configs = (target_of(name).config, assistant_of(name).config)
     target_config, text = (
@@ -215,7 +212,7 @@ def test_a_ring_of_a_window_and_a_group(monkeypatch):
     )
     prompts = prompts_of(name)
     # A ring of chunks of 200 tokens has 320 slots, as many as the sequence has tokens: contiguous.
-    roomy = {"capacity": CAPACITY, "chunk_tokens": 200}
+    roomy = {"capacity": CAPACITY, "chunk_tokens": 200, "cache_dtype": FLOAT8}
     plain = Generator(target, **roomy)(prompts, NEW)
     kinds = np.random.default_rng(1).choice([WRONG, RIGHT, OWN], size=(len(prompts), CAPACITY))
     use(guided(prompts, plain, kinds), monkeypatch)
@@ -362,12 +359,14 @@ def test_a_stop_token_in_a_run_of_drafts_ends_the_sequence(monkeypatch):
 def test_max_new_tokens_is_exact_and_may_fill_the_capacity(kinds, monkeypatch):
     """The last tokens have no room for drafts after them, and those go nowhere."""
     name = "gemma-4-e4b"
-    [prompt], [answer] = ([values[1]] for values in (prompts_of(name), plain_of(name)))
-    assert len(prompt + answer) == CAPACITY
-    use(guided([prompt], [answer], kinds), monkeypatch)
+    prompts, answers = prompts_of(name), plain_of(name)
+    use(guided(prompts, answers, kinds), monkeypatch)
+    whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    assert max(map(len, whole)) == CAPACITY
     for new in (1, 2, 3, 5, 6, 7, 9):
-        assert generator_of(name)([prompt], new) == [answer[:new]]
-        assert generator_of(name)([(prompt + answer)[:-new]], new) == [answer[-new:]]
+        assert generator_of(name)(prompts, new) == [answer[:new] for answer in answers]
+        last = generator_of(name)([tokens[:-new] for tokens in whole], new)
+        assert last == [answer[-new:] for answer in answers]
 
 
 VOCAB, DRAWN_SEQUENCES = 4, 60_000
@@ -514,11 +513,11 @@ def test_sequences_draw_from_their_keys_alone():
     together = generator(prompts, 24, sampling=sampling, key=key)
     assert together == generator(prompts, 24, sampling=sampling, key=key)
     assert together[0] != together[2]
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(3))
-    assert together == [
-        generator([prompt], 24, sampling=sampling, key=keys[row : row + 1])[0]
-        for row, prompt in enumerate(prompts)
-    ]
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(4))
+    # Among others, and in other rows.
+    others = [prompts[1], prompts_of(name)[2], prompts[2]]
+    apart = generator(others, 24, sampling=sampling, key=keys[jnp.array([1, 3, 2])])
+    assert [apart[0], apart[2]] == together[1:]
 
 
 @pytest.mark.parametrize(
