@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             generation.generate(job)
         except CheckpointError as error:
-            generating.error(f"--checkpoint: {error}")
+            generating.error(str(error))
         return 0
     try:
         jobs = plan(args.config, args.layers)
@@ -111,6 +111,18 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="off if left out")
     parser.add_argument("--top-p", type=float, metavar="P", help="off if left out")
+    parser.add_argument(
+        "--assistant",
+        type=Path,
+        metavar="DIR",
+        help="drafts tokens; of Hugging Face's format, with random weights its config.json alone",
+    )
+    parser.add_argument(
+        "--draft-tokens",
+        type=_positive,
+        metavar="K",
+        help="with --assistant: the most drafts in a step, 1 to 8 (4)",
+    )
     parser.add_argument("--seed", type=_not_negative, default=0, help="of weights and sampling")
     parser.add_argument(
         "--stop-token-ids",

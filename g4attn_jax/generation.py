@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,24 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from g4attn_jax.cache import Cache, CompactKVCache
 from g4attn_jax.config import Gemma4Config, ProjectionMode
 from g4attn_jax.layout import Contiguous, Layout, Ring
+from g4attn_jax.model.acceptance import Drawn, Greedy, Rule
+from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.decoder import Gemma4Decoder
-from g4attn_jax.model.sampling import Sampling, sample
+from g4attn_jax.model.sampling import Sampling
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
+from g4attn_jax.speculative import (
+    DraftStatistics,
+    Verified,
+    check_draft_tokens,
+    draft,
+    verify,
+)
 
 # The most steps between two looks of the host, during which the device has nothing to do.
 _MAX_STEPS = 32
 _GREEDY = Sampling()
+# Drafts in a step unless told otherwise: what `bench/speculative.py` measures.
+_DRAFT_TOKENS = 4
 
 
 class Generator:
@@ -42,12 +53,19 @@ class Generator:
     same sizes, another max_new_tokens, other stop tokens, keys and sampling parameters compile
     nothing.
 
+    With an assistant a step is a group of `g4attn_jax.speculative`: the assistant drafts tokens,
+    the decoder reads all of them at once, and a sequence gets 1 to draft_tokens + 1 tokens. The
+    first step of a call has no drafts, for want of the hidden state that they are made of, and no
+    draft goes past max_new_tokens. What is generated stays the same: the same tokens if sampling is
+    greedy, else tokens of the same distribution.
+
     Sequences do not depend on each other, except that matmuls of another size may round in another
     order.
 
     Attributes:
         capacity: the most tokens of a prompt and what follows it.
         chunk_tokens: the most tokens of a prompt in one chunk.
+        draft_tokens: the most drafts in a step; 0 without an assistant.
     """
 
     def __init__(
@@ -58,8 +76,10 @@ class Generator:
         forms: Mapping[str, type[Cache]] | None = None,
         cache_dtype: jax.typing.DTypeLike | None = None,
         chunk_tokens: int = 512,
+        assistant: Gemma4Assistant | None = None,
+        draft_tokens: int | None = None,
     ):
-        """Takes the weights that the decoder has now; compiles nothing yet.
+        """Takes the weights that the models have now; compiles nothing yet.
 
         Args:
             decoder: the model.
@@ -69,15 +89,20 @@ class Generator:
             cache_dtype: of caches, see `Gemma4Attention.init_cache`.
             chunk_tokens: the most tokens of a prompt in one chunk. More use the device better, and
                 take memory for activations and rings.
+            assistant: drafts tokens; None: one token a step.
+            draft_tokens: with an assistant the most drafts in a step, 1 to 8; 4 if left out.
 
         Raises:
-            ValueError: a number is not 1 or more, or as `Gemma4Decoder.init_caches` raises.
+            ValueError: a number is not accepted, the assistant is not one for this decoder or has
+                another dtype, or as `Gemma4Decoder.init_caches` raises.
         """
         _check_number("capacity", capacity)
         _check_number("chunk_tokens", chunk_tokens)
         self.capacity, self.chunk_tokens = int(capacity), int(chunk_tokens)
+        self.draft_tokens = _check_assistant(decoder, assistant, draft_tokens)
         self._vocab_size = decoder.config.vocab_size
-        graph, self._params = nnx.split(decoder)
+        self._hidden_size, self._dtype = decoder.config.hidden_size, decoder.dtype
+        graph, self._params = nnx.split((decoder, assistant))
         programs = _Programs(
             graph=graph,
             sliding_window=decoder.config.sliding_window,
@@ -85,6 +110,7 @@ class Generator:
             cache_dtype=cache_dtype,
             capacity=self.capacity,
             chunk_tokens=self.chunk_tokens,
+            draft_tokens=self.draft_tokens,
         )
         jax.eval_shape(functools.partial(programs.empty_caches, batch=1), self._params)
         # With all weights as arguments, caches are placed as those are, and stay so.
@@ -103,6 +129,7 @@ class Generator:
         stop_tokens: Iterable[int] = (),
         key: PRNGKeyArray | None = None,
         on_tokens: Callable[[list[list[int]]], Any] | None = None,
+        on_drafts: Callable[[DraftStatistics], Any] | None = None,
     ) -> list[list[int]]:
         """The tokens that follow each prompt.
 
@@ -113,9 +140,11 @@ class Generator:
             stop_tokens: each ends the sequence that makes it, and is the last of it.
             key: of `jax.random`, needed unless sampling is greedy: one, from which sequence b draws
                 as from `jax.random.fold_in(key, b)`, or one of each sequence, [B]. The token that
-                follows position p is drawn with the sequence's key, folded with p.
+                follows position p is drawn with the sequence's key, folded with p; with an
+                assistant it is another of the same distribution, see `acceptance.Drawn`.
             on_tokens: called with the new tokens of each sequence, several times; together they are
                 what is returned.
+            on_drafts: called at the end with what became of the drafts; with an assistant alone.
 
         Returns:
             The new tokens of each prompt: `max_new_tokens`, or as many as end with a stop token.
@@ -129,43 +158,95 @@ class Generator:
         prompts = _check_prompts(prompts, self._vocab_size, self.capacity - max_new_tokens)
         stops = np.zeros(self._vocab_size, bool)
         stops[_check_tokens("stop_tokens", tuple(stop_tokens), self._vocab_size)] = True
-        drawing = _drawing(sampling, key, len(prompts), self._vocab_size)
+        if on_drafts is not None and not self.draft_tokens:
+            raise ValueError("on_drafts is given; accepted with an assistant alone")
+        rule = _rule(sampling, key, len(prompts), self._vocab_size)
 
         caches = self._empty_caches(self._params, batch=len(prompts))
         for tokens, positions in _chunks(prompts, self.chunk_tokens):
             caches = self._prefill(self._params, tokens, positions, caches)
-        token = np.asarray([prompt[-1] for prompt in prompts], np.int32)
-        position = np.asarray([prompt.size - 1 for prompt in prompts], np.int32)
-        end = position + np.int32(max_new_tokens)
+        begin = np.asarray([prompt.size - 1 for prompt in prompts], np.int32)
+        end = begin + np.int32(max_new_tokens)
+        sequences = self._sequences(prompts)
         answers, steps = [[] for _ in prompts], 1
-        while (position >= 0).any():
-            made, caches = self._decode(
-                self._params, token, position, caches, end, np.int32(steps), stops, drawing
+        while (sequences.position >= 0).any():
+            (made, sequences), caches = self._decode(
+                self._params, sequences, caches, begin, end, np.int32(steps), stops, rule
             )
-            made, token, position = jax.device_get(made)
+            made, sequences = jax.device_get((made, sequences))
             new = [row[row >= 0].tolist() for row in made]
             for answer, tokens in zip(answers, new, strict=True):
                 answer += tokens
             if on_tokens is not None:
                 on_tokens(new)
             steps = min(2 * steps, _MAX_STEPS)
+        if on_drafts is not None:
+            on_drafts(sequences.statistics)
         return answers
 
+    def _sequences(self, prompts):
+        """Before the first step; NumPy's, as the device gets them back between steps."""
+        batch, hidden, statistics = len(prompts), None, None
+        if self.draft_tokens:
+            hidden = np.zeros((batch, self._hidden_size), self._dtype)
+            counts = (np.zeros(batch, np.int32) for _ in DraftStatistics._fields)
+            statistics = DraftStatistics(*counts)
+        token = np.asarray([prompt[-1] for prompt in prompts], np.int32)
+        position = np.asarray([prompt.size - 1 for prompt in prompts], np.int32)
+        return _Sequences(token, position, hidden, statistics)
 
-class _Drawing(NamedTuple):
-    """How tokens are drawn, as arrays; what is None is known to be off when compiling."""
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""] | None
-    top_p: Float[Array, ""] | None
-    keys: PRNGKeyArray
+class _Sequences(NamedTuple):
+    """What goes from step to step beside the caches.
+
+    Attributes:
+        token: int32 [B], the last token of each sequence, which is not in the caches yet.
+        position: int32 [B], where it is; -1 where the sequence has stopped.
+        hidden: [B, E], the decoder's final hidden state of the token before; None without an
+            assistant.
+        statistics: so far; None without an assistant.
+    """
+
+    token: Int[Array, " B"]
+    position: Int[Array, " B"]
+    hidden: Float[Array, "B E"] | None
+    statistics: DraftStatistics | None
+
+    def advance(
+        self,
+        verified: Verified,
+        num_drafts: Int[Array, " B"],
+        end: Int[Array, " B"],
+        stops: Bool[Array, " V"],
+    ) -> tuple[Int[Array, "B k+1"], Self]:
+        """The new tokens of a step, none after a stop token, and the sequences with them."""
+        is_stop = (verified.tokens >= 0) & stops[verified.tokens]
+        comes_after = jnp.cumsum(is_stop, axis=1) - is_stop > 0
+        new = jnp.where(comes_after, -1, verified.tokens)
+        count = jnp.sum(new >= 0, axis=1)
+        last = jnp.take_along_axis(new, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+        token = jnp.where(count > 0, last, self.token)
+        position = self.position + count
+        has_ended = (self.position < 0) | (position >= end) | is_stop.any(axis=1)
+        hidden, statistics = self.hidden, self.statistics
+        if statistics is not None:
+            hidden = verified.hidden
+            made = DraftStatistics(
+                steps=self.position >= 0,
+                drafted=num_drafts,
+                accepted=jnp.minimum(verified.num_accepted, count),
+                tokens=count,
+            )
+            statistics = jax.tree.map(jnp.add, statistics, made)
+        position = jnp.where(has_ended, -1, position)
+        return new, _Sequences(token, position, hidden, statistics)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Programs:
     """Pure functions of the weights. They hold none, so that these go with the generator.
 
-    Letters: B sequences, T tokens of a chunk, V vocabulary.
+    Letters: B sequences, T tokens of a chunk, k drafts in a step, V vocabulary.
     """
 
     graph: nnx.GraphDef
@@ -174,10 +255,11 @@ class _Programs:
     cache_dtype: jax.typing.DTypeLike | None
     capacity: int
     chunk_tokens: int
+    draft_tokens: int
 
     def empty_caches(self, params: nnx.State, batch: int) -> dict[int, Cache]:
         """The caches of `batch` sequences."""
-        decoder = nnx.merge(self.graph, params)
+        decoder, _ = nnx.merge(self.graph, params)
         return decoder.init_caches(self._layouts(batch), self.forms, dtype=self.cache_dtype)
 
     def prefill(
@@ -188,7 +270,8 @@ class _Programs:
         caches: dict[int, Cache],
     ) -> dict[int, Cache]:
         """The caches with a chunk of every prompt."""
-        decoder, batch = nnx.merge(self.graph, params), tokens.shape[0]
+        decoder, _ = nnx.merge(self.graph, params)
+        batch = tokens.shape[0]
         nowhere = jnp.zeros((batch, 0), jnp.int32)
         layouts = self._layouts(batch)
         return decoder.hidden(tokens, positions, caches, layouts, logits_at=nowhere)[1]
@@ -196,91 +279,78 @@ class _Programs:
     def decode(
         self,
         params: nnx.State,
-        token: Int[Array, " B"],
-        position: Int[Array, " B"],
+        sequences: _Sequences,
         caches: dict[int, Cache],
+        begin: Int[Array, " B"],
         end: Int[Array, " B"],
         steps: Int[Array, ""],
         stops: Bool[Array, " V"],
-        drawing: _Drawing | None,
+        rule: Rule,
     ):
         """Up to `steps` steps, fewer if all sequences stop.
 
         Args:
-            params: of the decoder.
-            token: the last token of each sequence, which is not in the caches yet.
-            position: where it is; -1 where the sequence has stopped.
+            params: of the models.
+            sequences: see there.
             caches: donated.
+            begin: the position of the last token of each prompt.
             end: the position of the last token that each sequence may have.
             steps: up to 32.
             stops: which tokens end a sequence.
-            drawing: None is greedy.
+            rule: how tokens are chosen.
 
         Returns:
-            ((made, token, position), caches): made [B, 32], the new tokens, -1 where there is none;
-            the others as above.
+            ((made, sequences), caches): made [B, 32, k + 1], the new tokens of each step, -1 where
+            there is none; the others as above.
         """
-        batch = token.shape[0]
+        batch = sequences.token.shape[0]
         layouts = self._layouts(batch)
 
         def goes_on(carry):
-            step, _, _, position, _ = carry
-            return (step < steps) & (position >= 0).any()
+            step, _, sequences, _ = carry
+            return (step < steps) & (sequences.position >= 0).any()
 
         def one(carry):
-            step, made, token, position, caches = carry
+            step, made, sequences, caches = carry
             # On a CPU, XLA converts bfloat16 weights to float32 for a matmul. Without the barrier
             # it does so before the loop, and holds all of them.
-            weights, token = jax.lax.optimization_barrier((params, token))
-            decoder = nnx.merge(self.graph, weights)
-            logits, caches = decoder(token[:, None], position[:, None], caches, layouts)
-            token = _draw(logits[:, 0], position, drawing)
-            made = made.at[:, step].set(jnp.where(position >= 0, token, -1))
-            has_ended = (position < 0) | (position + 1 >= end) | stops[token]
-            position = jnp.where(has_ended, -1, position + 1)
-            return step + 1, made, token, position, caches
+            weights, sequences = jax.lax.optimization_barrier((params, sequences))
+            decoder, assistant = nnx.merge(self.graph, weights)
+            token, position, hidden, _ = sequences
+            drafts, evidence = jnp.zeros((batch, 0), jnp.int32), None
+            if assistant is not None:
+                of_target = token, position, hidden, caches, layouts
+                drafts, evidence = draft(
+                    decoder, assistant, *of_target, rule, draft_tokens=self.draft_tokens
+                )
+            # The first step has no hidden state to draft from; tokens past the end have no room.
+            room = jnp.where(position > begin, end - position - 1, 0)
+            num_drafts = jnp.clip(room, 0, self.draft_tokens)
+            verified = verify(
+                decoder, token, position, drafts, evidence, num_drafts, caches, layouts, rule
+            )
+            new, sequences = sequences.advance(verified, num_drafts, end, stops)
+            return step + 1, made.at[:, step].set(new), sequences, verified.caches
 
-        made = jnp.full((batch, _MAX_STEPS), -1, jnp.int32)
-        start = jnp.int32(0), made, token, position, caches
-        _, made, token, position, caches = jax.lax.while_loop(goes_on, one, start)
-        return (made, token, position), caches
+        made = jnp.full((batch, _MAX_STEPS, self.draft_tokens + 1), -1, jnp.int32)
+        start = jnp.int32(0), made, sequences, caches
+        _, made, sequences, caches = jax.lax.while_loop(goes_on, one, start)
+        return (made, sequences), caches
 
     def _layouts(self, batch: int) -> dict[str, Layout]:
         full = Contiguous(batch, self.capacity)
-        ring = Ring(batch, self.sliding_window, self.chunk_tokens)
+        ring = Ring(batch, self.sliding_window, max(self.chunk_tokens, self.draft_tokens + 1))
         return {
             "full_attention": full,
             "sliding_attention": ring if ring.capacity < full.capacity else full,
         }
 
 
-def _draw(
-    logits: Float[Array, "B V"], position: Int[Array, " B"], drawing: _Drawing | None
-) -> Int[Array, " B"]:
-    """The token that follows each position, whatever the other sequences are."""
-    if drawing is None:
-        return sample(logits, None, temperature=0.0)
-
-    def draw_one(logits, key, position):
-        [token] = sample(
-            logits[None],
-            jax.random.fold_in(key, position),
-            temperature=drawing.temperature,
-            top_k=drawing.top_k,
-            top_p=drawing.top_p,
-        )
-        return token
-
-    return jax.vmap(draw_one)(logits, drawing.keys, position)
-
-
-def _drawing(
-    sampling: Sampling, key: PRNGKeyArray | None, batch: int, vocab_size: int
-) -> _Drawing | None:
+def _rule(sampling: Sampling, key: PRNGKeyArray | None, batch: int, vocab_size: int) -> Rule:
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling is a {type(sampling).__name__}; accepted: Sampling")
     if sampling.temperature == 0:
-        return None
+        return Greedy()
     is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not is_key or key.shape not in ((), (batch,)):
         given = f"has shape {key.shape}" if is_key else f"is {key!r}"
@@ -288,7 +358,7 @@ def _drawing(
             f"key {given}; accepted with a temperature above 0: one of jax.random.key, or {batch}"
         )
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(batch))
-    return _Drawing(
+    return Drawn(
         temperature=np.float32(sampling.temperature),
         top_k=None if sampling.top_k is None else np.int32(min(sampling.top_k, vocab_size)),
         top_p=None if sampling.top_p is None else np.float32(sampling.top_p),
@@ -319,6 +389,28 @@ def _default_forms(config: Gemma4Config) -> dict[str, type[Cache]]:
     if any(spec.mode is ProjectionMode.QK_ONLY and spec.rotary_dim for spec in specs):
         return {"full_attention": CompactKVCache}
     return {}
+
+
+def _check_assistant(decoder, assistant, draft_tokens):
+    """The number of drafts."""
+    if assistant is None:
+        if draft_tokens is not None:
+            raise ValueError(f"draft_tokens is {draft_tokens!r}; accepted with an assistant alone")
+        return 0
+    if not isinstance(assistant, Gemma4Assistant):
+        raise ValueError(
+            f"assistant is a {type(assistant).__name__}; accepted: Gemma4Assistant, or None"
+        )
+    try:
+        assistant.config.check_target(decoder.config)
+    except ValueError as error:
+        raise ValueError(f"assistant was made for another decoder: {error}") from error
+    if assistant.dtype != decoder.dtype:
+        raise ValueError(f"assistant has dtype {assistant.dtype}; the decoder has {decoder.dtype}")
+    if draft_tokens is None:
+        return _DRAFT_TOKENS
+    check_draft_tokens(draft_tokens)
+    return int(draft_tokens)
 
 
 def _check_prompts(prompts, vocab_size, max_length):

@@ -20,6 +20,7 @@ from g4attn_jax.checkpoint import load_hf
 from g4attn_jax.commands.generate import _eos_tokens, _Text
 
 GOLDEN = Path(__file__).parent / "golden_model"
+ASSISTANTS = Path(__file__).parent / "golden_assistant"
 NAME = "gemma-4-31b"
 TOKENS = np.load(GOLDEN / NAME / "golden.npz")["tokens"]
 PROMPT = 24
@@ -151,6 +152,60 @@ def test_random_weights(capsys):
     [tokens] = tokens_of(output)
     assert len(tokens) == 6 and "20 prompt tokens, 6 new tokens" in error
     assert generate(capsys, *arguments).out == output
+
+
+DRAFTS = re.compile(r"(\d+) of (\d+) drafts accepted \(\d+\.\d%\), (\d\.\d\d) tokens a target step")
+
+
+def test_an_assistant_says_how_its_drafts_did(checkpoint, follows, capsys):
+    given = [joined(row[:PROMPT]) for row in TOKENS]
+    output, error = generate(
+        capsys,
+        *("--checkpoint", checkpoint, "--token-ids", given[0], "--token-ids", given[1]),
+        *("--max-new-tokens", 3, "--assistant", ASSISTANTS / NAME, "--draft-tokens", 2),
+    )
+    assert tokens_of(output) == follows
+    accepted, drafted, tokens_per_step = map(float, DRAFTS.search(error).groups())
+    # Of three tokens the first has no draft, and the last no room for one after it.
+    assert drafted == 2
+    assert tokens_per_step == pytest.approx(6 / (6 - accepted), abs=0.01)
+
+
+def test_random_weights_of_an_assistant_too(capsys):
+    arguments = ("--random-weights", "--config", GOLDEN / NAME / "config.json", "--layers", 3)
+    arguments += ("--max-new-tokens", 6, "--assistant", ASSISTANTS / NAME)
+    output, error = generate(capsys, *arguments)
+    [tokens] = tokens_of(output)
+    assert len(tokens) == 6 and DRAFTS.search(error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--draft-tokens", "3"], "--draft-tokens needs --assistant"),
+        (["--assistant", "nowhere"], "--assistant: there is no nowhere"),
+        (["--assistant", str(GOLDEN / NAME)], "--assistant: model_type is 'gemma4_text'; an assis"),
+        (
+            ["--assistant", str(ASSISTANTS / "gemma-4-e4b")],
+            "--assistant: backbone_hidden_size is 48; the target has hidden_size 64",
+        ),
+        (
+            ["--assistant", str(ASSISTANTS / NAME), "--draft-tokens", "9"],
+            "draft_tokens is 9; accepted: an integer from 1 to 8",
+        ),
+    ],
+)
+def test_bad_assistants_are_explained(arguments, message, checkpoint, capsys):
+    given = ("--checkpoint", checkpoint, "--token-ids", "1,2")
+    assert message in refusal(capsys, *given, *arguments)
+
+
+def test_a_bad_checkpoint_of_an_assistant_is_explained(checkpoint, tmp_path, capsys):
+    directory = shutil.copytree(ASSISTANTS / NAME, tmp_path / "changed")
+    (directory / "model.safetensors").write_bytes(b"no tensors")
+    given = ("--checkpoint", checkpoint, "--token-ids", "1,2", "--assistant", directory)
+    message = refusal(capsys, *given)
+    assert "--assistant: " in message and "model.safetensors is not a safetensors" in message
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Generator, KVCac
 from g4attn_jax.cache import FLOAT8, CompactKVCache
 from g4attn_jax.checkpoint import load_hf
 from g4attn_jax.generation import _check_prompts, _chunks
+from g4attn_jax.model.acceptance import Greedy
 
 GOLDEN = Path(__file__).parent / "golden_model"
 MODELS = ("gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b")
@@ -259,9 +260,11 @@ def test_caches_are_updated_in_place():
     row = np.zeros(batch, np.int32)
     chunk = np.zeros((batch, 16), np.int32)
     stops = np.zeros(128, bool)
+    sequences = generator._sequences([row, row])
+    constants = row, row, np.int32(1), stops, Greedy()
     for lowered in (
         generator._prefill.lower(generator._params, chunk, chunk, caches),
-        generator._decode.lower(generator._params, row, row, caches, row, np.int32(1), stops, None),
+        generator._decode.lower(generator._params, sequences, caches, *constants),
     ):
         assert lowered.compile().memory_analysis().alias_size_in_bytes >= size
 

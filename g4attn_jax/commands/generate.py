@@ -13,12 +13,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from g4attn_jax.checkpoint import load_hf
+from g4attn_jax.assistant_config import AssistantConfig
+from g4attn_jax.checkpoint import CheckpointError, load_assistant, load_hf
 from g4attn_jax.commands.decode import load_config
 from g4attn_jax.config import Gemma4Config
 from g4attn_jax.generation import Generator
-from g4attn_jax.model import Gemma4Decoder
+from g4attn_jax.model import Gemma4Assistant, Gemma4Decoder
 from g4attn_jax.model.sampling import Sampling
+from g4attn_jax.speculative import DraftStatistics, check_draft_tokens
 
 # The kernels read caches in whole tiles.
 _CAPACITY_TILE = 64
@@ -31,6 +33,9 @@ class Job:
     Attributes:
         config: of the model.
         checkpoint: where its weights are; None: random.
+        assistant: where the assistant is, its weights too unless they are random; None: there is
+            none.
+        draft_tokens: the most drafts in a step; None: the generator's.
         tokenizer: a `tokenizers.Tokenizer`, or None.
         prompts: tokens of each.
         max_new_tokens: the most that follow a prompt.
@@ -41,6 +46,8 @@ class Job:
 
     config: Gemma4Config
     checkpoint: Path | None
+    assistant: Path | None
+    draft_tokens: int | None
     tokenizer: Any | None
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
@@ -66,6 +73,8 @@ def plan(args: argparse.Namespace) -> Job:
     job = Job(
         config=config,
         checkpoint=args.checkpoint,
+        assistant=args.assistant,
+        draft_tokens=args.draft_tokens,
         tokenizer=tokenizer,
         prompts=_prompts(args, config, tokenizer),
         max_new_tokens=args.max_new_tokens,
@@ -74,6 +83,7 @@ def plan(args: argparse.Namespace) -> Job:
         seed=args.seed,
     )
     _check_tokens("--stop-token-ids", stop_tokens, config)
+    _check_assistant(job)
     return job
 
 
@@ -87,7 +97,9 @@ def generate(job: Job) -> None:
     decoder = _decoder(job)
     longest = max(map(len, job.prompts)) + job.max_new_tokens
     capacity = -(-longest // _CAPACITY_TILE) * _CAPACITY_TILE
-    generator = Generator(decoder, capacity=capacity)
+    generator = Generator(
+        decoder, capacity=capacity, assistant=_assistant(job), draft_tokens=job.draft_tokens
+    )
     arguments = {
         "sampling": job.sampling,
         "stop_tokens": job.stop_tokens,
@@ -104,6 +116,9 @@ def generate(job: Job) -> None:
         if job.tokenizer is not None and len(texts) == 1:
             print(texts[0].after(new[0]), end="", flush=True)
 
+    statistics = []
+    if job.assistant is not None:
+        arguments["on_drafts"] = statistics.append
     answers = generator(job.prompts, job.max_new_tokens, on_tokens=on_tokens, **arguments)
     for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         if len(answers) > 1:
@@ -118,6 +133,17 @@ def generate(job: Job) -> None:
         f"{prompt_tokens} prompt tokens, {new_tokens} new tokens; compiled in {compiling:.1f} s, "
         f"first after {clock.first:.3f} s, then {clock.rate}",
         file=sys.stderr,
+    )
+    for of_call in statistics:
+        print(_drafts(of_call), file=sys.stderr)
+
+
+def _drafts(statistics: DraftStatistics) -> str:
+    drafted, accepted = int(statistics.drafted.sum()), int(statistics.accepted.sum())
+    rate = f" ({statistics.acceptance_rate:.1%})" if drafted else ""
+    return (
+        f"{accepted} of {drafted} drafts accepted{rate}, {statistics.tokens_per_step:.2f} tokens a "
+        "target step"
     )
 
 
@@ -160,10 +186,51 @@ class _Text:
 def _decoder(job):
     if job.checkpoint is not None:
         abstract = nnx.eval_shape(lambda: Gemma4Decoder(job.config, rngs=nnx.Rngs(0)))
-        return load_hf(job.checkpoint, abstract)[0]
+        return _loaded("--checkpoint", load_hf, job.checkpoint, abstract)
+    return Gemma4Decoder(job.config, rngs=_rngs(job.seed))
+
+
+def _assistant(job):
+    if job.assistant is None:
+        return None
+    config = _assistant_config(job.assistant)
+    if job.checkpoint is not None:
+        abstract = nnx.eval_shape(lambda: Gemma4Assistant(config, rngs=nnx.Rngs(0)))
+        return _loaded("--assistant", load_assistant, job.assistant, abstract)
+    return Gemma4Assistant(config, rngs=_rngs(job.seed + 1))
+
+
+def _loaded(option, load, directory, abstract):
+    try:
+        return load(directory, abstract)[0]
+    except CheckpointError as error:
+        raise CheckpointError(f"{option}: {error}") from error
+
+
+def _rngs(seed):
     # The default generator of random bits needs, on a CPU, eight times the memory of the weight
     # that is drawn; this one none.
-    return Gemma4Decoder(job.config, rngs=nnx.Rngs(jax.random.key(job.seed, impl="rbg")))
+    return nnx.Rngs(jax.random.key(seed, impl="rbg"))
+
+
+def _check_assistant(job):
+    if job.assistant is None:
+        if job.draft_tokens is not None:
+            raise ValueError("--draft-tokens needs --assistant")
+        return
+    if job.draft_tokens is not None:
+        check_draft_tokens(job.draft_tokens)
+    try:
+        _assistant_config(job.assistant).check_target(job.config)
+    except ValueError as error:
+        raise ValueError(f"--assistant: {error}") from error
+
+
+def _assistant_config(directory):
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"there is no {path}")
+    return AssistantConfig.from_hf(path)
 
 
 def _random_config(args):

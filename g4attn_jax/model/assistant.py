@@ -140,17 +140,35 @@ class Gemma4Assistant(nnx.Module):
             ValueError: an argument has the wrong shape or dtype, a cache, layout or k_scale is
                 missing, or as `plan_step` raises.
         """
-        self._check(embeddings, hidden, caches, layouts)
         positions = positions if hasattr(positions, "shape") else np.asarray(positions)
-        if positions.shape != embeddings.shape[:2]:
+        if positions.shape != np.shape(embeddings)[:2]:
             raise ValueError(
                 f"positions has shape {positions.shape}; with embeddings of shape "
-                f"{embeddings.shape} it must be {embeddings.shape[:2]}"
+                f"{np.shape(embeddings)} it must be {np.shape(embeddings)[:2]}"
             )
-        plans = {
+        plans = self.plan(positions, layouts)
+        return self.step(embeddings, hidden, plans, caches, k_scales)
+
+    def plan(
+        self, positions: Int[Array, "B T"], layouts: Mapping[str, Layout]
+    ) -> dict[str, StepPlan]:
+        """What depends on positions and layouts, for all drafts of a group; see `__call__`."""
+        self._check_layer_types("layouts", layouts)
+        return {
             layer_type: self._plan(layer_type, positions, layouts[layer_type])
             for layer_type in self._layer_types()
         }
+
+    def step(
+        self,
+        embeddings: Float[Array, "B T A"],
+        hidden: Float[Array, "B T A"],
+        plans: Mapping[str, StepPlan],
+        caches: Mapping[str, Cache],
+        k_scales: Mapping[str, Float[Array, " D"]] | None = None,
+    ) -> tuple[Float[Array, "B T V"], Float[Array, "B T A"]]:
+        """`__call__` with what `plan` made of positions and layouts."""
+        self._check(embeddings, hidden, caches)
         inputs = jnp.concatenate([embeddings, hidden], axis=-1)
         x = self._linear(inputs, self.pre_projection)
         h = rms_norm(x, self.layers[0].input_norm[...], eps=self.config.text.rms_norm_eps)
@@ -219,7 +237,7 @@ class Gemma4Assistant(nnx.Module):
     def _layer_types(self):
         return sorted(set(self.config.text.layer_types))
 
-    def _check(self, embeddings, hidden, caches, layouts):
+    def _check(self, embeddings, hidden, caches):
         size = self.config.backbone_hidden_size
         for name, array in (("embeddings", embeddings), ("hidden", hidden)):
             shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", None)
@@ -233,10 +251,12 @@ class Gemma4Assistant(nnx.Module):
                 f"hidden has shape {hidden.shape}; with embeddings of shape {embeddings.shape} it "
                 f"must be {embeddings.shape}"
             )
-        for name, given in (("caches", caches), ("layouts", layouts)):
-            missing = [key for key in self._layer_types() if key not in given]
-            if missing:
-                raise ValueError(f"{name} lacks {', '.join(missing)}; the assistant reads it")
+        self._check_layer_types("caches", caches)
+
+    def _check_layer_types(self, name, given):
+        missing = [key for key in self._layer_types() if key not in given]
+        if missing:
+            raise ValueError(f"{name} lacks {', '.join(missing)}; the assistant reads it")
 
 
 def last_caches(

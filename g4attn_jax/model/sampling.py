@@ -84,9 +84,24 @@ def sample(
     if isinstance(temperature, np.ndarray) and not temperature.any():
         return best
     is_greedy = temperature == 0
+    scaled = scaled_logits(logits, jnp.where(is_greedy, 1, temperature), top_k, top_p)
+    drawn = jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
+    return jnp.where(is_greedy[:, 0], best, drawn)
+
+
+def scaled_logits(
+    logits: Float[Array, "*batch V"],
+    temperature: Float[Array, "*#batch 1"],
+    top_k: Int[Array, "*#batch 1"] | None,
+    top_p: Float[Array, "*#batch 1"] | None,
+) -> Float[Array, "*batch V"]:
+    """The logits of `sample`'s p: softmax makes it of them, and those of dropped tokens are -inf.
+
+    Parameters, as of `sample`, are not looked at. They are arrays, or scalars, that broadcast with
+    the logits; temperature is above 0.
+    """
     # No temperature, however low, makes the largest overflow.
-    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
-    scaled /= jnp.where(is_greedy, 1, temperature)
+    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     if top_k is not None:
         keep = _exceeded_by_less_than(top_k, scaled, jnp.ones_like(scaled))
         scaled = jnp.where(keep, scaled, -jnp.inf)
@@ -94,13 +109,14 @@ def sample(
         keep = _exceeded_by_less_than(top_p, scaled, jax.nn.softmax(scaled, axis=-1))
         # Sums of probabilities are rounded: off is not left to them.
         scaled = jnp.where(keep | (top_p >= 1), scaled, -jnp.inf)
-    drawn = jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
-    return jnp.where(is_greedy[:, 0], best, drawn)
+    return scaled
 
 
 def _exceeded_by_less_than(
-    limit: Shaped[Array, "B 1"], logits: Float[Array, "B V"], weights: Float[Array, "B V"]
-) -> Shaped[Array, "B V"]:
+    limit: Shaped[Array, "*#batch 1"],
+    logits: Float[Array, "*batch V"],
+    weights: Float[Array, "*batch V"],
+) -> Shaped[Array, "*batch V"]:
     """Which tokens have less than `limit` of weight in tokens of larger logits.
 
     That weight falls as logits rise, so they are all from some logit on, which is found by its
@@ -113,7 +129,7 @@ def _exceeded_by_less_than(
         above = jnp.sum(jnp.where(ranks > lower, weights, 0), axis=-1, keepdims=True)
         return jnp.where(above < limit, lower, lowest)
 
-    highest = jnp.full((logits.shape[0], 1), jnp.iinfo(jnp.uint32).max)
+    highest = jnp.full((*logits.shape[:-1], 1), jnp.iinfo(jnp.uint32).max)
     lowest = jax.lax.fori_loop(0, _BITS, clear_bit, highest)
     # The most likely token stays, whatever an array holds.
     return ranks >= jnp.minimum(lowest, jnp.max(ranks, axis=-1, keepdims=True))
