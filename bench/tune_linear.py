@@ -35,7 +35,7 @@ WEIGHTS = (
     ("gate and up", 5376, 2, 21504),
     ("down", 21504, 1, 5376),
 )
-TOKENS = (1, 8, 32)
+TOKENS = (1, 8, 32, 64)
 
 
 def launches(chosen: Launch, matrices: int) -> list[Launch]:

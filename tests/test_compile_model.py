@@ -28,7 +28,7 @@ def opcodes_of(gpu, f, *arguments):
 
 @on_every_gpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("tokens", [1, 32])
+@pytest.mark.parametrize("tokens", [1, 64])
 def test_matmuls_of_few_tokens_are_one_launch(gpu, tokens, dtype):
     x = struct(tokens, 1, 5376, dtype=dtype)
     for f, w in [

@@ -14,8 +14,9 @@ from g4attn_jax.ops.linear import reference, triton
 
 # Up to this many tokens a step is bound by reading its weights. The kernel reads those of 31B
 # faster than XLA's matmul (bench/tune_linear.py), but for gate and up and full QKV of a single
-# token, where XLA is 1 to 2 % faster. More tokens have not been measured.
-MAX_TOKENS = 32
+# token, where XLA is 1 to 4 % faster. Measured up to 32 tokens; 64 are what 8 sequences with 4 to
+# 7 drafts need.
+MAX_TOKENS = 64
 # Without parts fewer columns are too few programs; XLA, which makes parts itself, takes them. Where
 # one overtakes the other has not been measured.
 _MIN_COLUMNS = 6144
@@ -39,7 +40,7 @@ def linear(
         x: [..., K]. bfloat16, float16 or float32.
         w: [K, N], in x's dtype.
         implementation: None (on an NVIDIA GPU of compute capability 8.0 or higher the kernel for
-            up to 32 tokens and 6144 columns or more; else XLA), "triton" (the kernel for up to 32
+            up to 64 tokens and 6144 columns or more; else XLA), "triton" (the kernel for up to 32
             tokens and any columns, XLA for more), "xla", or "triton_interpret" (the kernel for any
             number of tokens). Under `jax.vmap` the tokens of one element count.
 
@@ -71,7 +72,7 @@ def linear_parts(
 
     Returns:
         One part [1, ..., N] in x's dtype, or more in float32: as many as the kernel would make,
-        though XLA in its place fills the first alone. "xla" and more than 32 tokens make one.
+        though XLA in its place fills the first alone. "xla" and more than 64 tokens make one.
 
     Raises:
         ValueError: an argument has the wrong rank, length or dtype.
@@ -113,7 +114,7 @@ def geglu(
         implementation: see `linear`.
 
     Returns:
-        [..., N] in x's dtype. Up to 32 tokens both products stay in float32 until the end; above,
+        [..., N] in x's dtype. Up to 64 tokens both products stay in float32 until the end; above,
         XLA's are rounded first.
 
     Raises:
