@@ -14,7 +14,8 @@ over chained, donated steps:
     group     k drafts, verify, and what goes to the next group, by the share that is accepted
 
 The limit of a step is the bytes that must move over the rate of a float32 sum in the same run. The
-weights and what tokens see of the caches are counted once for all tokens of a step.
+weights and what tokens see of the caches, at the context that the steps start from, are counted
+once for all tokens of a step.
 """
 
 import dataclasses
@@ -90,14 +91,14 @@ class Group(Case):
     """
 
     def __init__(self, target, assistant, batch, context):
-        capacity = context + 512  # the most that all steps of a measurement add is 5 * 64
+        capacity = context + 512  # the most that all steps of a measurement add is 5 * 65
         super().__init__(target, Variant.COMPACT, batch, capacity, max_new_tokens=DRAFTS + 1)
         self.context, self.assistant = context, assistant
         abstract = nnx.eval_shape(lambda: Gemma4Assistant(assistant, rngs=nnx.Rngs(0)))
         self.assistant_graph, self.assistant_params = nnx.split(abstract)
 
     def compile_all(self):
-        """The programs by name: first the plain step, to choose matmuls in peace."""
+        """The programs by name: first those of 1 and k + 1 tokens, each in peace."""
         token = jax.ShapeDtypeStruct((self.batch,), jnp.int32)
         drafts = jax.ShapeDtypeStruct((self.batch, DRAFTS), jnp.int32)
         hidden = jax.ShapeDtypeStruct((self.batch, self.config.hidden_size), jnp.bfloat16)
@@ -108,13 +109,14 @@ class Group(Case):
             "draft": (self._draft, (*models, caches), (token, token, hidden)),
             "group": (self._group, (*models, rule), (token, token, hidden, caches)),
         }
-        plain = self.step()
+
+        def compiled(name):
+            f, *arguments = programs[name]
+            return name, jax.jit(f, donate_argnums=1).lower(*arguments).compile()
+
+        alone = {"plain": self.step()} | dict([compiled("verify")])
         with ThreadPoolExecutor() as pool:
-            others = pool.map(
-                lambda program: jax.jit(program[0], donate_argnums=1).lower(*program[1:]).compile(),
-                programs.values(),
-            )
-            return {"plain": plain} | dict(zip(programs, others, strict=True))
+            return alone | dict(pool.map(compiled, ("draft", "group")))
 
     def start(self):
         """(tokens, positions, hidden states), all sequences at the context's end."""
@@ -175,7 +177,7 @@ def measure_batch(case, params, of_assistant, gbps):
     stays = params, drafts, Forced(jnp.int32(0))
     verifying, (*_, caches) = _measure(programs["verify"], stays, (*case.start()[:2], caches))
     drafting, _ = _measure(programs["draft"], (*models, caches), case.start(), steps=DRAFTS)
-    step_ms, draft_ms = (
+    step_limit, draft_limit = (
         total / gbps / 1e6 for total in (case.bytes(case.context), case.draft_bytes())
     )
     head = {"batch": case.batch, "context": case.context}
@@ -183,7 +185,7 @@ def measure_batch(case, params, of_assistant, gbps):
         "plain": plain,
         "verify": verifying,
         "draft": drafting,
-        "limit_ms": {"plain": round(step_ms, 3), "draft": round(draft_ms, 3)},
+        "limit_ms": {"plain": round(step_limit, 3), "draft": round(draft_limit, 3)},
         "verify_over_plain": round(verifying["ms"] / plain["ms"], 3),
     }
     print(parts, flush=True)
@@ -197,7 +199,7 @@ def measure_batch(case, params, of_assistant, gbps):
             | {"drafts": DRAFTS, "acceptance": accepted / DRAFTS, "tokens_per_group": tokens}
             | {f"group_{key}": value for key, value in group.items()}
             | {
-                "limit_ms": round(step_ms + DRAFTS * draft_ms, 3),
+                "limit_ms": round(step_limit + DRAFTS * draft_limit, 3),
                 "tokens_per_s": round(1e3 * case.batch * tokens / group["ms"], 1),
                 "plain_tokens_per_s": round(1e3 * case.batch / plain["ms"], 1),
                 "speedup": round(tokens * plain["ms"] / group["ms"], 3),
@@ -298,11 +300,12 @@ def measure(target, batches, context, gbps, head, folder):
             f"{name} {parts[name]['ms']:.3f} ms" for name in ("plain", "verify", "draft")
         )
         print(f"B={parts['batch']:<3} {times}", missed_bar(parts))
+    plain = {parts["batch"]: parts["plain"]["launches"] for parts in head["steps"]}
     for row in rows:
         print(
             f"B={row['batch']:<3} {row['acceptance']:.2f} accepted: {row['group_ms']:.3f} ms, "
             f"{row['group_launches']:.0f} launches, {row['tokens_per_s']} tokens/s, "
-            f"{row['speedup']:.2f} of plain"
+            f"{row['speedup']:.2f} of plain, whose step is {plain[row['batch']]:.0f} launches"
         )
     plot(head, rows, folder / "speculative.png")
     print("batches that miss the bar:", sum(map(bool, map(missed_bar, head["steps"]))))

@@ -55,9 +55,10 @@ class Generator:
 
     With an assistant a step is a group of `g4attn_jax.speculative`: the assistant drafts tokens,
     the decoder reads all of them at once, and a sequence gets 1 to draft_tokens + 1 tokens. The
-    first step of a call has no drafts, for want of the hidden state that they are made of, and no
+    first step of a call reads no drafts, for want of the hidden state that they are made of, and no
     draft goes past max_new_tokens. What is generated stays the same: the same tokens if sampling is
-    greedy, else tokens of the same distribution.
+    greedy (but for ties that products of more tokens round in another way), else tokens of the same
+    distribution.
 
     Sequences do not depend on each other, except that matmuls of another size may round in another
     order.
@@ -138,10 +139,11 @@ class Generator:
             max_new_tokens: the most that follow a prompt.
             sampling: greedy unless told otherwise.
             stop_tokens: each ends the sequence that makes it, and is the last of it.
-            key: of `jax.random`, needed unless sampling is greedy: one, from which sequence b draws
-                as from `jax.random.fold_in(key, b)`, or one of each sequence, [B]. The token that
-                follows position p is drawn with the sequence's key, folded with p; with an
-                assistant it is another of the same distribution, see `acceptance.Drawn`.
+            key: of `jax.random`, needed unless sampling is greedy, of impl threefry2x32: one, from
+                which sequence b draws as from `jax.random.fold_in(key, b)`, or one of each
+                sequence, [B]. The token that follows position p is drawn with the sequence's key,
+                folded with p; with an assistant it is another of the same distribution, see
+                `acceptance.Drawn`.
             on_tokens: called with the new tokens of each sequence, several times; together they are
                 what is returned.
             on_drafts: called at the end with what became of the drafts; with an assistant alone.
@@ -223,7 +225,7 @@ class _Sequences(NamedTuple):
         is_stop = (verified.tokens >= 0) & stops[verified.tokens]
         comes_after = jnp.cumsum(is_stop, axis=1) - is_stop > 0
         new = jnp.where(comes_after, -1, verified.tokens)
-        count = jnp.sum(new >= 0, axis=1)
+        count = jnp.sum(new >= 0, axis=1, dtype=jnp.int32)
         last = jnp.take_along_axis(new, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
         token = jnp.where(count > 0, last, self.token)
         position = self.position + count
@@ -349,13 +351,17 @@ class _Programs:
 def _rule(sampling: Sampling, key: PRNGKeyArray | None, batch: int, vocab_size: int) -> Rule:
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling is a {type(sampling).__name__}; accepted: Sampling")
-    if sampling.temperature == 0:
+    # Lower ones are 0 in float32, or are on some devices.
+    if sampling.temperature < np.finfo(np.float32).tiny:
         return Greedy()
     is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not is_key or key.shape not in ((), (batch,)):
-        given = f"has shape {key.shape}" if is_key else f"is {key!r}"
+    impl = str(jax.random.key_impl(key)) if is_key else None
+    # Other generators draw for a batch of keys from the first of them.
+    if impl != "threefry2x32" or key.shape not in ((), (batch,)):
+        given = f"has shape {key.shape} and impl {impl!r}" if is_key else f"is {key!r}"
         raise ValueError(
-            f"key {given}; accepted with a temperature above 0: one of jax.random.key, or {batch}"
+            f"key {given}; accepted with a temperature above 0: one of jax.random.key, or {batch}, "
+            "of impl 'threefry2x32'"
         )
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(batch))
     return Drawn(

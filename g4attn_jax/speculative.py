@@ -158,8 +158,8 @@ def verify(
         position: int32 [B], where it is; -1 where the sequence has ended.
         drafts: int32 [B, k], of `draft`; k is 0 to 8.
         evidence: of `draft`.
-        num_drafts: int32 [B], 0 to k: how many of them to read. The last read is at position +
-            num_drafts, which must have a slot.
+        num_drafts: int32 [B], 0 or more: how many of them there is room for; all k are read if it
+            is more. The last read is at position + num_drafts, which must have a slot.
         caches: of all tokens before. Donate them to a jitted step to update them in place.
         layouts: that they were made with.
         rule: that the drafts were made with.
@@ -169,6 +169,7 @@ def verify(
     """
     _check(token=token, position=position, drafts=drafts, num_drafts=num_drafts)
     index = jnp.arange(drafts.shape[1] + 1, dtype=jnp.int32)
+    num_drafts = jnp.minimum(num_drafts, drafts.shape[1])
     goes_on = position[:, None] >= 0
     is_read = goes_on & (index <= num_drafts[:, None])
     hidden, caches = decoder.hidden(

@@ -68,6 +68,21 @@ def test_greedy_tokens_of_hugging_face(name):
     assert answers == follows(PROMPT, PROMPT, name=name)
 
 
+def test_64_bit_numbers_change_nothing():
+    prompts, name = prompts_of(PROMPT, 3), "gemma-4-e2b"
+    with jax.enable_x64(True):
+        answers = Generator(model_of(name)[0], capacity=LENGTH)(prompts, 8)
+    assert answers == generator_of(name)(prompts, 8)
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1e-40, 1e-50])
+def test_hardly_any_temperature_is_greedy(temperature):
+    """The last two are subnormal and 0 in float32."""
+    prompts, generator = prompts_of(PROMPT, 3), generator_of()
+    drawn = generator(prompts, 8, sampling=Sampling(temperature), key=jax.random.key(0))
+    assert drawn == generator(prompts, 8)
+
+
 def test_unequal_prompts_in_chunks():
     generator = generator_of(chunk_tokens=17)
     answers = generator(prompts_of(PROMPT + 20, PROMPT), 20)
@@ -314,6 +329,10 @@ def test_a_prompt_may_fill_the_capacity():
         ({"sampling": 0.5}, "sampling is a float; accepted: Sampling"),
         ({"sampling": DRAWN}, "key is None; accepted with a temperature above 0: one of jax.ran"),
         ({"sampling": DRAWN, "key": 3}, "key is 3; accepted"),
+        (
+            {"sampling": DRAWN, "key": jax.random.key(0, impl="rbg")},
+            "key has .* impl 'rbg'; accepted",
+        ),
         ({"sampling": DRAWN, "key": jax.random.split(jax.random.key(0))}, r"key has shape \(2,\)"),
     ],
 )

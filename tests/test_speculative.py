@@ -68,14 +68,22 @@ def assistant_of(name):
     return Gemma4Assistant(AssistantConfig.from_hf(config), rngs=nnx.Rngs(1), **FLOAT32)
 
 
+# A prompt by itself, after which the model does not say the same token over and over.
+TALKATIVE = dict(zip(MODELS, (23, 115, 65, 80, 59), strict=True))
+
+
 def prompts_of(name):
     tokens = np.load(TARGETS / name / "golden.npz")["tokens"]
-    return [tokens[row % 2, :length].tolist() for row, length in enumerate(LENGTHS)]
+    long = [tokens[row % 2, :length].tolist() for row, length in enumerate(LENGTHS)][1:]
+    return [[TALKATIVE[name]], *long]
 
 
 @functools.cache
 def plain_of(name):
-    return Generator(target_of(name), capacity=CAPACITY, chunk_tokens=16)(prompts_of(name), NEW)
+    answers = Generator(target_of(name), capacity=CAPACITY, chunk_tokens=16)(prompts_of(name), NEW)
+    # Else a wrong cache could go unnoticed.
+    assert all(np.count_nonzero(np.diff(answer)) > NEW // 10 for answer in answers)
+    return answers
 
 
 @functools.cache
@@ -502,6 +510,42 @@ def test_the_draft_that_goes_is_drawn_from_what_is_left():
     assert scipy.stats.chisquare(left[[0, 2]], left.sum() * np.array([0.75, 0.25])).pvalue > 1e-3
     after = np.bincount(token[num_accepted == 1], minlength=3)
     assert scipy.stats.chisquare(after, after.sum() * p).pvalue > 1e-3
+
+
+def test_64_bit_numbers_change_nothing():
+    name = "gemma-4-e4b"
+    with jax.enable_x64(True):
+        generator = Generator(target_of(name), capacity=CAPACITY, assistant=assistant_of(name))
+        answers = generator(prompts_of(name), 8)
+    assert answers == [answer[:8] for answer in plain_of(name)]
+
+
+def test_more_room_than_drafts():
+    """Of three drafts all are read if there is room for five."""
+    target = target_of("gemma-4-e4b")
+    layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(2, 16))
+    token, position = jnp.array([3, 5]), jnp.zeros(2, jnp.int32)
+    drafts = jnp.array([[1, 2, 3], [4, 5, 6]])
+
+    @jax.jit
+    def verified(num_drafts):
+        caches = target.init_caches(layouts)
+        return verify(
+            target, token, position, drafts, None, num_drafts, caches, layouts, All(jnp.int32(9))
+        )
+
+    exact, more = (verified(jnp.full(2, room)) for room in (3, 5))
+    assert exact.num_accepted.tolist() == [3, 3]
+    jax.tree.map(np.testing.assert_array_equal, exact, more)
+
+
+class All(NamedTuple):
+    """Every draft that may be read stays."""
+
+    last: jax.Array
+
+    def accept(self, logits, drafts, evidence, num_drafts, position):
+        return num_drafts, jnp.broadcast_to(self.last, num_drafts.shape)
 
 
 def test_sequences_draw_from_their_keys_alone():

@@ -103,7 +103,7 @@ def generate(job: Job) -> None:
     arguments = {
         "sampling": job.sampling,
         "stop_tokens": job.stop_tokens,
-        "key": jax.random.key(job.seed),
+        "key": jax.random.key(job.seed, impl="threefry2x32"),
     }
     start = time.perf_counter()
     generator(job.prompts, 1, **arguments)

@@ -88,7 +88,8 @@ class Drawn(NamedTuple):
         temperature: above 0.
         top_k: None is off, and known to be when compiling.
         top_p: as top_k.
-        keys: [B], of the sequences.
+        keys: [B], of the sequences, of impl threefry2x32: others draw for all of them by the
+            first.
 
     Source: Leviathan et al., "Fast inference from transformers via speculative decoding" (2023).
     """
@@ -148,7 +149,8 @@ def _draw(keys: PRNGKeyArray, logits: Float[Array, "B V"]) -> Int[Array, " B"]:
 def _count_first(stays: Bool[Array, "B k"], num_drafts: Int[Array, " B"]) -> Int[Array, " B"]:
     """How many stay before the first that does not, of the first `num_drafts`."""
     stays &= jnp.arange(stays.shape[1]) < num_drafts[:, None]
-    return jnp.sum(jnp.cumprod(stays.astype(jnp.int32), axis=1), axis=1)
+    stays = jnp.cumprod(stays.astype(jnp.int32), axis=1)
+    return jnp.sum(stays, axis=1, dtype=jnp.int32)
 
 
 def _row(array: Array, index: Int[Array, " B"], mode: str | None = None) -> Array:

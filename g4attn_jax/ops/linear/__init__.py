@@ -40,7 +40,7 @@ def linear(
         x: [..., K]. bfloat16, float16 or float32.
         w: [K, N], in x's dtype.
         implementation: None (on an NVIDIA GPU of compute capability 8.0 or higher the kernel for
-            up to 64 tokens and 6144 columns or more; else XLA), "triton" (the kernel for up to 32
+            up to 64 tokens and 6144 columns or more; else XLA), "triton" (the kernel for up to 64
             tokens and any columns, XLA for more), "xla", or "triton_interpret" (the kernel for any
             number of tokens). Under `jax.vmap` the tokens of one element count.
 
