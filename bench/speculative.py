@@ -2,7 +2,7 @@
 
     python -m bench.speculative [--out DIR]
 
-Writes speculative.json and speculative.png: 31B and an assistant of its published shapes, random
+Writes speculative.json and speculative.png: 31B and the assistant of `assistant_of`, random
 bfloat16 weights, k = 4 drafts a group, caches as the command `decode_step` has them, filled to 8192
 tokens with random numbers. Random weights agree on nothing, so the rule that accepts drafts is
 `Forced`: it does the work of the greedy one, and accepts as many as it is told. By the host's clock

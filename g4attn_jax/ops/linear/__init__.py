@@ -13,9 +13,9 @@ from g4attn_jax.ops.implementation import (
 from g4attn_jax.ops.linear import reference, triton
 
 # Up to this many tokens a step is bound by reading its weights. The kernel reads those of 31B
-# faster than XLA's matmul (bench/tune_linear.py), but for gate and up and full QKV of a single
-# token, where XLA is 1 to 4 % faster. Measured up to 32 tokens; 64 are what 8 sequences with 4 to
-# 7 drafts need.
+# faster than XLA's matmul (bench/tune_linear.py), but for full QKV of up to 8 tokens, where XLA is
+# 2 to 4 % faster, and the MLP of a single token, less than 1 %. Measured up to 32 tokens; 64 are
+# what 8 sequences with 4 to 7 drafts need.
 MAX_TOKENS = 64
 # Without parts fewer columns are too few programs; XLA, which makes parts itself, takes them. Where
 # one overtakes the other has not been measured.
