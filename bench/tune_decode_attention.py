@@ -12,23 +12,32 @@ import itertools
 from bench.decode_attention import FORMS
 from bench.decode_shapes import QUERY_TOKENS, SHAPES
 from bench.measure import kernel_times, machine, output_folder, read_gbps, write_json
+from g4attn_jax.cache import Cache, CompactKVCache
 from g4attn_jax.ops.decode_attention import triton
 from g4attn_jax.ops.flash_attention.launch import Launch
 
 
-def launches_around(chosen: Launch) -> list[Launch]:
+def launches_around(chosen: Launch, form: type[Cache]) -> list[Launch]:
     """Other tiles and stages, and numbers of splits with the chosen ones."""
-    splits = {max(1, round(chosen.num_splits * factor)) for factor in (0.5, 1, 1.5, 2)}
+    splits = {max(1, round(chosen.num_splits * factor)) for factor in (0.5, 1, 2)}
     launches = {chosen._replace(num_splits=n) for n in splits}
-    if chosen.block_rows == 16:
-        blocks = [(16, 1)]
-    else:
-        blocks = [(16, 1), (32, 1), (64, 1), (64, 2)]
-    for (rows, value_blocks), keys, stages in itertools.product(blocks, (16, 32, 64), (2, 3, 4)):
-        if rows == chosen.block_rows or (keys, stages) == (32, 3):
+    for keys, stages in itertools.product((16, 32, 64), (2, 3, 4)):
+        launches.add(chosen._replace(block_keys=keys, num_stages=stages))
+    if chosen.block_rows > 16:
+        # Rows, programs that share the columns of their values, warps.
+        blocks = [(16, 1, 4), (32, 1, 4), (64, 1, 8), (64, 2, 4)]
+        if form is CompactKVCache:
+            blocks.pop()
+        for rows, value_blocks, num_warps in blocks:
+            programs = chosen.num_splits * chosen.value_blocks // value_blocks
             launches.add(
                 chosen._replace(
-                    block_rows=rows, block_keys=keys, value_blocks=value_blocks, num_stages=stages
+                    block_rows=rows,
+                    value_blocks=value_blocks,
+                    num_warps=num_warps,
+                    block_keys=32,
+                    num_stages=3,
+                    num_splits=max(1, programs),
                 )
             )
     return sorted(launches)
@@ -38,6 +47,10 @@ def main():
     """Measures, prints the best launch and the chosen one, writes."""
     folder = output_folder(__doc__)
     gbps = read_gbps()
+    head = machine() | {
+        "read_gbps": round(gbps, 1),
+        "command": "python -m bench.tune_decode_attention",
+    }
     rows = []
     for shape, query_tokens in itertools.product(SHAPES, QUERY_TOKENS):
         for form in shape.forms():
@@ -51,7 +64,7 @@ def main():
             chosen = triton.launch_for(*calls[0][:3], sliding_window=shape.sliding_window)
             functions = {
                 launch: functools.partial(attend, launch=launch)
-                for launch in launches_around(chosen)
+                for launch in launches_around(chosen, form)
             }
             times = kernel_times(functions, calls, 5)
             best = min(times, key=lambda launch: times[launch].us)
@@ -70,11 +83,7 @@ def main():
                 }
                 for launch, time in times.items()
             ]
-    head = machine() | {
-        "read_gbps": round(gbps, 1),
-        "command": "python -m bench.tune_decode_attention",
-    }
-    write_json(folder / "tune_decode_attention.json", head, rows)
+            write_json(folder / "tune_decode_attention.json", head, rows)  # so far
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import itertools
 
 from bench.measure import kernel_times, launch_rows, machine, output_folder, write_json
 from bench.prefill_shapes import SHAPES, Shape
-from g4attn_jax.cache import CompactKVCache
+from g4attn_jax.cache import CompactKVCache, KVCache
 from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.prefill_attention import triton
@@ -21,13 +21,12 @@ TOKENS = 8192
 def launches(shape: Shape) -> list[Launch]:
     """Those that an H200 has the registers for; `kernel_times` leaves out what does not fit."""
     if shape.head_dim == 256:
-        tiles = itertools.product((64, 128), (32, 64), (1,), (8,), (2, 3))
+        tiles = [*itertools.product((64, 128), (32, 64), (1,), (8,), (2, 3)), (64, 64, 1, 4, 3)]
     else:
-        tiles = [
-            *itertools.product((64,), (16, 32), (1,), (8,), (2, 3, 4)),
-            *itertools.product((64,), (16, 32), (2,), (4,), (2, 3)),
-            *itertools.product((128,), (16, 32), (2,), (8,), (2, 3)),
-        ]
+        tiles = [*itertools.product((64,), (16, 32), (1,), (8,), (2, 3, 4))]
+        if shape.form is KVCache:
+            tiles += itertools.product((64,), (16, 32), (2,), (4,), (2, 3))
+            tiles += itertools.product((128,), (16, 32), (2,), (8,), (2, 3))
     return [
         Launch(rows, keys, 1, value_blocks, num_warps, num_stages)
         for rows, keys, value_blocks, num_warps, num_stages in tiles

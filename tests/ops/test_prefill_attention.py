@@ -306,10 +306,13 @@ def test_no_score_matrix(paged):
     [
         Launch(16, 32, 1, 1, num_warps=4, num_stages=2),
         Launch(64, 16, 1, 2, num_warps=4, num_stages=3),
+        Launch(64, 16, 1, 1, num_warps=8, num_stages=3),
         Launch(128, 16, 1, 2, num_warps=8, num_stages=2),
     ],
 )
 def test_any_launch(launch, compact, implementation):
+    if compact:
+        launch = launch._replace(value_blocks=1)
     arguments = case([70, 3, -1], pages=5, tokens=33, compact=compact)
     o = triton.prefill_attention(
         *arguments,

@@ -16,10 +16,10 @@ from g4attn_jax.ops.gpu import Gpu, gpu
 from g4attn_jax.ops.head_norm.triton import iota, load
 from g4attn_jax.ops.implementation import apart_if_float8
 
-_NUM_WARPS = 4
 _MAX_TILE_BYTES = 80 * 1024
 _MAX_SPLITS = 256
 _COMBINED_AT_ONCE = 8192  # numbers of a program of the second launch: 64 a thread
+_COMBINE_WARPS = 4
 
 
 def choose_launch(
@@ -34,11 +34,12 @@ def choose_launch(
 ) -> Launch:
     """The launch for a step, fitted to bench/results/h200/tune_decode_attention.json.
 
-    Up to 16 query rows take tensor core instructions of 16 rows, more those of 64. Their
-    accumulators, 64 x 256, are as many as the registers hold, so two programs share the columns of
-    wider values. A tile is as large as leaves room in shared memory for another on its way, and as
-    many programs share a sequence and KV head as make the longest row of programs, one at a time
-    on a multiprocessor, as short as possible.
+    Up to 16 query rows take tensor core instructions of 16 rows, more those of 64. A multiprocessor
+    holds the accumulators of 64 x 512 in the registers of 8 warps, which share the rows' scores, or
+    two programs of 4 share the columns of the values: faster where those are not keys too. A tile
+    is as large as leaves room in shared memory for another on its way, and as many programs share a
+    sequence and KV head as make the longest row of programs, one at a time on a multiprocessor, as
+    short as possible.
 
     Args:
         gpu: what it runs on.
@@ -52,7 +53,7 @@ def choose_launch(
     Raises:
         NotImplementedError: no launch fits the shared memory.
     """
-    for block_rows, value_blocks in _row_blocks(rows, sizes):
+    for block_rows, value_blocks, num_warps in _row_blocks(rows, sizes):
         programs = batch * num_kv_heads * pl.cdiv(rows, block_rows) * value_blocks
         for block_keys, num_stages in ((64, 3), (32, 3), (16, 3), (16, 2)):
             launch = Launch(
@@ -60,7 +61,7 @@ def choose_launch(
                 block_keys,
                 num_splits or _num_splits(gpu, programs, pl.cdiv(max_keys, block_keys)),
                 value_blocks,
-                _NUM_WARPS,
+                num_warps,
                 num_stages,
             )
             small = sizes.tile_bytes(block_keys, value_blocks) <= _MAX_TILE_BYTES
@@ -70,13 +71,15 @@ def choose_launch(
 
 
 def _row_blocks(rows, sizes):
-    """(query rows of a program, programs that share the values' columns), the fastest first."""
+    """(query rows of a program, programs that share the values' columns, warps), fastest first."""
     if rows > 16 and sizes.q_bytes < 4:
         if sizes.head_dim <= 256:
-            yield 64, 1
+            yield 64, 1, 4
+        elif sizes.head_dim == 512 and sizes.value_width is not None:
+            yield 64, 2, 4
         else:
-            yield (64, 2) if sizes.head_dim == 512 else (32, 1)
-    yield 16, 1
+            yield 64, 1, 8
+    yield 16, 1, 4
 
 
 def _num_splits(gpu, programs, tiles):
@@ -175,6 +178,6 @@ def _combine(o, log_sum, dtype, interpret):
         grid=(rows, pl.cdiv(head_dim, block)),
         in_specs=[pl.no_block_spec] * 2,
         out_specs=pl.no_block_spec,
-        compiler_params=plgpu.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=_COMBINE_WARPS, num_stages=1),
         interpret=interpret,
     )(o.reshape(-1, head_dim), log_sum.reshape(-1)).reshape(*shape, head_dim)

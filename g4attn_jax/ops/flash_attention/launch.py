@@ -13,9 +13,17 @@ class Launch(NamedTuple):
     block_rows: int  # query rows of a program: tokens x query heads of a KV head
     block_keys: int  # keys of a tile
     num_splits: int  # programs that share the keys of a block of rows
-    value_blocks: int  # programs that share the columns of their values
+    value_blocks: int  # programs that share the columns of their values; 1 if those are keys too
     num_warps: int
     num_stages: int
+
+    @property
+    def warps_share_rows(self) -> bool:
+        """Whether the scores of rows are of several warps, in the launches of 64 rows or more.
+
+        Their instructions are of 16 rows a warp.
+        """
+        return 64 <= self.block_rows < 16 * self.num_warps
 
 
 class HeadSizes(NamedTuple):
@@ -66,6 +74,8 @@ class HeadSizes(NamedTuple):
             shared += tile  # these instructions read a tile while the next is being asked for
         else:
             shared += 2 * tile + rows * keys * 4
+        if launch.warps_share_rows:
+            shared += 2 * rows * keys * self.q_bytes  # weights between warps, and those of nothing
         if self.cache_bytes == 1:
             shared += tile * self.q_bytes  # converted for the tensor cores
         return shared <= gpu.shared_memory

@@ -18,6 +18,7 @@ Source: Dao, "FlashAttention-2: faster attention with better parallelism and wor
 """
 
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -99,8 +100,11 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
     dtype = inputs.q.dtype
     value_width = shape.head_dim // launch.value_blocks
     value_column = 0 if launch.value_blocks == 1 else value_block * value_width
-    parts = _key_parts(inputs, key_scales, launch.value_blocks, value_block)
-    q_parts = [load_rows(inputs.q, q_row, row_mask, part.in_query, part.width) for part in parts]
+    parts = _key_parts(inputs, key_scales)
+    q_parts = [load_rows(inputs.q, q_row, row_mask, part.begin, part.width) for part in parts]
+    factors = [softmax_scale * _LOG2_E] * len(parts)
+    if inputs.scale is not None:
+        factors = [softmax_scale * _LOG2_E * inputs.scale[part.scale] for part in parts]
 
     # Keys may be anything where no token sees them: their scores are not used. A weight of 0 does
     # not undo a NaN among values.
@@ -113,32 +117,48 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
         slot, exists = slots(shape, sequence, page, first, launch.block_keys, exists)
         cache_row = slot * shape.num_kv_heads + head
         needed = exists if inputs.v is None else None
-        keys = [load_rows(part.array, cache_row, needed, part.column, part.width) for part in parts]
+        keys = [load_rows(part.array, cache_row, needed, 0, part.width) for part in parts]
         v = keys[0]
         if inputs.v is not None:
             v = load_rows(inputs.v, cache_row, exists, value_column, value_width)
-        scores = jnp.zeros((launch.block_rows, launch.block_keys), jnp.float32)
-        for q, k, part in zip(q_parts, keys, parts, strict=True):
-            product = dot(q, k.astype(dtype), trans_b=True)
-            scores += product if inputs.scale is None else product * inputs.scale[part.scale]
-        visible = exists[None, :] & (position[None, :] <= row_position[:, None])
-        if sliding_window is not None:
-            visible &= position[None, :] > row_position[:, None] - sliding_window
-        scores = jnp.where(visible, scores * (softmax_scale * _LOG2_E), -jnp.inf)
-        new_m = jnp.maximum(m, jnp.max(scores, axis=1))
-        alpha, weights = jnp.exp2(m - new_m), jnp.exp2(scores - new_m[:, None])
-        totals = _partial_sums(weights) + totals * (alpha if totals.ndim == 1 else alpha[:, None])
-        acc = acc * alpha[:, None] + dot(weights.astype(dtype), v.astype(dtype))
+        products = [
+            dot(q, k.astype(dtype), trans_b=True) for q, k in zip(q_parts, keys, strict=True)
+        ]
+
+        def softmax():
+            visible = exists[None, :] & (position[None, :] <= row_position[:, None])
+            if sliding_window is not None:
+                visible &= position[None, :] > row_position[:, None] - sliding_window
+            parts = [x * factor for x, factor in zip(products, factors, strict=True)]
+            scores = jnp.where(visible, functools.reduce(operator.add, parts), -jnp.inf)
+            new_m = jnp.maximum(m, jnp.max(scores, axis=1))
+            alpha, weights = jnp.exp2(m - new_m), jnp.exp2(scores - new_m[:, None])
+            sums = _partial_sums(weights, launch)
+            sums += totals * (alpha if totals.ndim == 1 else alpha[:, None])
+            return new_m, sums, alpha, weights.astype(dtype)
+
+        def unseen():
+            return m, totals, jnp.ones_like(m), jnp.zeros(products[0].shape, dtype)
+
+        # Where one product leads to another, Triton gives every warp rows of its own, and what are
+        # too many warps for the rows do the same again. It does not look into a branch.
+        if launch.warps_share_rows:
+            new_m, totals, alpha, weights = lax.cond(first <= newest, softmax, unseen)
+        else:
+            new_m, totals, alpha, weights = softmax()
+        acc = acc * alpha[:, None] + dot(weights, v.astype(dtype))
         return new_m, totals, acc
 
     nothing = jnp.zeros((launch.block_rows, launch.block_keys), jnp.float32)
+    # Without tiles one that no token sees: were there a way around the loop, on which something
+    # else sets the accumulators, ptxas would have each product end before the next (C7515).
     m, totals, acc = lax.fori_loop(
         0,
-        num_tiles,
+        jnp.maximum(num_tiles, 1),
         tile,
         (
             jnp.full((launch.block_rows,), _NO_SCORE, jnp.float32),
-            _partial_sums(nothing),
+            _partial_sums(nothing, launch),
             jnp.zeros((launch.block_rows, pad(value_width)), jnp.float32),
         ),
     )
@@ -152,42 +172,32 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
     store_rows(outputs[0], out_row, row_mask, o, value_column, value_width)
     if launch.num_splits > 1:
         log_sum = jnp.where(total > 0, m + jnp.log2(divisor), -jnp.inf)
-        # Another block's may be rounded in another way: it adds the parts of a key in its order.
         if launch.value_blocks > 1:
-            row_mask &= value_block == 0
+            row_mask &= value_block == 0  # another block's is the same
         plgpu.store(outputs[1].at[out_row], log_sum, mask=row_mask)
 
 
-def _partial_sums(weights):
-    """Sums of rows, or what is summed in the end where that saves a round between the warps.
-
-    A row of 64 or more is within a warp, one of fewer is spread over all.
-    """
-    return jnp.sum(weights, axis=1) if weights.shape[0] >= 64 else weights
+def _partial_sums(weights, launch):
+    """Sums of rows, or what is summed in the end where that saves a round between the warps."""
+    is_row_in_warp = launch.block_rows >= 64 and not launch.warps_share_rows
+    return jnp.sum(weights, axis=1) if is_row_in_warp else weights
 
 
 class _KeyPart(NamedTuple):
-    """Columns of an array that queries are multiplied with."""
+    """An array that queries are multiplied with."""
 
     array: jax.Array
     scale: int  # which of the cache's
-    in_query: int | jax.Array  # their first column in q
-    column: int | jax.Array  # and in the array
+    begin: int  # of its columns in q
     width: int
 
 
-def _key_parts(inputs, key_scales, value_blocks, value_block):
+def _key_parts(inputs, key_scales):
     """What makes the scores; what is a value too comes first."""
     parts, begin = [], 0
     for array, scale in zip(inputs.keys, key_scales, strict=True):
-        width = array.shape[-1]
-        if inputs.v is None and value_blocks > 1 and not parts:
-            block = width // value_blocks
-            columns = [(value_block ^ i) * block for i in range(value_blocks)]
-            parts += [_KeyPart(array, scale, column, column, block) for column in columns]
-        else:
-            parts.append(_KeyPart(array, scale, begin, 0, width))
-        begin += width
+        parts.append(_KeyPart(array, scale, begin, array.shape[-1]))
+        begin += array.shape[-1]
     return parts
 
 

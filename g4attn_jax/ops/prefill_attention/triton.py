@@ -11,7 +11,6 @@ from g4attn_jax.ops.implementation import apart_if_float8
 # stages: the fastest on an H200 first, down to what 99 KiB of shared memory hold.
 _WIDE = (
     (128, 32, 2, 8, 2),
-    (64, 32, 2, 4, 3),
     (64, 32, 1, 8, 3),
     (64, 16, 1, 8, 3),
     (32, 16, 1, 8, 2),
@@ -39,8 +38,9 @@ def choose_launch(gpu: Gpu, sizes: HeadSizes) -> Launch:
     tiles = _FLOAT32 if sizes.q_bytes == 4 else _WIDE if sizes.head_dim > 256 else _NARROW
     for rows, keys, value_blocks, num_warps, num_stages in tiles:
         launch = Launch(rows, keys, 1, value_blocks, num_warps, num_stages)
-        is_whole = value_blocks == 1 or sizes.head_dim == 512  # blocks of columns are not padded
-        if is_whole and sizes.fits(gpu, launch):
+        # Blocks of columns are not padded, and not of values that are keys too.
+        can_share = sizes.head_dim == 512 and sizes.value_width is not None
+        if (value_blocks == 1 or can_share) and sizes.fits(gpu, launch):
             return launch
     raise NotImplementedError(sizes.refusal(gpu))
 
