@@ -1,8 +1,9 @@
 """Time of a whole decode step, with more and more of the kernels, and of a workload.
 
-    python -m bench.decode_step [--out DIR]
+    python -m bench.decode_step [--out DIR] [--models NAME ...]
 
-Writes decode_step.json and decode_step.png: 31B with every `Variant`, other sizes with the first
+Writes decode_step.json and decode_step.png, where what was measured of other models before stays,
+each row with the read rate of its run: 31B with every `Variant`, other sizes with the first
 and the last, random bfloat16 weights, caches filled to 8192 tokens with random numbers, sliding
 layers in rings. A step goes from tokens to the likeliest next ones; the next step takes them, each
 sequence's shifted by a number of its own, so that sequences stay different and all experts have
@@ -17,6 +18,7 @@ prompt is prefilled by itself, in chunks, 32 times one that was measured; then a
 
 import collections
 import functools
+import json
 import math
 import os
 import re
@@ -29,7 +31,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bench.ablated_attention import Variant, ablate
-from bench.measure import machine, output_folder, profile_step, read_gbps, write_json
+from bench.measure import argument_parser, machine, profile_step, read_gbps, write_json
 from g4attn_jax import CompactKVCache, Contiguous, Gemma4Config, Gemma4Decoder, KVCache, Ring
 from g4attn_jax.cache import bytes_per_token
 
@@ -43,6 +45,7 @@ MODELS = {
     "gemma-4-26b-a4b": (Variant.XLA, SHIPPED),
     "gemma-4-e4b": (Variant.XLA, SHIPPED),
 }
+WORKLOAD_MODEL = "gemma-4-31b"
 WORKLOAD_VARIANTS = (Variant.XLA, Variant.K_EQ_V_NORM, Variant.QKV_NORM, Variant.COMPACT)
 PROMPT, NEW_TOKENS, CHUNK = 10240, 800, 2048
 
@@ -182,6 +185,7 @@ def measure_batch(model, config, params, batch, gbps):
                 "step_ms": round(statistics.median(times), 3),
                 "min_max_ms": [round(min(times), 3), round(max(times), 3)],
                 "limit_ms": round(case.bytes(CONTEXT) / gbps / 1e6, 3),
+                "read_gbps": round(gbps, 1),
                 "launches": len(kernels),
                 "kernels_ms": round(sum(ms for _, ms in kernels), 3),
             }
@@ -306,30 +310,51 @@ def plot(rows, head, path):
     figure.savefig(path, dpi=110)
 
 
+def earlier(path, models):
+    """(workload, rows) that a file has of models that are not measured now."""
+    if not path.exists():
+        return [], []
+    old = json.loads(path.read_text())
+    return (
+        [row for row in old[name] if row["model"] not in models] for name in ("workload", "rows")
+    )
+
+
 def main():
     """Measures, prints, writes."""
-    folder = output_folder(__doc__)
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="all if left out"
+    )
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "decode_step.json"
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     gbps = read_gbps()
+    workload, rows = earlier(path, args.models)
     head = machine() | {
-        "read_gbps": round(gbps, 1),
         "command": "python -m bench.decode_step",
         "variants": {variant.letter: variant.value for variant in Variant},
-        "workload": [],
+        "workload": workload,
     }
-    rows = []
-    for model in MODELS:
+
+    def write():
+        rows.sort(key=lambda row: (list(MODELS).index(row["model"]), row["batch"]))
+        write_json(path, head, rows)
+
+    for model in args.models:
         config = Gemma4Config.preset(model)
         params = random_like(Case(config, Variant.XLA, 1, CONTEXT).params)
         for batch in BATCHES:
             rows += measure_batch(model, config, params, batch, gbps)
-            write_json(folder / "decode_step.json", head, rows)  # so far
+            write()  # so far
         del params
-    config = Gemma4Config.preset("gemma-4-31b")
-    params = random_like(Case(config, Variant.XLA, 1, CONTEXT).params)
-    for variant in reversed(WORKLOAD_VARIANTS):
-        head["workload"].insert(0, measure_workload("gemma-4-31b", config, params, variant))
-        write_json(folder / "decode_step.json", head, rows)
+    if WORKLOAD_MODEL in args.models:
+        config = Gemma4Config.preset(WORKLOAD_MODEL)
+        params = random_like(Case(config, Variant.XLA, 1, CONTEXT).params)
+        for variant in reversed(WORKLOAD_VARIANTS):
+            workload.insert(0, measure_workload(WORKLOAD_MODEL, config, params, variant))
+            write()
     num_missed = 0
     for row in rows:
         missed = missed_bars(row, rows)
@@ -340,8 +365,7 @@ def main():
             f"limit {row['limit_ms']:8.3f} {share:.3f} {row['launches']} launches",
             ", ".join(missed),
         )
-    write_json(folder / "decode_step.json", head, rows)
-    plot(rows, head, folder / "decode_step.png")
+    plot(rows, head, path.with_suffix(".png"))
     print("rows that miss a bar:", num_missed)
 
 

@@ -224,11 +224,16 @@ def _driver_version():
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def output_folder(description: str) -> Path:
-    """The folder of the `--out` argument, made."""
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """With `--out`, the folder of the results."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    folder = parser.parse_args().out
+    return parser
+
+
+def output_folder(description: str) -> Path:
+    """The folder of the `--out` argument, made."""
+    folder = argument_parser(description).parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
