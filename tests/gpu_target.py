@@ -8,7 +8,10 @@ import functools
 import os
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 # Without a GPU the plugin loads only if it does not look for CUDA's libraries first. JAX reads this
 # when it looks for devices, so conftest.py imports this module before anything does.
@@ -81,15 +84,49 @@ def unavailable() -> str | None:
     return None
 
 
-def compile_for(compute_capability: str, f, *arguments, donate_argnums=()):
-    """`jax.jit(f)` compiled for the GPU; arguments may be ShapeDtypeStructs."""
+def compile_for(compute_capability: str, f, *arguments, donate_argnums=(), options=None):
+    """`jax.jit(f)` compiled for the GPU; arguments may be ShapeDtypeStructs.
+
+    Args:
+        compute_capability: of the GPU.
+        f: a function.
+        arguments: of f.
+        donate_argnums: of `jax.jit`.
+        options: XLA's.
+    """
     target = mesh(compute_capability)
     on_target = NamedSharding(target, PartitionSpec())
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_target), arguments
     )
     with jax.sharding.use_abstract_mesh(target.abstract_mesh):
-        return jax.jit(f, donate_argnums=donate_argnums).lower(*arguments).compile()
+        lowered = jax.jit(f, donate_argnums=donate_argnums).lower(*arguments)
+        return lowered.compile(compiler_options=options)
+
+
+def assembly(compute_capability: str, f, *arguments) -> tuple[str, str]:
+    """PTX of all kernels of `compile_for`'s program, and what ptxas says of it."""
+    target = "sm_" + compute_capability.replace(".", "") + "a"
+    ptx, said = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        # XLA writes the PTX of kernels whose pipeline has a step of that name.
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx", "xla_gpu_dump_llvmir": True}
+        compile_for(compute_capability, f, *arguments, options=options)
+        for path in Path(folder).glob("*.ptx"):
+            if not path.stat().st_size:
+                continue
+            command = [_ptxas(), "-v", f"-arch={target}", path, "-o", path.with_suffix(".cubin")]
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            ptx.append(path.read_text())
+            said.append(result.stderr)
+    return "\n".join(ptx), "\n".join(said)
+
+
+def _ptxas():
+    """That of nvidia-cuda-nvcc-cu12, which the plugin takes too."""
+    import nvidia.cuda_nvcc
+
+    return Path(nvidia.cuda_nvcc.__path__[0]) / "bin" / "ptxas"
 
 
 def entry_opcodes(compiled) -> collections.Counter:
