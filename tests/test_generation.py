@@ -13,7 +13,7 @@ from flax import nnx
 from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Generator, KVCache, Sampling
 from g4attn_jax.cache import FLOAT8, CompactKVCache
 from g4attn_jax.checkpoint import load_hf
-from g4attn_jax.generation import _check_prompts, _chunks
+from g4attn_jax.generation.prompts import check_prompts, chunks
 from g4attn_jax.model.acceptance import Greedy
 
 GOLDEN = Path(__file__).parent / "golden_model"
@@ -97,7 +97,7 @@ def test_chunks_fill_caches_as_a_whole_prompt_does(chunk_tokens):
     for size in (chunk_tokens, 64):
         generator = generator_of("gemma-4-31b", chunk_tokens=size)
         held = generator._empty_caches(generator._params, batch=2)
-        for chunk in _chunks(_check_prompts(prompts_of(60, 33), 128, LENGTH), size):
+        for chunk in chunks(check_prompts(prompts_of(60, 33), 128, LENGTH), size):
             held = generator._prefill(generator._params, *chunk, held)
         caches.append(held[5])
     written = np.arange(LENGTH) < np.array([[59], [32]])

@@ -197,7 +197,7 @@ def test_layouts_and_forms(sliding, full, form, monkeypatch):
     def layouts(programs, batch):
         return {"sliding_attention": sliding(batch), "full_attention": full(batch)}
 
-    monkeypatch.setattr(generation._Programs, "_layouts", layouts)
+    monkeypatch.setattr(generation.programs.Programs, "_layouts", layouts)
     options = {"capacity": CAPACITY, "chunk_tokens": 16, "forms": {"full_attention": form}}
     generator = Generator(target_of(name), assistant=assistant_of(name), draft_tokens=K, **options)
     assert_all_is_told(generator, name, monkeypatch)

@@ -1,34 +1,25 @@
 """From prompts to the tokens that follow them."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from g4attn_jax.cache import Cache, CompactKVCache
 from g4attn_jax.config import Gemma4Config, ProjectionMode
-from g4attn_jax.layout import Contiguous, Layout, Ring
+from g4attn_jax.generation.programs import MAX_STEPS, Programs, Sequences
+from g4attn_jax.generation.prompts import check_prompts, check_tokens, chunks
 from g4attn_jax.model.acceptance import Drawn, Greedy, Rule
 from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.decoder import Gemma4Decoder
 from g4attn_jax.model.sampling import Sampling
-from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
-from g4attn_jax.speculative import (
-    DraftStatistics,
-    Verified,
-    check_draft_tokens,
-    draft,
-    verify,
-)
+from g4attn_jax.speculative import DraftStatistics, check_draft_tokens
 
-# The most steps between two looks of the host, during which the device has nothing to do.
-_MAX_STEPS = 32
 _GREEDY = Sampling()
 # Drafts in a step unless told otherwise: what `bench/speculative.py` measures.
 _DRAFT_TOKENS = 4
@@ -104,7 +95,7 @@ class Generator:
         self._vocab_size = decoder.config.vocab_size
         self._hidden_size, self._dtype = decoder.config.hidden_size, decoder.dtype
         graph, self._params = nnx.split((decoder, assistant))
-        programs = _Programs(
+        programs = Programs(
             graph=graph,
             sliding_window=decoder.config.sliding_window,
             forms=_default_forms(decoder.config) | dict(forms or {}),
@@ -157,15 +148,15 @@ class Generator:
                 none that is accepted. The message names it.
         """
         _check_number("max_new_tokens", max_new_tokens)
-        prompts = _check_prompts(prompts, self._vocab_size, self.capacity - max_new_tokens)
+        prompts = check_prompts(prompts, self._vocab_size, self.capacity - max_new_tokens)
         stops = np.zeros(self._vocab_size, bool)
-        stops[_check_tokens("stop_tokens", tuple(stop_tokens), self._vocab_size)] = True
+        stops[check_tokens("stop_tokens", tuple(stop_tokens), self._vocab_size)] = True
         if on_drafts is not None and not self.draft_tokens:
             raise ValueError("on_drafts is given; accepted with an assistant alone")
         rule = _rule(sampling, key, len(prompts), self._vocab_size)
 
         caches = self._empty_caches(self._params, batch=len(prompts))
-        for tokens, positions in _chunks(prompts, self.chunk_tokens):
+        for tokens, positions in chunks(prompts, self.chunk_tokens):
             caches = self._prefill(self._params, tokens, positions, caches)
         begin = np.asarray([prompt.size - 1 for prompt in prompts], np.int32)
         end = begin + np.int32(max_new_tokens)
@@ -181,7 +172,7 @@ class Generator:
                 answer += tokens
             if on_tokens is not None:
                 on_tokens(new)
-            steps = min(2 * steps, _MAX_STEPS)
+            steps = min(2 * steps, MAX_STEPS)
         if on_drafts is not None:
             on_drafts(sequences.statistics)
         return answers
@@ -195,157 +186,7 @@ class Generator:
             statistics = DraftStatistics(*counts)
         token = np.asarray([prompt[-1] for prompt in prompts], np.int32)
         position = np.asarray([prompt.size - 1 for prompt in prompts], np.int32)
-        return _Sequences(token, position, hidden, statistics)
-
-
-class _Sequences(NamedTuple):
-    """What goes from step to step beside the caches.
-
-    Attributes:
-        token: int32 [B], the last token of each sequence, which is not in the caches yet.
-        position: int32 [B], where it is; -1 where the sequence has stopped.
-        hidden: [B, E], the decoder's final hidden state of the token before; None without an
-            assistant.
-        statistics: so far; None without an assistant.
-    """
-
-    token: Int[Array, " B"]
-    position: Int[Array, " B"]
-    hidden: Float[Array, "B E"] | None
-    statistics: DraftStatistics | None
-
-    def advance(
-        self,
-        verified: Verified,
-        num_drafts: Int[Array, " B"],
-        end: Int[Array, " B"],
-        stops: Bool[Array, " V"],
-    ) -> tuple[Int[Array, "B k+1"], Self]:
-        """The new tokens of a step, none after a stop token, and the sequences with them."""
-        is_stop = (verified.tokens >= 0) & stops[verified.tokens]
-        comes_after = jnp.cumsum(is_stop, axis=1) - is_stop > 0
-        new = jnp.where(comes_after, -1, verified.tokens)
-        count = jnp.sum(new >= 0, axis=1, dtype=jnp.int32)
-        last = jnp.take_along_axis(new, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
-        token = jnp.where(count > 0, last, self.token)
-        position = self.position + count
-        has_ended = (self.position < 0) | (position >= end) | is_stop.any(axis=1)
-        hidden, statistics = self.hidden, self.statistics
-        if statistics is not None:
-            hidden = verified.hidden
-            made = DraftStatistics(
-                steps=self.position >= 0,
-                drafted=num_drafts,
-                accepted=jnp.minimum(verified.num_accepted, count),
-                tokens=count,
-            )
-            statistics = jax.tree.map(jnp.add, statistics, made)
-        position = jnp.where(has_ended, -1, position)
-        return new, _Sequences(token, position, hidden, statistics)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Programs:
-    """Pure functions of the weights. They hold none, so that these go with the generator.
-
-    Letters: B sequences, T tokens of a chunk, k drafts in a step, V vocabulary.
-    """
-
-    graph: nnx.GraphDef
-    sliding_window: int
-    forms: Mapping[str, type[Cache]]
-    cache_dtype: jax.typing.DTypeLike | None
-    capacity: int
-    chunk_tokens: int
-    draft_tokens: int
-
-    def empty_caches(self, params: nnx.State, batch: int) -> dict[int, Cache]:
-        """The caches of `batch` sequences."""
-        decoder, _ = nnx.merge(self.graph, params)
-        return decoder.init_caches(self._layouts(batch), self.forms, dtype=self.cache_dtype)
-
-    def prefill(
-        self,
-        params: nnx.State,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        caches: dict[int, Cache],
-    ) -> dict[int, Cache]:
-        """The caches with a chunk of every prompt."""
-        decoder, _ = nnx.merge(self.graph, params)
-        batch = tokens.shape[0]
-        nowhere = jnp.zeros((batch, 0), jnp.int32)
-        layouts = self._layouts(batch)
-        return decoder.hidden(tokens, positions, caches, layouts, logits_at=nowhere)[1]
-
-    def decode(
-        self,
-        params: nnx.State,
-        sequences: _Sequences,
-        caches: dict[int, Cache],
-        begin: Int[Array, " B"],
-        end: Int[Array, " B"],
-        steps: Int[Array, ""],
-        stops: Bool[Array, " V"],
-        rule: Rule,
-    ):
-        """Up to `steps` steps, fewer if all sequences stop.
-
-        Args:
-            params: of the models.
-            sequences: see there.
-            caches: donated.
-            begin: the position of the last token of each prompt.
-            end: the position of the last token that each sequence may have.
-            steps: up to 32.
-            stops: which tokens end a sequence.
-            rule: how tokens are chosen.
-
-        Returns:
-            ((made, sequences), caches): made [B, 32, k + 1], the new tokens of each step, -1 where
-            there is none; the others as above.
-        """
-        batch = sequences.token.shape[0]
-        layouts = self._layouts(batch)
-
-        def goes_on(carry):
-            step, _, sequences, _ = carry
-            return (step < steps) & (sequences.position >= 0).any()
-
-        def one(carry):
-            step, made, sequences, caches = carry
-            # On a CPU, XLA converts bfloat16 weights to float32 for a matmul. Without the barrier
-            # it does so before the loop, and holds all of them.
-            weights, sequences = jax.lax.optimization_barrier((params, sequences))
-            decoder, assistant = nnx.merge(self.graph, weights)
-            token, position, hidden, _ = sequences
-            drafts, evidence = jnp.zeros((batch, 0), jnp.int32), None
-            if assistant is not None:
-                of_target = token, position, hidden, caches, layouts
-                drafts, evidence = draft(
-                    decoder, assistant, *of_target, rule, draft_tokens=self.draft_tokens
-                )
-            # The first step has no hidden state to draft from; tokens past the end have no room.
-            room = jnp.where(position > begin, end - position - 1, 0)
-            num_drafts = jnp.clip(room, 0, self.draft_tokens)
-            verified = verify(
-                decoder, token, position, drafts, evidence, num_drafts, caches, layouts, rule
-            )
-            new, sequences = sequences.advance(verified, num_drafts, end, stops)
-            return step + 1, made.at[:, step].set(new), sequences, verified.caches
-
-        made = jnp.full((batch, _MAX_STEPS, self.draft_tokens + 1), -1, jnp.int32)
-        start = jnp.int32(0), made, sequences, caches
-        _, made, sequences, caches = jax.lax.while_loop(goes_on, one, start)
-        return (made, sequences), caches
-
-    def _layouts(self, batch: int) -> dict[str, Layout]:
-        full = Contiguous(batch, self.capacity)
-        ring = Ring(batch, self.sliding_window, max(self.chunk_tokens, self.draft_tokens + 1))
-        return {
-            "full_attention": full,
-            "sliding_attention": ring if ring.capacity < full.capacity else full,
-        }
+        return Sequences(token, position, hidden, statistics)
 
 
 def _rule(sampling: Sampling, key: PRNGKeyArray | None, batch: int, vocab_size: int) -> Rule:
@@ -370,24 +211,6 @@ def _rule(sampling: Sampling, key: PRNGKeyArray | None, batch: int, vocab_size: 
         top_p=None if sampling.top_p is None else np.float32(sampling.top_p),
         keys=keys,
     )
-
-
-def _chunks(
-    prompts: Sequence[Int[np.ndarray, " length"]], chunk_tokens: int
-) -> Iterator[tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]]:
-    """(tokens, positions) of each chunk of all prompts but for their last tokens."""
-    remaining, begin = max(prompt.size for prompt in prompts) - 1, 0
-    while remaining > begin:
-        rest = max(remaining - begin, MAX_DECODE_TOKENS)
-        size = min(1 << (rest - 1).bit_length(), chunk_tokens)
-        tokens = np.zeros((len(prompts), size), np.int32)
-        positions = np.full((len(prompts), size), -1, np.int32)
-        for row, prompt in enumerate(prompts):
-            part = prompt[begin : min(begin + size, prompt.size - 1)]
-            tokens[row, : part.size] = part
-            positions[row, : part.size] = begin + np.arange(part.size)
-        yield tokens, positions
-        begin += size
 
 
 def _default_forms(config: Gemma4Config) -> dict[str, type[Cache]]:
@@ -417,38 +240,6 @@ def _check_assistant(decoder, assistant, draft_tokens):
         return _DRAFT_TOKENS
     check_draft_tokens(draft_tokens)
     return int(draft_tokens)
-
-
-def _check_prompts(prompts, vocab_size, max_length):
-    prompts = list(prompts)
-    if not prompts:
-        raise ValueError("prompts is empty; accepted: one prompt or more")
-    checked = []
-    for index, prompt in enumerate(prompts):
-        name = f"prompts[{index}]"
-        tokens = _check_tokens(name, prompt, vocab_size)
-        if tokens.size == 0:
-            raise ValueError(f"{name} is empty; accepted: one token or more")
-        if tokens.size > max_length:
-            raise ValueError(
-                f"{name} has {tokens.size} tokens; accepted with this capacity and max_new_tokens: "
-                f"up to {max_length}"
-            )
-        checked.append(tokens)
-    return checked
-
-
-def _check_tokens(name, tokens, vocab_size):
-    """As int32 [n]."""
-    array = np.asarray(tokens)
-    if array.size == 0 and array.ndim == 1:
-        return np.zeros(0, np.int32)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} is {tokens!r}; accepted: a sequence of tokens")
-    wrong = (array < 0) | (array >= vocab_size)
-    if wrong.any():
-        raise ValueError(f"{name} has {array[wrong][0]}; accepted: tokens 0 to {vocab_size - 1}")
-    return array.astype(np.int32)
 
 
 def _check_number(name, number):

@@ -1,0 +1,59 @@
+"""Prompts, checked and cut into chunks."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
+
+
+def chunks(
+    prompts: Sequence[Int[np.ndarray, " length"]], chunk_tokens: int
+) -> Iterator[tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]]:
+    """(tokens, positions) of each chunk of all prompts but for their last tokens."""
+    remaining, begin = max(prompt.size for prompt in prompts) - 1, 0
+    while remaining > begin:
+        rest = max(remaining - begin, MAX_DECODE_TOKENS)
+        size = min(1 << (rest - 1).bit_length(), chunk_tokens)
+        tokens = np.zeros((len(prompts), size), np.int32)
+        positions = np.full((len(prompts), size), -1, np.int32)
+        for row, prompt in enumerate(prompts):
+            part = prompt[begin : min(begin + size, prompt.size - 1)]
+            tokens[row, : part.size] = part
+            positions[row, : part.size] = begin + np.arange(part.size)
+        yield tokens, positions
+        begin += size
+
+
+def check_prompts(prompts, vocab_size, max_length):
+    """Each as int32 [n]."""
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError("prompts is empty; accepted: one prompt or more")
+    checked = []
+    for index, prompt in enumerate(prompts):
+        name = f"prompts[{index}]"
+        tokens = check_tokens(name, prompt, vocab_size)
+        if tokens.size == 0:
+            raise ValueError(f"{name} is empty; accepted: one token or more")
+        if tokens.size > max_length:
+            raise ValueError(
+                f"{name} has {tokens.size} tokens; accepted with this capacity and max_new_tokens: "
+                f"up to {max_length}"
+            )
+        checked.append(tokens)
+    return checked
+
+
+def check_tokens(name, tokens, vocab_size):
+    """As int32 [n]."""
+    array = np.asarray(tokens)
+    if array.size == 0 and array.ndim == 1:
+        return np.zeros(0, np.int32)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} is {tokens!r}; accepted: a sequence of tokens")
+    wrong = (array < 0) | (array >= vocab_size)
+    if wrong.any():
+        raise ValueError(f"{name} has {array[wrong][0]}; accepted: tokens 0 to {vocab_size - 1}")
+    return array.astype(np.int32)
