@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.decode_shapes import PAGE_SIZE, QUERY_TOKENS, SHAPES, Shape
-from bench.measure import kernel_times, machine, output_folder, read_gbps, write_json
+from bench.measure import kernel_time, machine, output_folder, read_gbps, write_json
 from g4attn_jax import ops
 from g4attn_jax.cache import CompactKVCache, KVCache
 
@@ -77,15 +77,7 @@ def measure_row(shape: Shape, form, query_tokens: int, paged: bool, gbps: float)
     """One row of the JSON."""
     calls = shape.calls(form, query_tokens, paged=paged)
     attend = functools.partial(ops.decode_attention, sliding_window=shape.sliding_window)
-    functions = {
-        "ours": functools.partial(attend, implementation="triton"),
-        "xla": functools.partial(attend, implementation="xla"),
-    }
-    is_plain = form is KVCache and not paged
-    if is_plain:
-        functions["jax_nn"] = functools.partial(jax_nn, sliding_window=shape.sliding_window)
-    times = kernel_times(functions, calls, 20)
-    ours = times["ours"]
+    ours = kernel_time(functools.partial(attend, implementation="triton"), calls)
     row = {
         **shape.fields(),
         "query_tokens": query_tokens,
@@ -94,12 +86,16 @@ def measure_row(shape: Shape, form, query_tokens: int, paged: bool, gbps: float)
         "ours_us": ours.us,
         "ours_p10_p90_us": [ours.p10, ours.p90],
         "main_us": ours.kernels["decode_attention"],
-        "xla_us": times["xla"].us,
-        "jax_nn_us": times["jax_nn"].us if is_plain else None,
-        "torch_sdpa_us": torch_sdpa_us(shape, query_tokens) if is_plain else None,
+        "xla_us": kernel_time(functools.partial(attend, implementation="xla"), calls, 5).us,
+        "jax_nn_us": None,
+        "torch_sdpa_us": None,
         "limit_us": shape.bytes(form, query_tokens) / gbps / 1e3,
         "launches": ours.launches,
     }
+    if form is KVCache and not paged:
+        theirs = functools.partial(jax_nn, sliding_window=shape.sliding_window)
+        row["jax_nn_us"] = kernel_time(theirs, calls, 5).us
+        row["torch_sdpa_us"] = torch_sdpa_us(shape, query_tokens)
     return {name: _rounded(value) for name, value in row.items()}
 
 

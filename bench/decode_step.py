@@ -310,11 +310,18 @@ def plot(rows, head, path):
     figure.savefig(path, dpi=110)
 
 
-def earlier(path, models):
-    """(workload, rows) that a file has of models that are not measured now."""
-    if not path.exists():
+def earlier(path, models, head):
+    """(workload, rows) that a file has of models that are not measured now.
+
+    Raises:
+        ValueError: they are of another machine.
+    """
+    if not path.exists() or set(models) == set(MODELS):
         return [], []
     old = json.loads(path.read_text())
+    different = [name for name, value in head.items() if old[name] != value]
+    if different:
+        raise ValueError(f"{path} has rows of another {', '.join(different)}; measure all models")
     return (
         [row for row in old[name] if row["model"] not in models] for name in ("workload", "rows")
     )
@@ -330,9 +337,10 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "decode_step.json"
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
+    head = machine()
+    workload, rows = earlier(path, args.models, head)
     gbps = read_gbps()
-    workload, rows = earlier(path, args.models)
-    head = machine() | {
+    head |= {
         "command": "python -m bench.decode_step",
         "variants": {variant.letter: variant.value for variant in Variant},
         "workload": workload,

@@ -8,6 +8,7 @@ that the shared memory does not hold are left out.
 
 import functools
 import itertools
+import math
 
 from bench.decode_attention import FORMS
 from bench.decode_shapes import QUERY_TOKENS, SHAPES
@@ -17,8 +18,12 @@ from g4attn_jax.ops.decode_attention import triton
 from g4attn_jax.ops.flash_attention.launch import Launch
 
 
-def launches_around(chosen: Launch, form: type[Cache]) -> list[Launch]:
-    """Other tiles and stages, and numbers of splits with the chosen ones."""
+def launches_around(chosen: Launch, form: type[Cache], num_rows: int) -> list[Launch]:
+    """Other tiles and stages, numbers of splits, and blocks of the query rows of a KV head."""
+
+    def programs(rows, value_blocks):
+        return math.ceil(num_rows / rows) * value_blocks
+
     splits = {max(1, round(chosen.num_splits * factor)) for factor in (0.5, 1, 2)}
     launches = {chosen._replace(num_splits=n) for n in splits}
     for keys, stages in itertools.product((16, 32, 64), (2, 3, 4)):
@@ -28,8 +33,8 @@ def launches_around(chosen: Launch, form: type[Cache]) -> list[Launch]:
         blocks = [(16, 1, 4), (32, 1, 4), (64, 1, 8), (64, 2, 4)]
         if form is CompactKVCache:
             blocks.pop()
+        wanted = chosen.num_splits * programs(chosen.block_rows, chosen.value_blocks)
         for rows, value_blocks, num_warps in blocks:
-            programs = chosen.num_splits * chosen.value_blocks // value_blocks
             launches.add(
                 chosen._replace(
                     block_rows=rows,
@@ -37,7 +42,7 @@ def launches_around(chosen: Launch, form: type[Cache]) -> list[Launch]:
                     num_warps=num_warps,
                     block_keys=32,
                     num_stages=3,
-                    num_splits=max(1, programs),
+                    num_splits=max(1, wanted // programs(rows, value_blocks)),
                 )
             )
     return sorted(launches)
@@ -64,7 +69,7 @@ def main():
             chosen = triton.launch_for(*calls[0][:3], sliding_window=shape.sliding_window)
             functions = {
                 launch: functools.partial(attend, launch=launch)
-                for launch in launches_around(chosen, form)
+                for launch in launches_around(chosen, form, query_tokens * shape.group)
             }
             times = kernel_times(functions, calls, 5)
             best = min(times, key=lambda launch: times[launch].us)

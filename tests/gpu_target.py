@@ -115,17 +115,20 @@ def assembly(compute_capability: str, f, *arguments) -> tuple[str, str]:
         for path in Path(folder).glob("*.ptx"):
             if not path.stat().st_size:
                 continue
-            command = [_ptxas(), "-v", f"-arch={target}", path, "-o", path.with_suffix(".cubin")]
-            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            command = [ptxas(), "-v", f"-arch={target}", path, "-o", path.with_suffix(".cubin")]
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
             ptx.append(path.read_text())
             said.append(result.stderr)
     return "\n".join(ptx), "\n".join(said)
 
 
-def _ptxas():
-    """That of nvidia-cuda-nvcc-cu12, which the plugin takes too."""
-    import nvidia.cuda_nvcc
-
+def ptxas() -> Path | None:
+    """That of nvidia-cuda-nvcc-cu12, which the plugin takes too; None where it is not installed."""
+    try:
+        import nvidia.cuda_nvcc
+    except ModuleNotFoundError:
+        return None
     return Path(nvidia.cuda_nvcc.__path__[0]) / "bin" / "ptxas"
 
 

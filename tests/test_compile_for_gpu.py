@@ -214,6 +214,8 @@ ATTENTIONS = [
     (2, 512, 2, 4, 512, KVCache, 1, jnp.float32, jnp.float32),
     (2, 512, 2, 4, 512, CompactKVCache, 6, jnp.float32, jnp.float32),
     (3, 100, 3, 5, 96, KVCache, 3, jnp.float16, jnp.float16),
+    (3, 100, 1, 8, 320, KVCache, 6, jnp.float16, jnp.float16),
+    (3, 100, 1, 8, 320, CompactKVCache, 6, jnp.float16, jnp.float16),
     (8, 8192, 4, 8, 512, KVCache, 1, jnp.bfloat16, FLOAT8),
     (8, 8192, 4, 8, 512, CompactKVCache, 6, jnp.bfloat16, FLOAT8),
 ]

@@ -10,9 +10,10 @@ from g4attn_jax import ops
 from g4attn_jax.cache import CompactKVCache, KVCache
 from tests import gpu_target
 
-pytestmark = pytest.mark.skipif(
-    gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())
-)
+pytestmark = [
+    pytest.mark.skipif(gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())),
+    pytest.mark.skipif(gpu_target.ptxas() is None, reason="needs nvidia-cuda-nvcc-cu12"),
+]
 
 
 def struct(*shape, dtype=jnp.bfloat16):
@@ -22,8 +23,8 @@ def struct(*shape, dtype=jnp.bfloat16):
 @pytest.mark.parametrize(
     ("tokens", "batch", "nkv", "group", "head_dim", "window", "form", "products"),
     [
-        # A tile's: the width of a key / 16 for the scores, and for the values keys / 16 by what a
-        # warpgroup has of 64 x 256 accumulators.
+        # Of a tile: for the scores a key's width / 16; for the values keys / 16, a warpgroup having
+        # 64 x 256 accumulators.
         (6, 8, 4, 8, 512, None, KVCache, 32 + 2),
         (6, 8, 4, 8, 512, None, CompactKVCache, 40 + 2),
         (6, 32, 4, 8, 512, None, CompactKVCache, 40 + 2),  # one split
@@ -49,4 +50,4 @@ def test_none_waits_for_another_or_is_done_again(
         struct(batch, tokens, dtype=jnp.int32),
     )
     assert ptx.count("wgmma.mma_async") == products
-    assert "Potential Performance Loss" not in said
+    assert "registers" in said and "Potential Performance Loss" not in said

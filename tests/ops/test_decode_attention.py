@@ -7,6 +7,7 @@ import pytest
 
 from g4attn_jax import ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
+from g4attn_jax.ops.attention_tiles.triton import pad
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS, triton
 from g4attn_jax.ops.decode_attention.triton import choose_launch
 from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
@@ -158,6 +159,7 @@ def test_splits_agree(implementation):
         Launch(16, 16, 3, 2, num_warps=4, num_stages=2),
         Launch(64, 32, 2, 2, num_warps=4, num_stages=3),
         Launch(64, 64, 1, 1, num_warps=8, num_stages=2),
+        Launch(64, 16, 8, 1, num_warps=8, num_stages=2),  # more splits than tiles
     ],
 )
 def test_any_launch(launch, compact, implementation):
@@ -278,7 +280,7 @@ GPUS = H200, A100, B200, Gpu(8.6, 84, 101_376)
 def test_launches_are_ones_that_fit(gpu):
     """Powers of two, and a tile being read, one on its way and the queries in shared memory."""
     for head_dim, rows, compact, batch in itertools.product(
-        (64, 256, 512), (1, 16, 48, 256), (False, True), (1, 8, 64)
+        (64, 256, 320, 512), (1, 16, 48, 256), (False, True), (1, 8, 64)
     ):
         launch = choose_launch(
             gpu,
@@ -293,9 +295,10 @@ def test_launches_are_ones_that_fit(gpu):
         for number in (launch.block_rows, launch.block_keys, launch.value_blocks):
             assert number & (number - 1) == 0
         assert 1 <= launch.num_splits <= 8192 // launch.block_keys
-        width = head_dim + (128 if compact else head_dim // launch.value_blocks)
+        padded = pad(head_dim)
+        width = padded + (128 if compact else padded // launch.value_blocks)
         tiles = 2 * launch.block_keys * width * (launch.num_stages - 1)
-        assert tiles + 2 * launch.block_rows * (head_dim + 128 * compact) < gpu.shared_memory
+        assert tiles + 2 * launch.block_rows * (padded + 128 * compact) < gpu.shared_memory
 
 
 def test_one_program_for_every_multiprocessor():

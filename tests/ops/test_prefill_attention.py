@@ -8,6 +8,7 @@ import pytest
 
 from g4attn_jax import ops
 from g4attn_jax.cache import FLOAT8, KVCache
+from g4attn_jax.ops.attention_tiles.triton import pad
 from g4attn_jax.ops.decode_attention import reference as dense
 from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
 from g4attn_jax.ops.prefill_attention import cudnn, reference, triton
@@ -327,15 +328,16 @@ def test_any_launch(launch, compact, implementation):
 @pytest.mark.parametrize("gpu", GPUS, ids=str)
 def test_launches_are_ones_that_fit(gpu):
     """Powers of two, and a tile and queries within the shared memory that there is."""
-    for head_dim, compact, q_bytes in itertools.product((64, 256, 512), (False, True), (2, 4)):
+    for head_dim, compact, q_bytes in itertools.product((64, 256, 320, 512), (False, True), (2, 4)):
         key_widths = (head_dim, 128) if compact else (head_dim,)
         sizes = HeadSizes(key_widths, None if compact else head_dim, q_bytes, q_bytes)
         launch = choose_launch(gpu, sizes)
         for number in launch:
             assert number & (number - 1) == 0 or number == launch.num_stages
-        width = sum(key_widths) + (0 if compact else head_dim // launch.value_blocks)
+        of_keys = sum(map(pad, key_widths))
+        width = of_keys + (0 if compact else pad(head_dim) // launch.value_blocks)
         tiles = (launch.num_stages - 1) * launch.block_keys * width
-        queries = launch.block_rows * sum(key_widths)
+        queries = launch.block_rows * of_keys
         assert (tiles + queries) * q_bytes < gpu.shared_memory
 
 

@@ -30,8 +30,8 @@ def decode_attention(
     A token at position p sees the keys at positions 0 .. p, with a window the last `sliding_window`
     of them. Position p of a sequence lies in slot p mod C of its C slots, which are those of its
     pages in order: contiguous, ring and paged caches are read by this one rule, and what no token
-    sees is not read. Softmax in float32; nothing grows with the context but the partial results of
-    the splits.
+    sees has no effect. Softmax in float32; nothing grows with the context but the partial results
+    of the splits.
 
     Args:
         q: [B, T, Nq, D], or for a compact cache the absorbed query [B, T, Nq, D + R], as

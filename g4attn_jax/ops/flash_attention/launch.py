@@ -13,15 +13,17 @@ class Launch(NamedTuple):
     block_rows: int  # query rows of a program: tokens x query heads of a KV head
     block_keys: int  # keys of a tile
     num_splits: int  # programs that share the keys of a block of rows
-    value_blocks: int  # programs that share the columns of their values; 1 if those are keys too
+    value_blocks: (
+        int  # programs that share the columns of their values; must be 1 where those are keys too
+    )
     num_warps: int
     num_stages: int
 
     @property
     def warps_share_rows(self) -> bool:
-        """Whether the scores of rows are of several warps, in the launches of 64 rows or more.
+        """Whether several warps share the scores of a row.
 
-        Their instructions are of 16 rows a warp.
+        From 64 rows on an instruction takes 16 rows a warp; here there are more warps than that.
         """
         return 64 <= self.block_rows < 16 * self.num_warps
 
@@ -67,7 +69,8 @@ class HeadSizes(NamedTuple):
         """Whether the shared memory holds queries, weights and tiles of a launch."""
         rows, keys = launch.block_rows, launch.block_keys
         tile = self.tile_bytes(keys, launch.value_blocks)
-        shared = rows * sum(self.key_widths) * self.q_bytes + (launch.num_stages - 1) * tile
+        queries = rows * sum(map(pad, self.key_widths)) * self.q_bytes
+        shared = queries + (launch.num_stages - 1) * tile
         if rows < 64 or gpu.compute_capability < 9:
             shared += rows * keys * self.q_bytes  # weights, from the warps that made them to all
         elif gpu.compute_capability < 10:
@@ -75,7 +78,9 @@ class HeadSizes(NamedTuple):
         else:
             shared += 2 * tile + rows * keys * 4
         if launch.warps_share_rows:
-            shared += 2 * rows * keys * self.q_bytes  # weights between warps, and those of nothing
+            shared += (
+                2 * rows * keys * self.q_bytes
+            )  # weights between warps, and the branch's zeros
         if self.cache_bytes == 1:
             shared += tile * self.q_bytes  # converted for the tensor cores
         return shared <= gpu.shared_memory

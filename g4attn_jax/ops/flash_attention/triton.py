@@ -11,7 +11,8 @@ being the number of splits:
 
 which leaves o = acc / l and log_sum = m + log l, l being the sum of all l_j. The scores of one tile
 exist at a time. Position p lies in slot p mod C of the sequence's pages, so contiguous, ring and
-paged caches are read by one rule, and positions that no token sees are never read.
+paged caches are read by one rule. Of what no token sees the kernel reads keys alone, of the tiles
+that have others too, or of one tile where a program has none, and makes nothing of them.
 
 Source: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning"
 (2023); Dao et al., "Flash-Decoding for long-context inference" (2023).
@@ -129,8 +130,8 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
             visible = exists[None, :] & (position[None, :] <= row_position[:, None])
             if sliding_window is not None:
                 visible &= position[None, :] > row_position[:, None] - sliding_window
-            parts = [x * factor for x, factor in zip(products, factors, strict=True)]
-            scores = jnp.where(visible, functools.reduce(operator.add, parts), -jnp.inf)
+            scaled = [x * factor for x, factor in zip(products, factors, strict=True)]
+            scores = jnp.where(visible, functools.reduce(operator.add, scaled), -jnp.inf)
             new_m = jnp.maximum(m, jnp.max(scores, axis=1))
             alpha, weights = jnp.exp2(m - new_m), jnp.exp2(scores - new_m[:, None])
             sums = _partial_sums(weights, launch)
@@ -140,8 +141,8 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
         def unseen():
             return m, totals, jnp.ones_like(m), jnp.zeros(products[0].shape, dtype)
 
-        # Where one product leads to another, Triton gives every warp rows of its own, and what are
-        # too many warps for the rows do the same again. It does not look into a branch.
+        # Where one product feeds another, Triton gives each warp rows of its own, and warps for
+        # which there are no rows repeat the work of others. It does not look through a branch.
         if launch.warps_share_rows:
             new_m, totals, alpha, weights = lax.cond(first <= newest, softmax, unseen)
         else:
@@ -152,10 +153,12 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
     nothing = jnp.zeros((launch.block_rows, launch.block_keys), jnp.float32)
     # Without tiles one that no token sees: were there a way around the loop, on which something
     # else sets the accumulators, ptxas would have each product of 8 warps end before the next
-    # (C7515), and launches of 4 warps took a tenth more time.
+    # (C7515), and have each thread of 4 work out where its operands are.
+    if launch.block_rows >= 64:
+        num_tiles = jnp.maximum(num_tiles, 1)
     m, totals, acc = lax.fori_loop(
         0,
-        jnp.maximum(num_tiles, 1),
+        num_tiles,
         tile,
         (
             jnp.full((launch.block_rows,), _NO_SCORE, jnp.float32),

@@ -14,8 +14,8 @@ from g4attn_jax.ops.linear import reference, triton
 
 # Up to this many tokens a step is bound by reading its weights. The kernel reads those of 31B
 # faster than XLA's matmul (bench/tune_linear.py), but for full QKV of up to 8 tokens, where XLA is
-# 2 to 4 % faster, and the MLP of a single token, less than 1 %. Measured up to 32 tokens; 64 are
-# what 8 sequences with 4 to 7 drafts need.
+# 2 to 4 % faster, and the MLP of a single token, less than 1 %. Measured by itself up to 32
+# tokens; 8 sequences with 4 to 7 drafts need 64, and bench/speculative.py has 40 of them.
 MAX_TOKENS = 64
 # Without parts fewer columns are too few programs; XLA, which makes parts itself, takes them. Where
 # one overtakes the other has not been measured.
