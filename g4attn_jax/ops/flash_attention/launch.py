@@ -13,9 +13,8 @@ class Launch(NamedTuple):
     block_rows: int  # query rows of a program: tokens x query heads of a KV head
     block_keys: int  # keys of a tile
     num_splits: int  # programs that share the keys of a block of rows
-    value_blocks: (
-        int  # programs that share the columns of their values; must be 1 where those are keys too
-    )
+    # programs that share the columns of their values; 1 where those are keys too
+    value_blocks: int
     num_warps: int
     num_stages: int
 
@@ -77,10 +76,8 @@ class HeadSizes(NamedTuple):
             shared += tile  # these instructions read a tile while the next is being asked for
         else:
             shared += 2 * tile + rows * keys * 4
-        if launch.warps_share_rows:
-            shared += (
-                2 * rows * keys * self.q_bytes
-            )  # weights between warps, and the branch's zeros
+        if launch.warps_share_rows:  # weights from warp to warp, and the zeros of what is unseen
+            shared += 2 * rows * keys * self.q_bytes
         if self.cache_bytes == 1:
             shared += tile * self.q_bytes  # converted for the tensor cores
         return shared <= gpu.shared_memory
