@@ -109,8 +109,15 @@ def assembly(compute_capability: str, f, *arguments) -> tuple[str, str]:
     target = "sm_" + compute_capability.replace(".", "") + "a"
     ptx, said = [], []
     with tempfile.TemporaryDirectory() as folder:
-        # XLA writes the PTX of kernels whose pipeline has a step of that name.
-        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx", "xla_gpu_dump_llvmir": True}
+        options = {
+            # XLA writes the PTX of kernels whose pipeline has a step of that name.
+            "xla_dump_to": folder,
+            "xla_dump_emitter_re": "ptx",
+            "xla_gpu_dump_llvmir": True,
+            # As users compile, also under JAX_DISABLE_MOST_OPTIMIZATIONS, with which CI runs.
+            "xla_backend_optimization_level": 3,
+            "xla_llvm_disable_expensive_passes": False,
+        }
         compile_for(compute_capability, f, *arguments, options=options)
         for path in Path(folder).glob("*.ptx"):
             if not path.stat().st_size:
