@@ -5,9 +5,14 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Self
 
-from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode, read_config
+from g4attn_jax.config import (
+    ASSISTANT_MODEL_TYPES,
+    AttentionSpec,
+    Gemma4Config,
+    ProjectionMode,
+    read_config,
+)
 
-_MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 # What the text config of an assistant may ask for.
 _TEXT_SWITCHES = {
     "hidden_size_per_layer_input": (0, None),
@@ -77,10 +82,10 @@ class AssistantConfig:
                 something this model does not do. The message names the field.
         """
         config = read_config(config)
-        if config.get("model_type") not in _MODEL_TYPES:
+        if config.get("model_type") not in ASSISTANT_MODEL_TYPES:
             raise ValueError(
                 f"model_type is {config.get('model_type')!r}; an assistant's config has one of "
-                f"{', '.join(_MODEL_TYPES)}"
+                f"{', '.join(ASSISTANT_MODEL_TYPES)}"
             )
         if config.get("tie_word_embeddings", True) is not True:
             raise ValueError(

@@ -2,13 +2,15 @@
 
 import dataclasses
 import enum
-import json
 import math
 from collections.abc import Mapping
 from importlib import resources
 from os import PathLike
 from typing import Any, Self
 
+from g4attn_jax.json_file import parse_object, read_object
+
+ASSISTANT_MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 _CONFIGS = resources.files("g4attn_jax") / "configs"
 _TEXT_MODEL_TYPES = ("gemma4_text", "gemma4_unified_text")
 _SLIDING, _FULL = _LAYER_TYPES = ("sliding_attention", "full_attention")
@@ -67,16 +69,12 @@ def read_config(config: str | PathLike | Mapping[str, Any]) -> Mapping[str, Any]
     """The contents of a `config.json`, given as they are or by its path.
 
     Raises:
-        ValueError: it is neither, or the file holds no object.
+        OSError: the file cannot be read.
+        ValueError: it is neither, or the file, which the message names, is not a JSON object.
     """
     if not isinstance(config, (str, PathLike, Mapping)):
         raise ValueError(f"config is {config!r}; accepted: a path or a dict")
-    if not isinstance(config, Mapping):
-        with open(config, encoding="utf-8") as file:
-            config = json.load(file)
-        if not isinstance(config, Mapping):
-            raise ValueError(f"config must be a JSON object, not a {type(config).__name__}")
-    return config
+    return config if isinstance(config, Mapping) else read_object(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +129,11 @@ class Gemma4Config:
                 something this attention does not do. The message names the field.
         """
         config = read_config(config)
+        if config.get("model_type") in ASSISTANT_MODEL_TYPES:
+            raise ValueError(
+                f"model_type is {config['model_type']!r}, so this is the config of an assistant; "
+                "read it with AssistantConfig"
+            )
         text = config.get("text_config", config)
         if not isinstance(text, Mapping):
             raise ValueError(f"text_config must be an object, not {text!r}")
@@ -176,7 +179,7 @@ class Gemma4Config:
         if full_name not in accepted:
             raise ValueError(f"unknown preset {name!r}; accepted: {', '.join(accepted)}")
         file = _CONFIGS / f"{full_name}.json"
-        return cls.from_hf(json.loads(file.read_text(encoding="utf-8")))
+        return cls.from_hf(parse_object(file.read_bytes(), file))
 
     @staticmethod
     def preset_names() -> tuple[str, ...]:

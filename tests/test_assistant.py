@@ -402,6 +402,17 @@ def test_what_is_skipped(folder):
     assert report.loaded == len(load_file(GOLDEN / "gemma-4-e4b" / "model.safetensors"))
 
 
+def test_a_real_model_is_left_as_it_is():
+    source = GOLDEN / "gemma-4-e4b"
+    model, _ = load_assistant(source, abstract_of(source))
+    before = jax.tree.leaves(nnx.state(model))
+    nnx.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model)))
+    loaded, _ = load_assistant(source, model)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(nnx.state(model)))
+    for leaf, expected in zip(jax.tree.leaves(nnx.state(loaded)), before, strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+
+
 def test_another_assistants_checkpoint():
     with pytest.raises(CheckpointError, match=r"config\.json has backbone_hidden_size = 64"):
         load_assistant(GOLDEN / "gemma-4-31b", abstract_of(GOLDEN / "gemma-4-e4b"))

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import re
 from importlib import resources
 
 import pytest
@@ -194,16 +195,39 @@ def test_there_is_no_such_layer(layer):
 
 
 def test_not_a_config(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="config must be a JSON object, not a list"):
-        Gemma4Config.from_hf(path)
+    with pytest.raises(FileNotFoundError):
+        Gemma4Config.from_hf(tmp_path / "config.json")
     with pytest.raises(ValueError, match="config is None; accepted: a path or a dict"):
         Gemma4Config.from_hf(None)
     with pytest.raises(ValueError, match="unknown preset 5; accepted: gemma-4-12b"):
         Gemma4Config.preset(5)
     with pytest.raises(ValueError, match="text_config must be an object"):
         Gemma4Config.from_hf({"text_config": 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "is not JSON: Expecting value"),
+        (b"{", "is not JSON: Expecting property name"),
+        (b"\xff\x00\x01", "is not JSON: 'utf-8' codec can't decode"),
+        (b"[" * 10**5, "is not JSON: "),
+        (b"[]", "is not a JSON object"),
+        (b'{"a": [{"b": 1, "c": 2, "c": 2}]}', "has c more than once"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(text, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=re.escape(f"{path} {message}")):
+        Gemma4Config.from_hf(path)
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_assistant", "gemma4_unified_assistant"])
+def test_the_config_of_an_assistant(model_type):
+    config = published() | {"model_type": model_type}
+    with pytest.raises(ValueError, match=f"'{model_type}', .* of an assistant; .* AssistantConfig"):
+        Gemma4Config.from_hf(config)
 
 
 def test_the_modes_count_their_kv_projections():

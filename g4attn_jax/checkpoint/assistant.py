@@ -18,7 +18,6 @@ from g4attn_jax.checkpoint.loading import Model, Progress, load
 from g4attn_jax.checkpoint.packing import Packed
 from g4attn_jax.checkpoint.report import LoadReport, terminal_bar
 from g4attn_jax.checkpoint.shards import read_json, stored_tensors
-from g4attn_jax.config import Gemma4Config
 
 _PREFIX = "model."
 _TOKEN_ORDERING = "masked_embedding.token_ordering"
@@ -41,7 +40,7 @@ def load_assistant(
 
     Args:
         directory: has `config.json` and `model.safetensors`, or several files and
-            `model.safetensors.index.json`.
+            `model.safetensors.index.json`; see `load_hf` where both are there.
         model: a `Gemma4Assistant`, best an abstract one; see `load_hf`.
         progress: as of `load_hf`.
 
@@ -55,7 +54,7 @@ def load_assistant(
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory")
     config = model.config
-    _check_config(read_json(directory / "config.json"), config)
+    hf.check_config(read_json(directory / "config.json"), config, AssistantConfig, _fields)
     stored = stored_tensors(directory)
     ordering = None
     if config.use_ordered_embeddings:
@@ -93,23 +92,6 @@ def _token_ordering(tensor, vocab_size):
     return ordering
 
 
-def _check_config(given, ours):
-    """Refuses a `config.json` of another model; None in either text config is unknown."""
-    try:
-        theirs = AssistantConfig.from_hf(given)
-    except ValueError as error:
-        raise CheckpointError(f"config.json: {error}") from error
-    pairs = [
-        (field.name, getattr(theirs, field.name), getattr(ours, field.name))
-        for field in dataclasses.fields(AssistantConfig)
-        if field.name != "text"
-    ]
-    for field in dataclasses.fields(Gemma4Config):
-        values = getattr(theirs.text, field.name), getattr(ours.text, field.name)
-        if None not in values:
-            pairs.append((f"text_config.{field.name}", *values))
-    for name, in_file, in_model in pairs:
-        if in_file != in_model:
-            raise CheckpointError(
-                f"config.json has {name} = {in_file!r}; the model was built with {in_model!r}"
-            )
+def _fields(config):
+    own = {name: value for name, value in vars(config).items() if name != "text"}
+    return own | {f"text_config.{name}": value for name, value in vars(config.text).items()}

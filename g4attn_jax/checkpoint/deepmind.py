@@ -107,8 +107,8 @@ def load_deepmind(
         (model, report): a new model, and what was loaded and skipped.
 
     Raises:
-        CheckpointError: an array is missing, surplus, misshapen, not floating point or there
-            twice; the message names it.
+        CheckpointError: an array is missing, surplus, misshapen, not floating point, there twice
+            or in a node that is no dict; the message names it.
     """
     tensors, skipped = {}, collections.Counter()
     for name, array in _named_arrays(params):
@@ -148,6 +148,9 @@ class _Array:
 def _named_arrays(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Arrays by one name each: the two forms of the tree differ in `transformer/` and some `/w`."""
     for path, array in jax.tree_util.tree_leaves_with_path(params):
+        if not all(isinstance(key, jax.tree_util.DictKey) for key in path):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise CheckpointError(f"params has {name} in a node that is no dict; accepted: dicts")
         name = "/".join(str(key.key) for key in path)
         yield name.removeprefix("transformer/").removesuffix("/w"), array
 

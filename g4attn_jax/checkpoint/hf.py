@@ -4,7 +4,6 @@ Source of names and shapes: `Gemma4TextModel` and its modules in Hugging Face tr
 """
 
 import collections
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
@@ -103,7 +103,8 @@ def load_hf(
 
     Args:
         directory: has `config.json` and `model.safetensors`, or several files and
-            `model.safetensors.index.json`, of the text model or of the multimodal one.
+            `model.safetensors.index.json`, of the text model or of the multimodal one. Where both
+            are there, `model.safetensors` is read alone, as transformers does.
         model: a `Gemma4Decoder`, best an abstract one (`nnx.eval_shape`, or
             `nnx.get_abstract_model` for one that is sharded): its weights are not used, and real
             ones are held beside the new ones for as long as the caller keeps them. It decides
@@ -122,7 +123,7 @@ def load_hf(
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory")
-    _check_config(read_json(directory / "config.json"), model.config)
+    check_config(read_json(directory / "config.json"), model.config, Gemma4Config)
     stored = stored_tensors(directory)
     prefix = _prefix(stored)
     tensors, skipped = {}, collections.Counter()
@@ -147,23 +148,32 @@ def save_hf(
 
     Args:
         directory: made if it is not there; must not have a checkpoint in it.
-        model: a `Gemma4Decoder`.
+        model: a `Gemma4Decoder`, no abstract one.
         config: contents or path of the `config.json` of the model, of the text model or the
             multimodal one: it has more fields than `Gemma4Config` keeps.
-        max_shard_bytes: a larger model is split into files of at most this size (a parameter that
-            is larger has one to itself), with an index. One file is held in host memory at a time.
+        max_shard_bytes: 1 or more. A larger model is split into files of at most this size (a
+            parameter that is larger has one to itself), with an index. One file is held in host
+            memory at a time.
 
     Raises:
-        CheckpointError: the directory has a checkpoint, or the config is not the model's.
+        CheckpointError: the directory has a checkpoint or cannot be made, the config is not the
+            model's, a parameter of the model is abstract, or max_shard_bytes is no size.
     """
     directory = Path(directory)
     config = dict(config) if isinstance(config, Mapping) else read_json(Path(config))
-    _check_config(config, model.config)
+    check_config(config, model.config, Gemma4Config)
+    _check_limit(max_shard_bytes)
+    _check_values(model)
     if directory.is_dir() and (old := {file.name for file in directory.glob("*.safetensors*")}):
         raise CheckpointError(f"{directory} has {listed(old)}; save to another directory")
     table = table_of(model, packing_table(model.config, "model."))
     shards = list(_shards(model, max_shard_bytes))
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory} cannot be made a directory: {error.strerror}"
+        ) from error
     weight_map, total = {}, 0
     for number, names in enumerate(shards, start=1):
         file = SINGLE_FILE
@@ -234,18 +244,39 @@ def why_skipped(name, prefix, config):
     return f"{prefix}layers.*.self_attn.{unused[2]} (KV-shared)" if is_shared else None
 
 
-def _check_config(given, model_config):
-    """Refuses a `config.json` of another model; None in either is unknown."""
+def check_config(given, model_config, config_class, fields=vars):
+    """Refuses a `config.json` of another model; None in either is unknown.
+
+    Args:
+        given: contents of the file.
+        model_config: what the model was built with.
+        config_class: of which `model_config` is, with the method `from_hf`.
+        fields: from a config to its fields by the names they have in the file.
+    """
     try:
-        config = Gemma4Config.from_hf(given)
+        in_file = fields(config_class.from_hf(given))
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from error
-    for field in dataclasses.fields(config):
-        theirs, ours = getattr(config, field.name), getattr(model_config, field.name)
+    for name, ours in fields(model_config).items():
+        theirs = in_file[name]
         if theirs != ours and None not in (theirs, ours):
             raise CheckpointError(
-                f"config.json has {field.name} = {theirs!r}; the model was built with {ours!r}"
+                f"config.json has {name} = {theirs!r}; the model was built with {ours!r}"
             )
+
+
+def _check_limit(max_shard_bytes):
+    is_int = isinstance(max_shard_bytes, int) and not isinstance(max_shard_bytes, bool)
+    if not is_int or max_shard_bytes < 1:
+        raise CheckpointError(
+            f"max_shard_bytes must be an integer of at least 1, not {max_shard_bytes!r}"
+        )
+
+
+def _check_values(model):
+    for name, variable in parameters(model).items():
+        if isinstance(variable.get_value(), jax.ShapeDtypeStruct):
+            raise CheckpointError(f"{name} is a ShapeDtypeStruct; accepted: an array")
 
 
 def _write_json(path, value):

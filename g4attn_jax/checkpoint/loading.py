@@ -115,4 +115,5 @@ def _with_parameters(model, values):
         (path, variable.replace(values[".".join(map(str, path))]))
         for path, variable in nnx.to_flat_state(params)
     ]
-    return nnx.merge(graph, nnx.from_flat_state(flat), rest)
+    # Else the variables in `rest` would be those of the model given; arrays are not copied.
+    return nnx.merge(graph, nnx.from_flat_state(flat), rest, copy=True)

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from g4attn_jax.checkpoint.errors import CheckpointError, listed
+from g4attn_jax.json_file import parse_object, read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -50,17 +50,18 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
     Args:
         directory: has `model.safetensors`, or `model.safetensors.index.json` and the files that
-            it names.
+            it names. Where both are there the index is not read, as by
+            `PreTrainedModel.from_pretrained` of transformers.
 
     Raises:
         CheckpointError: a file is missing or corrupt, or files and index contradict each other; the
             message names the file and the tensor.
     """
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-    if index.is_file():
-        return _indexed(directory, _read_index(index))
     if single.is_file():
         return _read_header(single)
+    if index.is_file():
+        return _indexed(directory, _read_index(index))
     raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
@@ -107,7 +108,11 @@ def _read_header(path):
         ) from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = _parse(file.read(length), path)
+        text = file.read(length)
+    try:
+        header = parse_object(text, path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     header.pop("__metadata__", None)
     return {
         name: StoredTensor(
@@ -124,25 +129,8 @@ def read_json(path: Path) -> dict:
         CheckpointError: there is no such file, or it is not a JSON object without duplicate names.
     """
     try:
-        text = path.read_bytes()
+        return read_object(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    return _parse(text, path)
-
-
-def _parse(text, path):
-    def unique(pairs):
-        counts = collections.Counter(name for name, _ in pairs)
-        if twice := [name for name, count in counts.items() if count > 1]:
-            raise CheckpointError(f"{path} has {listed(twice)} more than once")
-        return dict(pairs)
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except CheckpointError:
-        raise
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return value
+        raise CheckpointError(str(error)) from error

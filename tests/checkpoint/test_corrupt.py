@@ -221,7 +221,9 @@ def test_an_index_that_leads_out_of_the_directory(tmp_path):
     refused(folder, "model.other", "'../outer.safetensors'")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"weight_map": []}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{}", '{"weight_map": []}', "\xff", "[" * 10**5]
+)
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
 def test_json_that_is_none(tmp_path, file, text):
     write(tmp_path, CONFIGS[DENSE], *in_two(TENSORS[DENSE]))

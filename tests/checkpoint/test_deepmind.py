@@ -86,6 +86,11 @@ def test_other_towers_are_skipped_and_counted():
         ({"layer_1/skip_scale": np.ones(2, np.float32)}, r"layer_1/skip_scale has shape \(2,\)"),
         ({"layer_1/skip_scale": np.ones(1, np.int8)}, "layer_1/skip_scale has dtype int8"),
         ({"layer_1/skip_scale": "1"}, "layer_1/skip_scale is a str"),
+        (
+            {"layer_1/skip_scale": [np.ones(1)]},
+            "has layer_1/skip_scale/0 in a node that is no dict",
+        ),
+        ({"vision_encoder/a": (np.ones(1),)}, "has vision_encoder/a/0 in a node that is no dict"),
         ({"transformer/layer_1/skip_scale": np.ones(1)}, "has layer_1/skip_scale twice"),
     ],
 )

@@ -251,6 +251,43 @@ def test_save_does_not_mix_checkpoints(tmp_path):
         save_hf(tmp_path, model, config, max_shard_bytes=1000)
 
 
+@pytest.mark.parametrize("limit", [0, -1, 5e9, True, "5GB", None])
+def test_a_size_of_shards_that_is_none(limit, tmp_path):
+    model, _ = load_fixture("gemma-4-e4b")
+    config = read_config(FIXTURES / "gemma-4-e4b")
+    message = f"max_shard_bytes must be an integer of at least 1, not {limit!r}"
+    with pytest.raises(CheckpointError, match=message):
+        save_hf(tmp_path / "saved", model, config, max_shard_bytes=limit)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_an_abstract_model_is_not_saved(tmp_path):
+    model, _ = load_fixture("gemma-4-e4b")
+    for layer in model.layers[1:3]:
+        layer.input_norm.set_value(jax.ShapeDtypeStruct((2,), jnp.bfloat16))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.input_norm is a ShapeDtypeStruct"):
+        save_hf(tmp_path / "saved", model, read_config(FIXTURES / "gemma-4-e4b"))
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_file_is_no_directory(tmp_path):
+    model, _ = load_fixture("gemma-4-e4b")
+    (tmp_path / "file").touch()
+    for directory in (tmp_path / "file", tmp_path / "file" / "saved"):
+        with pytest.raises(CheckpointError, match=f"{directory} cannot be made a directory"):
+            save_hf(directory, model, read_config(FIXTURES / "gemma-4-e4b"))
+
+
+def test_of_one_file_and_an_index_the_file_is_read(tmp_path):
+    config = read_config(FIXTURES / "gemma-4-e4b")
+    tensors = read_tensors(FIXTURES / "gemma-4-e4b")
+    zeros = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
+    write(tmp_path, config, *in_two(zeros))
+    write(tmp_path, config, tensors)
+    model, _ = load_hf(tmp_path, abstract(config))
+    np.testing.assert_array_equal(model.norm[...], tensors["model.norm.weight"])
+
+
 def test_a_parameter_that_the_format_lacks_is_named(tmp_path):
     model, _ = load_fixture("gemma-4-e4b")
     model.layers[1].bias = nnx.Param(jnp.zeros(2))
