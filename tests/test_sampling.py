@@ -1,7 +1,5 @@
 """Sampling against the distribution that transformers' warpers define, in float64 with sorting."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,9 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g4attn_jax.model.sampling import sample
+from g4attn_jax import Sampling, generation
+from g4attn_jax.model.acceptance import Drawn, Greedy
+from g4attn_jax.model.sampling import scaled_logits
 
 DRAWS = 40_000
 LOGITS = np.asarray([2.0, -1.0, 0.5, 1.9, -4.0, 0.4, 1.0, -0.2, 0.3, -6.0], np.float32)
@@ -32,9 +32,36 @@ def distribution(logits, temperature, top_k=None, top_p=None):
     return probabilities / probabilities.sum()
 
 
-def draw(logits, seed=0, **parameters):
-    batch = jnp.tile(logits, (DRAWS, 1))
-    return np.asarray(jax.jit(sample)(batch, jax.random.key(seed), **parameters))
+def next_tokens(rule, logits, position):
+    """[B], what a rule makes of logits [B, V] where there are no drafts."""
+    drafts = jnp.zeros((len(logits), 0), jnp.int32)
+    num_drafts = jnp.zeros(len(logits), jnp.int32)
+    num_accepted, tokens = rule.accept(logits[:, None], drafts, None, num_drafts, position)
+    chex.assert_trees_all_equal_shapes_and_dtypes(num_accepted, tokens, num_drafts)
+    return tokens
+
+
+jitted = jax.jit(next_tokens)
+
+
+def rule_of(keys, temperature=1.0, top_k=None, top_p=None):
+    """With numbers as `Generator` gives them."""
+    return Drawn(
+        temperature=np.float32(temperature),
+        top_k=None if top_k is None else np.int32(top_k),
+        top_p=None if top_p is None else np.float32(top_p),
+        keys=keys,
+    )
+
+
+def keys_of(batch, seed=0):
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(batch))
+
+
+def draw(logits, draws=DRAWS, seed=0, **parameters):
+    rule = rule_of(keys_of(draws, seed), **parameters)
+    return np.asarray(jitted(rule, np.tile(logits, (draws, 1)), np.full(draws, 7, np.int32)))
 
 
 def assert_drawn_from(tokens, expected):
@@ -52,32 +79,32 @@ def assert_drawn_from(tokens, expected):
 @pytest.mark.parametrize("top_p", [None, 0.05, 0.6, 0.95, 1.0])
 def test_statistics(temperature, top_k, top_p):
     chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    tokens = draw(LOGITS, **{name: value for name, value in chosen.items() if value is not None})
-    assert tokens.dtype == np.int32
-    assert_drawn_from(tokens, distribution(LOGITS, **chosen))
+    assert_drawn_from(draw(LOGITS, **chosen), distribution(LOGITS, **chosen))
 
 
-def test_each_sequence_has_its_own_parameters():
-    rows = [(1.0, 10, 1.0), (0.7, 3, 1.0), (1.5, 10, 0.7), (0.8, 5, 0.8), (0.0, 5, 0.5)]
-    temperature, top_k, top_p = (np.repeat(column, DRAWS) for column in zip(*rows, strict=True))
-    logits = jnp.tile(LOGITS, (len(rows) * DRAWS, 1))
-    tokens = jax.jit(sample)(
-        logits,
-        jax.random.key(1),
-        temperature=temperature.astype(np.float32),
-        top_k=top_k,
-        top_p=top_p.astype(np.float32),
-    )
-    *sampled, greedy = np.asarray(tokens).reshape(len(rows), DRAWS)
-    for row, drawn in zip(rows, sampled, strict=False):
-        assert_drawn_from(drawn, distribution(LOGITS, *row))
-    assert set(greedy) == {0}
-
-
-def test_sequences_are_independent():
-    tokens = draw(np.zeros(2, np.float32)).reshape(-1, 2)
+@pytest.mark.parametrize("same", ["position", "key"])
+def test_draws_are_independent(same):
+    """Of sequences at one position, and of the positions of one sequence."""
+    keys, position = keys_of(DRAWS), np.full(DRAWS, 7, np.int32)
+    if same == "key":
+        keys, position = jnp.repeat(keys[::2], 2), position + np.arange(DRAWS, dtype=np.int32) % 2
+    tokens = jitted(rule_of(keys), np.zeros((DRAWS, 2), np.float32), position)
+    tokens = np.asarray(tokens).reshape(-1, 2)
     pairs = np.bincount(2 * tokens[:, 0] + tokens[:, 1], minlength=4)
     assert scipy.stats.chisquare(pairs).pvalue > 1e-3
+
+
+def test_a_draw_depends_on_its_sequence_alone():
+    batch = 32
+    logits = np.random.default_rng(0).normal(size=(batch, 64)).astype(np.float32)
+    position = np.arange(batch, dtype=np.int32) % 5
+    rule = rule_of(keys_of(batch), temperature=0.9, top_k=50, top_p=0.9)
+    together = jitted(rule, logits, position)
+    assert len(np.unique(together)) > batch / 2
+    for row in range(batch):
+        one = slice(row, row + 1)
+        alone = jitted(rule._replace(keys=rule.keys[one]), logits[one], position[one])
+        assert alone == together[row]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -90,39 +117,49 @@ def test_sequences_are_independent():
     st.integers(0, 2**31 - 1),
 )
 def test_draws_only_what_the_filters_keep(logits, top_k, top_p, seed):
-    logits = np.asarray(logits, np.float32)
+    # One shape compiles once.
+    logits = np.asarray(logits + [-np.inf] * (9 - len(logits)), np.float32)
     if not np.isfinite(logits).any():
         logits[0] = 0
     # One logit of the reference is dropped early where a sum is at the limit up to rounding.
     expected = distribution(logits, 1.0, top_k, min(top_p + 1e-5, 1.0))
     # Equal logits are kept together here; sorting may split them.
     possible = set(logits[expected > 0])
-    tokens = sample(
-        jnp.tile(logits, (64, 1)),
-        jax.random.key(seed),
-        top_k=jnp.asarray(top_k),
-        top_p=jnp.asarray(top_p, jnp.float32),
-    )
-    assert {logits[token] for token in np.asarray(tokens)} <= possible
+    tokens = draw(logits, 64, seed, top_k=top_k, top_p=top_p)
+    assert {logits[token] for token in tokens} <= possible
 
 
 def test_equal_logits_are_kept_together():
-    logits = np.asarray([1, 3, 3, 3, 0], np.float32)
-    assert set(draw(logits, top_k=2)) == {1, 2, 3}
-    assert set(draw(logits, top_p=0.1)) == {1, 2, 3}
+    """As zeros of both signs are."""
+    for logits in ([1, 3, 3, 3, 0], [-2, 0.0, -0.0, 0.0, -3]):
+        logits = np.asarray(logits, np.float32)
+        assert set(draw(logits, top_k=2)) == {1, 2, 3}
+        assert set(draw(logits, top_p=0.1)) == {1, 2, 3}
 
 
-@pytest.mark.parametrize("zero", [0, 0.0, np.zeros(3, np.float32), jnp.zeros(3)])
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), np.int64(0)])
 def test_temperature_0_is_greedy(zero):
+    """The first of equal logits, whatever the filters are."""
     logits = jnp.asarray([[0.0, 5.0, 5.0], [1e30, -1e30, 0.0], [-jnp.inf, -jnp.inf, -9.0]])
-    tokens = sample(logits, jax.random.key(0), temperature=zero, top_k=2, top_p=0.5)
-    np.testing.assert_array_equal(tokens, [1, 0, 2])
-    assert tokens.dtype == jnp.int32
+    rule = generation._rule(Sampling(zero, top_k=2, top_p=0.5), None, *logits.shape)
+    assert isinstance(rule, Greedy)
+    position = jnp.zeros(3, jnp.int32)
+    np.testing.assert_array_equal(next_tokens(rule, logits, position), [1, 0, 2])
+    drafts, _ = rule.draft(logits, position)
+    np.testing.assert_array_equal(drafts, [1, 0, 2])
 
 
 def test_a_low_temperature_approaches_greedy():
+    """Where logits over temperature are more than float32 holds, too."""
     for temperature in (1e-4, 1e-37):
-        assert set(draw(LOGITS, temperature=temperature, top_p=0.9)) == {0}
+        assert set(draw(100 * LOGITS[::-1], temperature=temperature, top_p=0.9)) == {9}
+
+
+def test_filters_that_are_off_drop_nothing():
+    """Not even what is 0 to a sum of float32."""
+    logits = np.asarray([0.0, -40.0, -60.0], np.float32)
+    off = scaled_logits(logits, np.float32(1), np.int32(3), np.float32(1))
+    np.testing.assert_array_equal(off, logits)
 
 
 def test_one_candidate_is_certain():
@@ -134,62 +171,71 @@ def test_one_candidate_is_certain():
 def test_a_large_vocabulary():
     """Gemma's: top-k keeps exactly k of 262144, and top-p what a sum in float64 keeps."""
     logits = np.random.default_rng(0).normal(size=262144).astype(np.float32)
-    tokens = sample(jnp.tile(logits, (256, 1)), jax.random.key(0), top_k=64, top_p=0.95)
+    tokens = draw(logits, 128, top_k=64, top_p=0.95)
     kept = np.flatnonzero(distribution(logits, 1.0, 64, 0.95))
     assert 50 < len(kept) < 64
-    assert set(np.asarray(tokens)) <= set(kept)
-    assert len(set(np.asarray(tokens))) > len(kept) / 2
+    assert set(tokens) <= set(kept)
+    assert len(set(tokens)) > len(kept) / 2
 
 
 def test_arrays_out_of_range_keep_the_best_token():
-    assert set(draw(LOGITS, top_k=jnp.asarray(0))) == {0}
-    assert set(draw(LOGITS, top_p=jnp.asarray(0.0))) == {0}
+    """A top_p may be accepted and yet be 0 in float32."""
+    assert set(draw(LOGITS[::-1], top_k=0)) == {9}
+    assert set(draw(LOGITS[::-1], top_p=Sampling(top_p=1e-50).top_p)) == {9}
 
 
 def test_other_values_compile_nothing():
-    @jax.jit
-    @chex.assert_max_traces(1)
-    def step(key, temperature, top_k):
-        return sample(jnp.tile(LOGITS, (2, 1)), key, temperature=temperature, top_k=top_k)
-
-    for i in range(3):
-        step(jax.random.key(i), jnp.full(2, i / 2), jnp.full(2, i + 1))
+    step = jax.jit(chex.assert_max_traces(next_tokens, 1))
+    for i in range(1, 4):
+        rule = rule_of(keys_of(2, seed=i), temperature=i / 2, top_k=i, top_p=i / 3)
+        step(rule, np.tile(LOGITS, (2, 1)), np.full(2, i, np.int32))
 
 
-def test_vmap_and_scan():
-    keys = jax.random.split(jax.random.key(0), 4)
-    logits = jnp.tile(LOGITS, (2, 1))
-    draw_one = functools.partial(sample, logits, temperature=0.9, top_k=5, top_p=0.9)
-    one_by_one = jnp.stack([draw_one(key) for key in keys])
-    np.testing.assert_array_equal(jax.vmap(draw_one)(keys), one_by_one)
-    _, scanned = jax.lax.scan(lambda _, key: (None, draw_one(key)), None, keys)
-    np.testing.assert_array_equal(scanned, one_by_one)
+@pytest.mark.parametrize(
+    ("accepted", "numbers"),
+    [
+        ({"temperature": np.finfo(np.float32).max}, (np.finfo(np.float32).max, None, None)),
+        ({"temperature": np.float16(0.5)}, (0.5, None, None)),
+        ({"temperature": np.int64(2), "top_k": np.uint8(1), "top_p": np.float32(0.5)}, (2, 1, 0.5)),
+        ({"top_k": 10**20}, (1, 10, None)),
+        ({"top_p": 1}, (1, None, 1)),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_are_accepted(accepted, numbers):
+    """And what is drawn with of a vocabulary of 10."""
+    key = jax.random.key(0, impl="threefry2x32")
+    rule = generation._rule(Sampling(**{"temperature": 1} | accepted), key, 1, 10)
+    assert rule[:3] == numbers
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"logits": jnp.zeros(3)}, "logits has shape"),
-        ({"logits": jnp.zeros((2, 0))}, "logits has shape"),
-        ({"logits": jnp.zeros((2, 3), jnp.bfloat16)}, "logits has dtype bfloat16"),
-        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": -0.1}, "temperature is -0.1; accepted: 0 or more, finite in float32"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": np.float16("inf")}, r"temperature is np.float16\(inf\)"),
+        ({"temperature": 1e39}, r"temperature is 1e\+39"),
+        ({"temperature": 10**400}, "temperature is 10"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"temperature": None}, "temperature is None"),
-        ({"temperature": jnp.ones(3)}, "temperature has shape"),
-        ({"temperature": jnp.ones(2, jnp.int32)}, "temperature has dtype int32"),
-        ({"top_k": 0}, "top_k is 0"),
+        ({"temperature": False}, "temperature is False"),
+        ({"temperature": np.zeros(3)}, "temperature is array"),
+        ({"temperature": jnp.float32(1)}, "temperature is Array"),
+        ({"top_k": 0}, "top_k is 0; accepted: an integer of 1 or more, or None"),
         ({"top_k": True}, "top_k is True"),
-        ({"top_k": 2.0}, "top_k has dtype float64"),
-        ({"top_k": np.asarray([1, 0])}, "top_k is"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 0.0, "temperature": 0.0}, "top_p is 0.0"),
+        ({"top_k": np.True_}, "top_k is np.True_"),
+        ({"top_k": 2.0}, "top_k is 2.0"),
+        ({"top_k": float("nan")}, "top_k is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0; accepted: above 0, at most 1, or None"),
+        ({"top_p": 0.0, "temperature": 1.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"top_p": np.ones((2, 1))}, "top_p has shape"),
+        ({"top_p": np.nan}, "top_p is nan"),
+        ({"top_p": np.ones(2)}, "top_p is array"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_refusals_name_the_argument(changes, message):
-    arguments = {"logits": jnp.zeros((2, 3)), "key": jax.random.key(0)} | changes
-    with pytest.raises(ValueError, match=message):
-        sample(**arguments)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Sampling(**changes)

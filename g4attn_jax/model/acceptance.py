@@ -76,7 +76,7 @@ class Greedy(NamedTuple):
 class Drawn(NamedTuple):
     """Tokens drawn from a distribution, which drafts do not change.
 
-        draft d ~ q,   stays if u q(d) < p(d)        p and q: of `sample`, the target's and the
+        draft d ~ q,   stays if u q(d) < p(d)        p and q: of `Sampling`, the target's and the
         else the token ~ max(p - q, 0) / its sum              assistant's; u uniform in [0, 1)
         after the last draft, if all stay: the token ~ p
 

@@ -1,28 +1,46 @@
 """From logits to the next token."""
 
 import dataclasses
-import math
 import numbers
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped, UInt32
+from jaxtyping import Array, Float, Int, Shaped, UInt32
 
 _BITS = 32
+
+_PARAMETERS = {
+    "temperature": (
+        numbers.Real,
+        "0 or more, finite in float32",
+        lambda x: 0 <= x <= np.finfo(np.float32).max.item(),
+    ),
+    "top_k": (numbers.Integral, "an integer of 1 or more, or None", lambda x: x >= 1),
+    "top_p": (numbers.Real, "above 0, at most 1, or None", lambda x: 0 < x <= 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; see `sample`. As it is, the most likely one is taken.
+    """How tokens are drawn. As it is, the most likely one is taken.
+
+        p = softmax(logits / temperature)
+        p = p of the tokens that fewer than top_k others exceed, over their sum
+        p = p of the tokens that others with less than top_p in all exceed, over their sum
+
+    The filters and their order are those of `generate` in Hugging Face transformers 5.23. Equally
+    likely tokens are kept or dropped together (there top-p splits them as sorting leaves them), and
+    those of logit -inf are never drawn.
 
     Attributes:
-        temperature: 0 or more; 0 takes the most likely token.
-        top_k: 1 or more; None is off.
-        top_p: above 0, at most 1; None is off.
+        temperature: 0 or more, finite in float32; 0 takes the most likely token, the first of
+            several.
+        top_k: 1 or more; None, or the size of the vocabulary or more, is off.
+        top_p: above 0, at most 1; None, or 1, is off.
 
     Raises:
-        ValueError: a number is not accepted.
+        ValueError: an argument is none that is accepted.
     """
 
     temperature: float = 0.0
@@ -30,63 +48,15 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self):
-        for name, (_, accepted, _) in _PARAMETERS.items():
+        for name, (kind, accepted, is_accepted) in _PARAMETERS.items():
             value = getattr(self, name)
             if value is None and name != "temperature":
                 continue
-            if not isinstance(value, numbers.Real):
+            # A float16 would be compared in float16, where the largest temperature is inf.
+            number = value.item() if isinstance(value, np.generic) else value
+            is_kind = isinstance(number, kind) and not isinstance(number, bool)
+            if not is_kind or not is_accepted(number):
                 raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
-            _parameter(name, value, batch=1)
-
-
-def sample(
-    logits: Float[Array, "B V"],
-    key: PRNGKeyArray,
-    *,
-    temperature: float | Float[Array, " B"] = 1.0,
-    top_k: int | Int[Array, " B"] | None = None,
-    top_p: float | Float[Array, " B"] | None = None,
-) -> Int[Array, " B"]:
-    """Draws one token per sequence.
-
-        p = softmax(logits / temperature)
-        p = p of the tokens that fewer than top_k others exceed, over their sum
-        p = p of the tokens that others with less than top_p in all exceed, over their sum
-
-    The filters and their order are those of `generate` in Hugging Face transformers 5.23. Equally
-    likely tokens are kept or dropped together (there top-p splits them as sorting leaves them).
-    Each parameter is one for all sequences or one for each. Under `jax.jit` those that are arrays
-    can change without compiling again.
-
-    Args:
-        logits: float32 [B, V]; -inf is never drawn.
-        key: a key of `jax.random`; sequences draw independently of each other from it.
-        temperature: 0 or more; 0 takes the most likely token, the first of several.
-        top_k: 1 or more; None, or V or more, is off.
-        top_p: above 0, at most 1; None, or 1, is off.
-
-    Returns:
-        int32 [B].
-
-    Raises:
-        ValueError: an argument has the wrong shape or dtype, or is a number that is not accepted.
-            The numbers in JAX arrays are not looked at.
-    """
-    _check_logits(logits)
-    batch = logits.shape[0]
-    temperature = _parameter("temperature", temperature, batch)
-    if top_k is not None:
-        top_k = _parameter("top_k", top_k, batch)
-    if top_p is not None:
-        top_p = _parameter("top_p", top_p, batch)
-
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if isinstance(temperature, np.ndarray) and not temperature.any():
-        return best
-    is_greedy = temperature == 0
-    scaled = scaled_logits(logits, jnp.where(is_greedy, 1, temperature), top_k, top_p)
-    drawn = jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
-    return jnp.where(is_greedy[:, 0], best, drawn)
 
 
 def scaled_logits(
@@ -95,10 +65,10 @@ def scaled_logits(
     top_k: Int[Array, "*#batch 1"] | None,
     top_p: Float[Array, "*#batch 1"] | None,
 ) -> Float[Array, "*batch V"]:
-    """The logits of `sample`'s p: softmax makes it of them, and those of dropped tokens are -inf.
+    """The logits of `Sampling`'s p: softmax makes it of them, and those of dropped tokens are -inf.
 
-    Parameters, as of `sample`, are not looked at. They are arrays, or scalars, that broadcast with
-    the logits; temperature is above 0.
+    Parameters, as of `Sampling`, are not looked at. They are arrays, or scalars, that broadcast
+    with the logits; temperature is above 0.
     """
     # No temperature, however low, makes the largest overflow.
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
@@ -141,49 +111,3 @@ def _ranks(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     sign = jnp.uint32(1 << (_BITS - 1))
     return jnp.where(bits & sign, ~bits, bits | sign)
-
-
-def _check_logits(logits):
-    if not hasattr(logits, "shape") or logits.ndim != 2 or 0 in logits.shape:
-        raise ValueError(f"logits has shape {jnp.shape(logits)}; accepted: [B, V], neither 0")
-    if logits.dtype != jnp.float32:
-        raise ValueError(f"logits has dtype {logits.dtype}; accepted: float32")
-
-
-def _parameter(name, value, batch):
-    """As [1, 1] or [B, 1]: a NumPy array, with its numbers checked, unless it is JAX's."""
-    kind, accepted, is_accepted = _PARAMETERS[name]
-    if not isinstance(value, jax.Array):
-        if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.ndarray)):
-            raise ValueError(f"{name} is {value!r}; accepted: {accepted}, or an array of them")
-        value = np.asarray(value)
-        if kind is jnp.floating and np.issubdtype(value.dtype, np.integer):
-            value = value.astype(np.float32)
-    if value.shape not in ((), (batch,)):
-        raise ValueError(f"{name} has shape {value.shape}; accepted: a number or [{batch}]")
-    if not jnp.issubdtype(value.dtype, kind):
-        raise ValueError(f"{name} has dtype {value.dtype}; accepted: {kind.__name__}")
-    if isinstance(value, np.ndarray) and not is_accepted(value).all():
-        raise ValueError(f"{name} is {value}; accepted: {accepted}")
-    if kind is jnp.floating:
-        value = value.astype(np.float32)
-    return value.reshape(-1, 1)
-
-
-def _not_below_0(x):
-    return (x >= 0) & (x < math.inf)
-
-
-def _from_1(x):
-    return x >= 1
-
-
-def _up_to_1(x):
-    return (x > 0) & (x <= 1)
-
-
-_PARAMETERS = {
-    "temperature": (jnp.floating, "0 or more", _not_below_0),
-    "top_k": (jnp.integer, "1 or more", _from_1),
-    "top_p": (jnp.floating, "above 0, at most 1", _up_to_1),
-}
