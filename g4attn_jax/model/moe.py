@@ -16,7 +16,7 @@ _MAX_COMPARED = 256
 
 
 class Gemma4MoE(nnx.Module):
-    """k of X experts for every token, each a gated MLP; what a token weighs them by sums to 1.
+    """k of X experts for every token, each a gated MLP, weighed by a router.
 
         r = rms(x) * router_scale / sqrt(E)
         w = softmax(the k largest of r Wr) * per_expert_scale of those k
