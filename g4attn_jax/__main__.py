@@ -17,14 +17,14 @@ def main(argv: list[str] | None = None) -> int:
     decoding = commands.add_parser(
         "decode",
         help="prefill and decode real layers, check every step, print a row a layer",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     decoding.add_argument(
         "--config",
         nargs="+",
         default=["gemma-4-e2b", "gemma-4-12b"],
         metavar="PATH_OR_PRESET",
-        help="config.json files or names of published models",
+        help="config.json files, their directories, or names of published models (default: "
+        "gemma-4-e2b gemma-4-12b)",
     )
     decoding.add_argument(
         "--layers",
@@ -32,14 +32,14 @@ def main(argv: list[str] | None = None) -> int:
         metavar="I,J,...",
         help="layer indices, separated by commas; the first of every kind if left out",
     )
-    decoding.add_argument("--batch", type=_positive, default=2, help="sequences")
-    decoding.add_argument("--prompt-len", type=_positive, default=32, help="tokens of the prefill")
-    decoding.add_argument("--steps", type=_positive, default=16, help="decode steps")
+    decoding.add_argument("--batch", type=_positive, default=2, help="sequences (default: 2)")
+    decoding.add_argument(
+        "--prompt-len", type=_positive, default=32, help="tokens of the prefill (default: 32)"
+    )
+    decoding.add_argument("--steps", type=_positive, default=16, help="decode steps (default: 16)")
     commands.add_parser("check", help="run the published equivalence sweep on this device")
     generating = commands.add_parser(
-        "generate",
-        help="continue prompts with a checkpoint, or with random weights",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "generate", help="continue prompts with a checkpoint, or with random weights"
     )
     _add_generate_arguments(generating)
     args = parser.parse_args(argv)
@@ -74,7 +74,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="PATH_OR_PRESET",
-        help="with random weights: a config.json, or the name of a published model",
+        help="with random weights: a config.json, its directory, or the name of a published model",
     )
     parser.add_argument(
         "--layers",
@@ -84,6 +84,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompt",
+        dest="prompts",
         action="append",
         default=[],
         metavar="TEXT",
@@ -91,6 +92,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--token-ids",
+        dest="prompts",
         type=_token_list,
         action="append",
         default=[],
@@ -101,16 +103,34 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-len",
         type=_positive,
         metavar="N",
-        help="with random weights and without --token-ids: tokens of a random prompt (16)",
+        help="with random weights and without --token-ids: tokens of a random prompt (default: 16)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=64, metavar="N", help="a prompt"
+        "--max-new-tokens",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="the most tokens that follow a prompt (default: 64)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the most likely token"
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 takes the most likely token, more draws one (default: 0)",
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="off if left out")
-    parser.add_argument("--top-p", type=float, metavar="P", help="off if left out")
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="with a temperature above 0: draw among the K most likely tokens alone",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="with a temperature above 0: draw among the most likely tokens alone, as many as "
+        "have a probability of P together",
+    )
     parser.add_argument(
         "--assistant",
         type=Path,
@@ -121,14 +141,20 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-tokens",
         type=_positive,
         metavar="K",
-        help="with --assistant: the most drafts in a step, 1 to 8 (4)",
+        help="with --assistant: the most drafts in a step, 1 to 8 (default: 4)",
     )
-    parser.add_argument("--seed", type=_not_negative, default=0, help="of weights and sampling")
+    parser.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        help="of random weights, of a random prompt and of sampling, below 2^32 (default: 0)",
+    )
     parser.add_argument(
         "--stop-token-ids",
-        type=_token_list,
+        type=_stop_list,
         metavar="I,J,...",
-        help="if left out, eos_token_id of generation_config.json or config.json",
+        help="tokens that end what follows a prompt; '' is none; if left out, eos_token_id of the "
+        "checkpoint's generation_config.json or config.json",
     )
 
 
@@ -144,6 +170,13 @@ def _not_negative(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    # What keys of JAX take of a number.
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be an integer of 0 to {2**32 - 1}, not {text!r}")
+    return int(text)
+
+
 def _token_list(text: str) -> list[int]:
     try:
         return [_not_negative(part.strip()) for part in text.split(",")]
@@ -151,6 +184,10 @@ def _token_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"must be tokens separated by commas, not {text!r}"
         ) from None
+
+
+def _stop_list(text: str) -> list[int]:
+    return _token_list(text) if text.strip() else []
 
 
 def _int_list(text: str) -> list[int]:

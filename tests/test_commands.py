@@ -1,4 +1,5 @@
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,7 @@ def test_defaults_show_all_three_modes():
     [
         (["--config", "gemma-5"], "unknown preset 'gemma-5'; accepted: gemma-4-12b"),
         (["--config", "nowhere/config.json"], "there is no such file"),
+        (["--config", str(_CONFIGS)], f"there is no {_CONFIGS / 'config.json'}"),
         (
             ["--config", "gemma-4-e2b", "--layers", "99"],
             "layer is 99; this model has layers 0 to 34",
@@ -96,6 +98,25 @@ def test_presets_and_paths_are_the_same(tmp_path):
     path = tmp_path / "config.json"
     path.write_text((_CONFIGS / "gemma-4-12b.json").read_text())
     assert decode.load_config(str(path)) == decode.load_config("gemma-4-12b")
+    assert decode.load_config(str(tmp_path)) == decode.load_config("gemma-4-12b")
+
+
+def test_a_preset_is_one_beside_a_directory_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "gemma-4-12b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert decode.load_config("gemma-4-12b") == Gemma4Config.preset("gemma-4-12b")
+
+
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [("decode", [2, 32, 16]), ("generate", [16, 64, 0, 4, 0])],
+)
+def test_help_says_the_defaults_that_there_are(command, defaults, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    output = " ".join(capsys.readouterr().out.split())
+    assert "None" not in output and "[]" not in output
+    assert list(map(int, re.findall(r"default: (\d+)\)", output))) == defaults
 
 
 def test_check_covers_the_published_sweep():

@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from g4attn_jax import Gemma4Config, Gemma4Decoder, Generator
 from g4attn_jax.__main__ import main
 from g4attn_jax.checkpoint import load_hf
+from g4attn_jax.commands import generate as generation
 from g4attn_jax.commands.generate import _eos_tokens, _Text
 
 GOLDEN = Path(__file__).parent / "golden_model"
@@ -77,6 +78,19 @@ def refusal(capsys, *arguments):
     return capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.fixture
+def planned(monkeypatch):
+    """The job of a command that is not run."""
+    jobs = []
+    monkeypatch.setattr(generation, "generate", jobs.append)
+
+    def plan(*arguments):
+        assert main(["generate", *map(str, arguments)]) == 0
+        return jobs.pop()
+
+    return plan
+
+
 def test_tokens_after_tokens(checkpoint, follows, capsys):
     given = [joined(row[:PROMPT]) for row in TOKENS]
     output, error = generate(
@@ -113,11 +127,27 @@ def test_characters_of_several_tokens_are_printed_whole(checkpoint):
     """One token a byte: what is printed is what all of them say, and never half a character."""
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     word = "é".encode()
-    vocab = {f"<0x{word[i % 2]:02X}>" if i < 2 else f"w{i}": i for i in range(128)}
+    vocab = {f"<0x{[*word, 0xE3][i]:02X}>" if i < 3 else f"w{i}": i for i in range(128)}
     tokenizer.model = WordLevel(vocab, unk_token="w3")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     text = _Text(tokenizer)
     assert [text.after([0]), text.after([1]), text.after([0, 1, 5])] == ["", "é", "éw5"]
+    # A byte that is no character is left out: `DecodeStream` fails at what follows it.
+    assert [text.after([0, 1, 2]), text.after([5, 6])] == ["é", "w5w6"]
+    with pytest.raises(TypeError):
+        _Text("no tokenizer").after([5])
+
+
+def test_prompts_are_read_as_they_are(checkpoint, planned, tmp_path):
+    """In the order of the command line, whole, whatever the tokenizer was set to in training."""
+    directory = shutil.copytree(checkpoint, tmp_path / "settings")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    arguments = ("--prompt", "w5 w6 w7", "--token-ids", "8,9", "--prompt", "w4")
+    job = planned("--checkpoint", directory, *arguments)
+    assert [list(prompt) for prompt in job.prompts] == [[2, 5, 6, 7], [8, 9], [2, 4]]
 
 
 def test_stop_tokens_are_those_of_the_checkpoint_unless_given(
@@ -133,15 +163,40 @@ def test_stop_tokens_are_those_of_the_checkpoint_unless_given(
     assert tokens_of(generate(capsys, *arguments, "--stop-token-ids", 127).out) == [follow]
 
 
+def test_no_token_stops_if_none_is_given(checkpoint, planned):
+    arguments = ("--checkpoint", checkpoint, "--token-ids", "1,2")
+    assert list(planned(*arguments).stop_tokens) == [1, 126]
+    assert list(planned(*arguments, "--stop-token-ids", "").stop_tokens) == []
+
+
 def test_where_a_checkpoint_says_how_text_ends(checkpoint, tmp_path):
-    assert _eos_tokens(checkpoint) == [1, 126]
+    assert list(_eos_tokens(checkpoint, 128)) == [1, 126]
     shutil.copy(checkpoint / "config.json", tmp_path)
-    assert _eos_tokens(tmp_path) == [1]
+    assert list(_eos_tokens(tmp_path, 128)) == [1]
     text = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": text}))
-    assert _eos_tokens(tmp_path) == [1]
+    for fields in ({"text_config": text}, {"text_config": text, "eos_token_id": None}):
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        assert list(_eos_tokens(tmp_path, 128)) == [1]
     (tmp_path / "config.json").write_text("{}")
-    assert _eos_tokens(tmp_path) == []
+    assert list(_eos_tokens(tmp_path, 128)) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([1], "generation_config.json is not a JSON object"),
+        ({"text_config": None}, "text_config of {} is None; accepted: an object"),
+        ({"eos_token_id": "<eos>"}, "eos_token_id of {} is ['<eos>']; accepted: a sequence of"),
+        ({"eos_token_id": [1, "x"]}, "eos_token_id of {} is [1, 'x']; accepted: a sequence of"),
+        ({"eos_token_id": 500}, "eos_token_id of {} has 500; accepted: tokens 0 to 127"),
+    ],
+)
+def test_stop_tokens_of_a_checkpoint_that_are_none(fields, message, checkpoint, tmp_path, capsys):
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(fields))
+    given = ("--checkpoint", tmp_path, "--token-ids", "1,2")
+    assert message.format(path) in refusal(capsys, *given)
 
 
 def test_random_weights(capsys):
@@ -203,7 +258,11 @@ def test_bad_assistants_are_explained(arguments, message, checkpoint, capsys):
 def test_a_bad_checkpoint_of_an_assistant_is_explained(checkpoint, tmp_path, capsys):
     directory = shutil.copytree(ASSISTANTS / NAME, tmp_path / "changed")
     (directory / "model.safetensors").write_bytes(b"no tensors")
-    given = ("--checkpoint", checkpoint, "--token-ids", "1,2", "--assistant", directory)
+    # Before the model that it drafts for is read, which is larger, and here is bad too.
+    target = tmp_path / "target"
+    target.mkdir()
+    shutil.copy(checkpoint / "config.json", target)
+    given = ("--checkpoint", target, "--token-ids", "1,2", "--assistant", directory)
     message = refusal(capsys, *given)
     assert "--assistant: " in message and "model.safetensors is not a safetensors" in message
 
@@ -218,7 +277,7 @@ def test_a_bad_checkpoint_of_an_assistant_is_explained(checkpoint, tmp_path, cap
         (["--random-weights", "--config", "31b", "--layers", "61"], "layers is 61; accepted: 1 to"),
         (
             ["--random-weights", "--config", "31b", "--token-ids", "5,262144"],
-            "--token-ids has 262144; accepted: 0 to 262143",
+            "--token-ids has 262144; accepted: tokens 0 to 262143",
         ),
         (
             ["--random-weights", "--config", "31b", "--token-ids", "5", "--prompt-len", "3"],
@@ -226,15 +285,24 @@ def test_a_bad_checkpoint_of_an_assistant_is_explained(checkpoint, tmp_path, cap
         ),
         (
             ["--random-weights", "--config", "31b", "--stop-token-ids", "262144"],
-            "--stop-token-ids has 262144; accepted: 0 to 262143",
+            "--stop-token-ids has 262144; accepted: tokens 0 to 262143",
         ),
         (
             ["--random-weights", "--config", "31b", "--temperature", "-1"],
             "temperature is -1.0; accepted: 0 or more",
         ),
-        (["--random-weights", "--config", "31b", "--top-k", "0"], "top_k is 0; accepted: 1 or"),
+        (["--random-weights", "--config", "31b", "--top-k", "0"], "top_k is 0; accepted: "),
+        (
+            ["--random-weights", "--config", "31b", "--top-k", "5", "--top-p", "0.9"],
+            "--top-k and --top-p without a --temperature above 0 would change nothing",
+        ),
+        (
+            ["--random-weights", "--config", "31b", "--max-new-tokens", "100000000000"],
+            "--max-new-tokens is 100000000000; accepted with these prompts: up to 2147483568",
+        ),
         (["--random-weights", "--token-ids", "1,b"], "must be tokens separated by commas, not"),
-        (["--random-weights", "--seed", "-1"], "must be an integer of 0 or more, not '-1'"),
+        (["--random-weights", "--seed", "-1"], "must be an integer of 0 to 4294967295, not '-1'"),
+        (["--random-weights", "--seed", str(2**63)], "must be an integer of 0 to 4294967295, not"),
         (["--random-weights", "--max-new-tokens", "0"], "must be an integer of 1 or more"),
         (["--checkpoint", "nowhere", "--prompt", "x"], "--checkpoint is nowhere; there is no"),
         (["--checkpoint", "x", "--random-weights"], "not allowed with argument --checkpoint"),
@@ -260,6 +328,12 @@ def test_bad_checkpoints_are_explained(checkpoint, tmp_path, capsys, monkeypatch
     (directory / "tokenizer.json").write_text("{}")
     message = refusal(capsys, "--checkpoint", directory, *given)
     assert "tokenizer.json is no tokenizer" in message
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": None}))
+    assert "--checkpoint: vocab_size is missing" in refusal(
+        capsys, "--checkpoint", directory, *given
+    )
+    shutil.copy(checkpoint / "config.json", directory)
     (directory / "tokenizer.json").unlink()
     message = refusal(capsys, "--checkpoint", directory, "--prompt", "w5")
     assert "--prompt needs" in message and "tokenizer.json, which is not there" in message

@@ -1,4 +1,4 @@
-"""Generation against Hugging Face's greedy tokens, against itself, and against `sample`."""
+"""Generation against Hugging Face's greedy tokens, against itself, and against probabilities."""
 
 import functools
 import itertools
@@ -297,6 +297,15 @@ def test_weights_go_with_the_generator():
     assert not leaf.is_deleted()
 
 
+def test_weights_are_those_that_the_models_had():
+    decoder = nnx.clone(small_model())
+    weights = jax.tree.leaves(nnx.state(decoder))
+    generator = Generator(decoder, capacity=8)
+    decoder.norm[...] = jnp.zeros_like(decoder.norm[...])
+    held = jax.tree.leaves(generator._params)
+    assert all(ours is theirs for ours, theirs in zip(held, weights, strict=True))
+
+
 def test_float8_caches():
     generator = small_generator(cache_dtype=FLOAT8)
     caches = generator._empty_caches(generator._params, batch=1)
@@ -316,6 +325,8 @@ def test_a_prompt_may_fill_the_capacity():
     ("changes", "message"),
     [
         ({"prompts": []}, "prompts is empty; accepted: one prompt or more"),
+        ({"prompts": None}, "prompts is None; accepted: sequences of tokens"),
+        ({"prompts": [[[1], [2, 3]]]}, r"prompts\[0\] is \[\[1\], \[2, 3\]\]; accepted: a sequ"),
         ({"prompts": [[1], []]}, r"prompts\[1\] is empty; accepted: one token or more"),
         ({"prompts": [1, 2]}, r"prompts\[0\] is 1; accepted: a sequence of tokens"),
         ({"prompts": ["text"]}, r"prompts\[0\] is 'text'; accepted: a sequence of tokens"),
@@ -324,8 +335,15 @@ def test_a_prompt_may_fill_the_capacity():
         ({"prompts": [[-1]]}, r"prompts\[0\] has -1; accepted: tokens 0 to 127"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; accepted: an integer of 1 or more"),
         ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0; accepted: an integer of 1 or more"),
-        ({"max_new_tokens": LENGTH}, r"prompts\[0\] has 2 tokens; accepted with .*: up to 0"),
+        ({"max_new_tokens": LENGTH - 1}, r"prompts\[0\] has 2 tokens; accepted with .*: up to 1"),
+        (
+            {"max_new_tokens": 10**20},
+            "max_new_tokens is 10{20}; accepted with capacity 88: up to 87",
+        ),
         ({"stop_tokens": [128]}, "stop_tokens has 128; accepted: tokens 0 to 127"),
+        ({"stop_tokens": 5}, "stop_tokens is 5; accepted: a sequence of tokens"),
+        ({"stop_tokens": None}, "stop_tokens is None; accepted: a sequence of tokens"),
+        ({"on_tokens": 5}, "on_tokens is 5; accepted: a function, or None"),
         ({"sampling": 0.5}, "sampling is a float; accepted: Sampling"),
         ({"sampling": DRAWN}, "key is None; accepted with a temperature above 0: one of jax.ran"),
         ({"sampling": DRAWN, "key": 3}, "key is 3; accepted"),
@@ -344,29 +362,31 @@ def test_calls_that_make_no_sense(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"capacity": 0}, "capacity is 0; accepted: an integer of 1 or more"),
-        ({"chunk_tokens": True}, "chunk_tokens is True; accepted: an integer of 1 or more"),
+        ({"capacity": 0}, "capacity is 0; accepted: an integer of 1 to 2147483647"),
+        ({"capacity": 2**31}, "capacity is 2147483648; accepted: an integer of 1 to 2147483647"),
+        ({"chunk_tokens": True}, "chunk_tokens is True; accepted: an integer of 1 to 2147483647"),
+        ({"chunk_tokens": 2**31}, "chunk_tokens is 2147483648; accepted: an integer of 1 to"),
+        ({"decoder": "x"}, "decoder is a str; accepted: Gemma4Decoder"),
+        ({"forms": [1]}, r"forms is \[1\]; accepted: a dict by layer type, or None"),
         ({"forms": {"full": KVCache}}, "forms has 'full'; accepted: full_attention, sliding"),
         ({"forms": {"full_attention": CompactKVCache}}, "CompactKVCache holds one projection"),
-        ({"cache_dtype": jnp.int8}, "dtype is int8; accepted: float32 or float8_e4m3fn"),
+        ({"cache_dtype": jnp.int8}, "cache_dtype is int8; accepted: float32 or float8_e4m3fn"),
+        ({"cache_dtype": "foo"}, "cache_dtype is 'foo'; accepted: float32 or float8_e4m3fn"),
     ],
 )
 def test_generators_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
-        Generator(model_of("gemma-4-e2b")[0], **{"capacity": 8} | changes)
+        Generator(**{"decoder": model_of("gemma-4-e2b")[0], "capacity": 8} | changes)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"temperature": -1}, r"temperature is -1.0; accepted: 0 or more"),
-        ({"temperature": None}, "temperature is None; accepted: 0 or more"),
-        ({"top_k": 0}, "top_k is 0; accepted: 1 or more"),
-        ({"top_k": 2.5}, "top_k has dtype float64; accepted: integer"),
-        ({"top_p": 1.5}, "top_p is 1.5; accepted: above 0, at most 1"),
-        ({"top_p": np.ones(2)}, "top_p is .*; accepted: above 0, at most 1"),
-    ],
-)
-def test_sampling_that_makes_no_sense(changes, message):
-    with pytest.raises(ValueError, match=message):
-        Sampling(**changes)
+def test_more_prompts_than_slots_can_be_numbered_for():
+    generator = Generator(small_model(), capacity=2**30, chunk_tokens=2**31 - 1)
+    with pytest.raises(ValueError, match="prompts has 2; accepted with capacity 1073741824: up to"):
+        generator([[1], [2]], 1)
+
+
+def test_a_model_without_weights_generates_nothing():
+    config = small_model().config
+    abstract = nnx.eval_shape(lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="is abstract; accepted: models with weights, as the new"):
+        Generator(abstract, capacity=8)([[1]], 1)

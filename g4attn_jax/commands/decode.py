@@ -52,16 +52,23 @@ class Row:
 
 
 def load_config(name: str) -> Gemma4Config:
-    """A preset by its name, or a `config.json` by its path.
+    """A preset by its name, or a `config.json` by its path or that of its directory.
 
     Raises:
         ValueError: it is neither, or not a config this package takes.
     """
-    if os.path.isfile(name):
-        return Gemma4Config.from_hf(name)
-    if os.path.sep in name or name.endswith(".json"):
+    is_directory = os.path.isdir(name)
+    path = os.path.join(name, "config.json") if is_directory else name
+    if os.path.isfile(path):
+        return Gemma4Config.from_hf(path)
+    if not is_directory and (os.path.sep in name or name.endswith(".json")):
         raise ValueError(f"config is {name!r}; there is no such file")
-    return Gemma4Config.preset(name)
+    try:
+        return Gemma4Config.preset(name)
+    except ValueError as error:
+        if is_directory:
+            raise ValueError(f"config is {name!r}; there is no {path}") from error
+        raise
 
 
 def first_of_each_kind(config: Gemma4Config) -> list[int]:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,9 @@ from g4attn_jax.checkpoint import CheckpointError, load_assistant, load_hf
 from g4attn_jax.commands.decode import load_config
 from g4attn_jax.config import Gemma4Config
 from g4attn_jax.generation import Generator
+from g4attn_jax.generation.programs import MAX_SLOTS
+from g4attn_jax.generation.prompts import check_tokens
+from g4attn_jax.json_file import read_object
 from g4attn_jax.model import Gemma4Assistant, Gemma4Decoder
 from g4attn_jax.model.sampling import Sampling
 from g4attn_jax.speculative import DraftStatistics, check_draft_tokens
@@ -39,6 +41,7 @@ class Job:
         tokenizer: a `tokenizers.Tokenizer`, or None.
         prompts: tokens of each.
         max_new_tokens: the most that follow a prompt.
+        capacity: slots of each sequence.
         sampling: of the tokens.
         stop_tokens: that end a sequence.
         seed: of random weights and of sampling.
@@ -51,6 +54,7 @@ class Job:
     tokenizer: Any | None
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
+    capacity: int
     sampling: Sampling
     stop_tokens: Sequence[int]
     seed: int
@@ -67,22 +71,20 @@ def plan(args: argparse.Namespace) -> Job:
         config, tokenizer = _random_config(args), None
     else:
         config, tokenizer = _checkpoint_config(args), _tokenizer(args)
-    stop_tokens = args.stop_token_ids
-    if stop_tokens is None:
-        stop_tokens = [] if args.checkpoint is None else _eos_tokens(args.checkpoint)
+    prompts = _prompts(args, config, tokenizer)
     job = Job(
         config=config,
         checkpoint=args.checkpoint,
         assistant=args.assistant,
         draft_tokens=args.draft_tokens,
         tokenizer=tokenizer,
-        prompts=_prompts(args, config, tokenizer),
+        prompts=prompts,
         max_new_tokens=args.max_new_tokens,
-        sampling=Sampling(args.temperature, args.top_k, args.top_p),
-        stop_tokens=stop_tokens,
+        capacity=_capacity(prompts, args.max_new_tokens),
+        sampling=_sampling(args),
+        stop_tokens=_stop_tokens(args, config.vocab_size),
         seed=args.seed,
     )
-    _check_tokens("--stop-token-ids", stop_tokens, config)
     _check_assistant(job)
     return job
 
@@ -94,11 +96,10 @@ def generate(job: Job) -> None:
     single prompt as it is made, and the tokens. Standard error has what it took. Generation runs
     once for a token beforehand, so that no time is one of compiling.
     """
-    decoder = _decoder(job)
-    longest = max(map(len, job.prompts)) + job.max_new_tokens
-    capacity = -(-longest // _CAPACITY_TILE) * _CAPACITY_TILE
+    # The smaller model first: what is wrong with it is said soon.
+    assistant = _assistant(job)
     generator = Generator(
-        decoder, capacity=capacity, assistant=_assistant(job), draft_tokens=job.draft_tokens
+        _decoder(job), capacity=job.capacity, assistant=assistant, draft_tokens=job.draft_tokens
     )
     arguments = {
         "sampling": job.sampling,
@@ -108,25 +109,24 @@ def generate(job: Job) -> None:
     start = time.perf_counter()
     generator(job.prompts, 1, **arguments)
     compiling = time.perf_counter() - start
-    texts = [_Text(job.tokenizer) for _ in job.prompts]
+    is_streamed = job.tokenizer is not None and len(job.prompts) == 1
+    text = _Text(job.tokenizer) if is_streamed else None
     clock = _Clock()
 
     def on_tokens(new):
         clock.count(new)
-        if job.tokenizer is not None and len(texts) == 1:
-            print(texts[0].after(new[0]), end="", flush=True)
+        if is_streamed:
+            print(text.after(new[0]), end="", flush=True)
 
     statistics = []
     if job.assistant is not None:
         arguments["on_drafts"] = statistics.append
     answers = generator(job.prompts, job.max_new_tokens, on_tokens=on_tokens, **arguments)
-    for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+    for number, answer in enumerate(answers):
         if len(answers) > 1:
             print(f"prompt {number}:")
-            if job.tokenizer is not None:
-                print(text.after(answer), end="")
         if job.tokenizer is not None:
-            print()
+            print("" if is_streamed else job.tokenizer.decode(answer))
         print("tokens:", ",".join(map(str, answer)))
     prompt_tokens, new_tokens = sum(map(len, job.prompts)), sum(map(len, answers))
     print(
@@ -173,14 +173,25 @@ class _Text:
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
-        if tokenizer is not None:
-            from tokenizers.decoders import DecodeStream
-
-            self._stream = DecodeStream(skip_special_tokens=True)
+        self._begin()
 
     def after(self, tokens: Sequence[int]) -> str:
-        parts = (self._stream.step(self._tokenizer, token) for token in tokens)
-        return "".join(part for part in parts if part is not None)
+        return "".join(self._step(token) or "" for token in tokens)
+
+    def _begin(self):
+        from tokenizers.decoders import DecodeStream
+
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def _step(self, token):
+        try:
+            return self._stream.step(self._tokenizer, token)
+        except Exception as error:  # the package raises no class of its own
+            if not str(error).startswith("Invalid prefix encountered"):
+                raise
+            # It does after bytes that are no character, which are then left out (vLLM #19449).
+            self._begin()
+            return self._stream.step(self._tokenizer, token)
 
 
 def _decoder(job):
@@ -236,7 +247,7 @@ def _assistant_config(directory):
 def _random_config(args):
     if args.config is None:
         raise ValueError("--random-weights needs --config")
-    if args.prompt:
+    if _texts(args):
         raise ValueError("--prompt needs --checkpoint, for its tokenizer; or use --token-ids")
     config = load_config(args.config)
     config.check_decoder()
@@ -250,7 +261,32 @@ def _checkpoint_config(args):
     path = args.checkpoint / "config.json"
     if not path.is_file():
         raise ValueError(f"--checkpoint is {args.checkpoint}; there is no {path}")
-    return Gemma4Config.from_hf(path)
+    try:
+        config = Gemma4Config.from_hf(path)
+        config.check_decoder()
+    except ValueError as error:
+        raise ValueError(f"--checkpoint: {error}") from error
+    return config
+
+
+def _sampling(args):
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    filters = [name for name in ("top_k", "top_p") if getattr(args, name) is not None]
+    if filters and not args.temperature:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in filters)
+        raise ValueError(f"{names} without a --temperature above 0 would change nothing")
+    return sampling
+
+
+def _capacity(prompts, max_new_tokens):
+    """Whole tiles for the longest prompt and what follows it."""
+    longest = max(map(len, prompts))
+    most = MAX_SLOTS // len(prompts) // _CAPACITY_TILE * _CAPACITY_TILE - longest
+    if max_new_tokens > most:
+        raise ValueError(
+            f"--max-new-tokens is {max_new_tokens}; accepted with these prompts: up to {most}"
+        )
+    return -(-(longest + max_new_tokens) // _CAPACITY_TILE) * _CAPACITY_TILE
 
 
 def _tokenizer(args):
@@ -264,42 +300,55 @@ def _tokenizer(args):
         if path.is_file():
             return _read_tokenizer(Tokenizer, path)
         problem = f"{path}, which is not there"
-    if args.prompt:
+    if _texts(args):
         raise ValueError(f"--prompt needs {problem}")
     return None
 
 
 def _read_tokenizer(tokenizer_class, path):
     try:
-        return tokenizer_class.from_file(str(path))
+        tokenizer = tokenizer_class.from_file(str(path))
     except Exception as error:  # the package raises no class of its own
         raise ValueError(f"{path} is no tokenizer: {error}") from error
+    # The file may ask for either, as it was set in training; a prompt is read as it is.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
-def _eos_tokens(checkpoint):
+def _stop_tokens(args, vocab_size):
+    if args.stop_token_ids is not None:
+        return check_tokens("--stop-token-ids", args.stop_token_ids, vocab_size)
+    return [] if args.checkpoint is None else _eos_tokens(args.checkpoint, vocab_size)
+
+
+def _eos_tokens(checkpoint, vocab_size):
     for name in ("generation_config.json", "config.json"):
         path = checkpoint / name
-        if path.is_file():
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            fields = fields.get("text_config", {}) | fields
-            found = fields.get("eos_token_id")
+        if not path.is_file():
+            continue
+        fields = read_object(path)
+        text = fields.get("text_config", {})
+        if not isinstance(text, dict):
+            raise ValueError(f"text_config of {path} is {text!r}; accepted: an object")
+        for found in (fields.get("eos_token_id"), text.get("eos_token_id")):
             if found is not None:
-                return found if isinstance(found, list) else [found]
+                tokens = found if isinstance(found, list) else [found]
+                return check_tokens(f"eos_token_id of {path}", tokens, vocab_size)
     return []
 
 
 def _prompts(args, config, tokenizer):
-    if args.prompt_len is not None and args.token_ids:
+    if args.prompt_len is not None and args.prompts:
         raise ValueError("--prompt-len is for a random prompt, without --token-ids")
-    for tokens in args.token_ids:
-        _check_tokens("--token-ids", tokens, config)
-    prompts = list(args.token_ids)
-    for text in args.prompt:
-        tokens = tokenizer.encode(text).ids
-        if not tokens:
-            raise ValueError(f"--prompt is {text!r}, which has no tokens")
-        _check_tokens("--prompt", tokens, config)
-        prompts.append(tokens)
+    prompts = []
+    for given in args.prompts:
+        name, tokens = "--token-ids", given
+        if isinstance(given, str):
+            name, tokens = "--prompt", tokenizer.encode(given).ids
+            if not tokens:
+                raise ValueError(f"--prompt is {given!r}, which has no tokens")
+        prompts.append(check_tokens(name, tokens, config.vocab_size))
     if prompts:
         return prompts
     if args.checkpoint is not None:
@@ -308,7 +357,5 @@ def _prompts(args, config, tokenizer):
     return [np.random.default_rng(args.seed).integers(config.vocab_size, size=length)]
 
 
-def _check_tokens(name, tokens, config):
-    for token in tokens:
-        if not 0 <= token < config.vocab_size:
-            raise ValueError(f"{name} has {token}; accepted: 0 to {config.vocab_size - 1}")
+def _texts(args):
+    return [prompt for prompt in args.prompts if isinstance(prompt, str)]

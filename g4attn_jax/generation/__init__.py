@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from g4attn_jax.cache import Cache, CompactKVCache
+from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache
 from g4attn_jax.config import Gemma4Config, ProjectionMode
-from g4attn_jax.generation.programs import MAX_STEPS, Programs, Sequences
-from g4attn_jax.generation.prompts import check_prompts, check_tokens, chunks
+from g4attn_jax.generation.programs import MAX_SLOTS, MAX_STEPS, Programs, Sequences
+from g4attn_jax.generation.prompts import as_list, check_prompts, check_tokens, chunks
 from g4attn_jax.model.acceptance import Drawn, Greedy, Rule
 from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.decoder import Gemma4Decoder
@@ -75,26 +75,35 @@ class Generator:
 
         Args:
             decoder: the model.
-            capacity: the most tokens of a prompt and what follows it.
+            capacity: the most tokens of a prompt and what follows it, below 2^31.
             forms: of caches, by layer type; where none is named, `CompactKVCache` for full layers
                 with K = V and `KVCache` for others.
             cache_dtype: of caches, see `Gemma4Attention.init_cache`.
-            chunk_tokens: the most tokens of a prompt in one chunk. More use the device better, and
-                take memory for activations and rings.
+            chunk_tokens: the most tokens of a prompt in one chunk, below 2^31. More use the device
+                better, and take memory for activations and rings.
             assistant: drafts tokens; None: one token a step.
             draft_tokens: with an assistant the most drafts in a step, 1 to 8; 4 if left out.
 
         Raises:
-            ValueError: a number is not accepted, the assistant is not one for this decoder or has
-                another dtype, or as `Gemma4Decoder.init_caches` raises.
+            ValueError: an argument is none that is accepted, the assistant is not one for this
+                decoder or has another dtype, or as `Gemma4Decoder.init_caches` raises. The message
+                names it.
         """
-        _check_number("capacity", capacity)
-        _check_number("chunk_tokens", chunk_tokens)
+        if not isinstance(decoder, Gemma4Decoder):
+            raise ValueError(f"decoder is a {type(decoder).__name__}; accepted: Gemma4Decoder")
+        _check_number("capacity", capacity, MAX_SLOTS)
+        _check_number("chunk_tokens", chunk_tokens, MAX_SLOTS)
+        if forms is not None and not isinstance(forms, Mapping):
+            raise ValueError(f"forms is {forms!r}; accepted: a dict by layer type, or None")
+        if cache_dtype is not None:
+            _check_cache_dtype(cache_dtype, decoder)
         self.capacity, self.chunk_tokens = int(capacity), int(chunk_tokens)
         self.draft_tokens = _check_assistant(decoder, assistant, draft_tokens)
         self._vocab_size = decoder.config.vocab_size
         self._hidden_size, self._dtype = decoder.config.hidden_size, decoder.dtype
-        graph, self._params = nnx.split((decoder, assistant))
+        graph, params = nnx.split((decoder, assistant))
+        # In variables of its own: those of the models may be set to other weights.
+        self._params = jax.tree.map(lambda weight: weight, params)
         programs = Programs(
             graph=graph,
             sliding_window=decoder.config.sliding_window,
@@ -145,12 +154,22 @@ class Generator:
         Raises:
             ValueError: there is no prompt, or one is empty, has what is no token of the model, or
                 does not fit into `capacity` together with max_new_tokens; or another argument is
-                none that is accepted. The message names it.
+                none that is accepted, or the models have no weights. The message names it.
         """
-        _check_number("max_new_tokens", max_new_tokens)
+        _check_weights(self._params)
+        max_new_tokens = self._check_new_tokens(max_new_tokens)
         prompts = check_prompts(prompts, self._vocab_size, self.capacity - max_new_tokens)
+        if len(prompts) * self.capacity > MAX_SLOTS:
+            raise ValueError(
+                f"prompts has {len(prompts)}; accepted with capacity {self.capacity}: up to "
+                f"{MAX_SLOTS // self.capacity}"
+            )
         stops = np.zeros(self._vocab_size, bool)
-        stops[check_tokens("stop_tokens", tuple(stop_tokens), self._vocab_size)] = True
+        stop_tokens = as_list("stop_tokens", stop_tokens, "a sequence of tokens")
+        stops[check_tokens("stop_tokens", stop_tokens, self._vocab_size)] = True
+        for name, called in (("on_tokens", on_tokens), ("on_drafts", on_drafts)):
+            if called is not None and not callable(called):
+                raise ValueError(f"{name} is {called!r}; accepted: a function, or None")
         if on_drafts is not None and not self.draft_tokens:
             raise ValueError("on_drafts is given; accepted with an assistant alone")
         rule = _rule(sampling, key, len(prompts), self._vocab_size)
@@ -176,6 +195,15 @@ class Generator:
         if on_drafts is not None:
             on_drafts(sequences.statistics)
         return answers
+
+    def _check_new_tokens(self, max_new_tokens):
+        _check_number("max_new_tokens", max_new_tokens)
+        if max_new_tokens >= self.capacity:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}; accepted with capacity {self.capacity}: up "
+                f"to {self.capacity - 1}, after a prompt of one token"
+            )
+        return int(max_new_tokens)
 
     def _sequences(self, prompts):
         """Before the first step; NumPy's, as the device gets them back between steps."""
@@ -242,7 +270,27 @@ def _check_assistant(decoder, assistant, draft_tokens):
     return int(draft_tokens)
 
 
-def _check_number(name, number):
+def _check_cache_dtype(cache_dtype, decoder):
+    accepted = decoder.dtype, FLOAT8
+    refusal = f"accepted: {accepted[0]} or {accepted[1]}"
+    try:
+        dtype = jnp.dtype(cache_dtype)
+    except TypeError as error:
+        raise ValueError(f"cache_dtype is {cache_dtype!r}; {refusal}") from error
+    if dtype not in accepted:
+        raise ValueError(f"cache_dtype is {dtype}; {refusal}")
+
+
+def _check_weights(params):
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        raise ValueError(
+            "the decoder or the assistant is abstract; accepted: models with weights, as the new "
+            "ones that load_hf and load_assistant return"
+        )
+
+
+def _check_number(name, number, most=None):
     is_int = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
-    if not is_int or number < 1:
-        raise ValueError(f"{name} is {number!r}; accepted: an integer of 1 or more")
+    if not is_int or number < 1 or (most is not None and number > most):
+        accepted = "or more" if most is None else f"to {most}"
+        raise ValueError(f"{name} is {number!r}; accepted: an integer of 1 {accepted}")

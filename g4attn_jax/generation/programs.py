@@ -16,6 +16,8 @@ from g4attn_jax.speculative import DraftStatistics, Verified, draft, verify
 
 # The most steps between two looks of the host, during which the device has nothing to do.
 MAX_STEPS = 32
+# The most slots of all sequences together, which are numbered in int32; see `g4attn_jax.layout`.
+MAX_SLOTS = 2**31 - 1
 
 
 class Sequences(NamedTuple):
@@ -161,8 +163,9 @@ class Programs:
 
     def _layouts(self, batch: int) -> dict[str, Layout]:
         full = Contiguous(batch, self.capacity)
-        ring = Ring(batch, self.sliding_window, max(self.chunk_tokens, self.draft_tokens + 1))
-        return {
-            "full_attention": full,
-            "sliding_attention": ring if ring.capacity < full.capacity else full,
-        }
+        sliding, step = full, max(self.chunk_tokens, self.draft_tokens + 1)
+        # Of a much larger one the slots may be too many to be numbered.
+        if self.sliding_window + step < self.capacity:
+            ring = Ring(batch, self.sliding_window, step)
+            sliding = ring if ring.capacity < full.capacity else full
+        return {"full_attention": full, "sliding_attention": sliding}

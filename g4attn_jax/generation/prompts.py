@@ -28,7 +28,7 @@ def chunks(
 
 def check_prompts(prompts, vocab_size, max_length):
     """Each as int32 [n]."""
-    prompts = list(prompts)
+    prompts = as_list("prompts", prompts, "sequences of tokens")
     if not prompts:
         raise ValueError("prompts is empty; accepted: one prompt or more")
     checked = []
@@ -48,7 +48,10 @@ def check_prompts(prompts, vocab_size, max_length):
 
 def check_tokens(name, tokens, vocab_size):
     """As int32 [n]."""
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError:  # sequences of unequal lengths
+        array = np.asarray(None)
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, np.int32)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
@@ -57,3 +60,11 @@ def check_tokens(name, tokens, vocab_size):
     if wrong.any():
         raise ValueError(f"{name} has {array[wrong][0]}; accepted: tokens 0 to {vocab_size - 1}")
     return array.astype(np.int32)
+
+
+def as_list(name, values, accepted):
+    """Of anything that can be iterated over."""
+    try:
+        return list(values)
+    except TypeError as error:
+        raise ValueError(f"{name} is {values!r}; accepted: {accepted}") from error
