@@ -18,10 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from g4attn_jax.ops.attention_tiles.triton import dot, pad
 from g4attn_jax.ops.gpu import Gpu, gpu
 from g4attn_jax.ops.head_norm.triton import iota, load
-from g4attn_jax.ops.matmul_tiles.triton import load_tile, store_tile
+from g4attn_jax.ops.matmul_tiles.triton import dot, load_tile, pad, store_tile
 
 # Of matrices that a program asks for ahead: what a multiprocessor must have on its way to keep an
 # H200's memory busy.

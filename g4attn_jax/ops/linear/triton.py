@@ -16,11 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from g4attn_jax.ops.attention_tiles.triton import dot, pad
 from g4attn_jax.ops.gpu import Gpu, gpu
 from g4attn_jax.ops.head_norm.triton import iota
 from g4attn_jax.ops.linear.reference import gelu_gate
-from g4attn_jax.ops.matmul_tiles.triton import load_tile, store_tile
+from g4attn_jax.ops.matmul_tiles.triton import dot, load_tile, pad, store_tile
 
 _TILE_BYTES = 16 * 1024
 _BLOCK_K = 64  # of a tile of 128 columns of bfloat16

@@ -1,9 +1,22 @@
-"""Tiles of matrices, masked where the matrix ends."""
+"""Tiles of matrices, masked where the matrix ends, and their product."""
 
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.ops.head_norm.triton import both, load
+
+
+def dot(a, b, trans_b=False):
+    """a b, or a b^T, in float32; of float32 operands without TF32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return plgpu.dot(a, b, trans_b=trans_b, precision=precision).astype(jnp.float32)
+
+
+def pad(width: int) -> int:
+    """Columns that are loaded for some: a power of two, and what tensor cores take at least."""
+    return max(16, pl.next_power_of_2(width))
 
 
 def load_tile(ref, row, column, row_mask, column_mask):

@@ -1,15 +1,15 @@
-"""How attention kernels see a cache of any form and layout, and tiles of its rows."""
+"""How the kernel sees a cache of any form and layout, and tiles of its rows."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.cache import Cache, CompactKVCache, KVCache
 from g4attn_jax.ops.head_norm.triton import both, iota, load
+from g4attn_jax.ops.matmul_tiles.triton import pad
 
 
 class Inputs(NamedTuple):
@@ -76,7 +76,7 @@ def pages(inputs, shape, sequence, first, size):
     """
     if inputs.page_table is None:
         return None
-    place = lax.rem(_first_or_each(shape, first, size), jnp.int32(shape.columns * shape.page_size))
+    place = _place(shape, _first_or_each(shape, first, size))
     column = lax.div(place, jnp.int32(shape.page_size))
     return plgpu.load(inputs.page_table.at[sequence * shape.columns + column])
 
@@ -85,7 +85,7 @@ def slots(shape, sequence, page, first, size, exists):
     """Slots of the positions, in `page` as `pages` returned it, and which of them exist."""
     position = _first_or_each(shape, first, size)
     offset = iota(size) if position.ndim == 0 else 0
-    place = lax.rem(position, jnp.int32(shape.columns * shape.page_size))
+    place = _place(shape, position)
     if page is None:
         return sequence * shape.page_size + place + offset, exists
     is_page = (page >= 0) & (page < shape.num_pages)
@@ -94,19 +94,18 @@ def slots(shape, sequence, page, first, size, exists):
     return slot, exists & is_page
 
 
+def _place(shape, position):
+    """Where among the slots of a sequence a position is.
+
+    One that int32 does not hold, past the newest of a sequence of 2^31 tokens, is negative.
+    """
+    slots = jnp.int32(shape.columns * shape.page_size)
+    return lax.rem(jnp.maximum(position, 0), slots)
+
+
 def _first_or_each(shape, first, size):
     """The first position where the tile is in one page, else each."""
     return first if shape.page_size % size == 0 else first + iota(size)
-
-
-def dot(a, b, trans_b=False):
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return plgpu.dot(a, b, trans_b=trans_b, precision=precision).astype(jnp.float32)
-
-
-def pad(width: int) -> int:
-    """Columns that are loaded for some: a power of two, and what tensor cores take at least."""
-    return max(16, pl.next_power_of_2(width))
 
 
 def load_rows(ref, row, mask, begin, width):
