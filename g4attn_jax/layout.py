@@ -171,7 +171,7 @@ class Paged:
         return self.capacity - 1
 
     def check_step(self, spec: AttentionSpec, num_tokens: int) -> None:
-        """Refuses a page table that is none.
+        """Refuses a page table that is none, or names a page that is not there.
 
         Raises:
             ValueError: naming what was given and what is accepted.
@@ -183,6 +183,7 @@ class Paged:
                 f"page_table is a {type(self.page_table).__name__} of shape {shape} and dtype "
                 f"{dtype}; accepted: an integer array [B, pages], neither 0"
             )
+        check_page_table(self.page_table, self.num_pages)
 
     def pages(self) -> Int[Array, "B pages"]:
         """The page table in int32, -1 for whatever is no page of the pool."""
@@ -267,6 +268,20 @@ class StepPlan:
     def placed(self) -> Int[Array, "B T"]:
         """The positions for attention: `UNPLACED` for tokens without a slot, -1 for padding."""
         return jnp.where(self.unplaced, UNPLACED, self.positions)
+
+
+def check_page_table(page_table: Int[Array, "B pages"], num_pages: int) -> None:
+    """Refuses a page table that is known to name a page which is not there.
+
+    Raises:
+        ValueError: naming the page and what is accepted.
+    """
+    if isinstance(page_table, jax.core.Tracer):
+        return
+    table = np.asarray(page_table)
+    wrong = table[(table < -1) | (table >= num_pages)]
+    if wrong.size:
+        raise ValueError(f"page_table has {wrong[0]}; accepted: -1 (none) and 0 to {num_pages - 1}")
 
 
 def where_token(

@@ -69,7 +69,9 @@ def prefill_and_decode(config, layer, form, batch, tokens, implementation):
         return np.asarray(prefill(params, cache)), np.asarray(decode(params, cache))
 
 
-@pytest.mark.parametrize("implementation", [None, pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "implementation", [None, "triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize(("config", "layer", "form"), CASES)
 def test_past_four_windows(config, layer, form, implementation):
     prefill, decode = prefill_and_decode(SMALL[config], layer, form, 2, 23, implementation)

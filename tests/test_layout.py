@@ -369,7 +369,8 @@ def test_under_jit_an_unplaced_token_hides_no_key_of_the_others(layout):
 
 @pytest.mark.parametrize("no_page", [-1, -7, 2, 9, INT32_MAX])
 def test_a_page_that_does_not_exist_holds_no_keys(no_page):
-    plan = plan_step(FULL, np.array([[40]]), Paged(np.array([[1, no_page, 0]]), 2, 16))
+    layout = Paged(np.array([[1, no_page, 0]]), 2, 16)
+    plan = jax.jit(lambda p, layout: plan_step(FULL, p, layout))(np.array([[40]]), layout)
     expected = [*range(16), *[-1] * 16, *range(32, 41)]
     np.testing.assert_array_equal(key_positions(plan.placed(), plan.layout)[0, :41], expected)
 
@@ -388,7 +389,7 @@ def test_positions_that_int32_does_not_hold():
 
 
 CONTIGUOUS, RING = Contiguous(2, 64), Ring(2, WINDOW, 8)
-PAGED = Paged(np.array([[0, 1, -1], [2, 3, 9]]), 4, 16)
+PAGED = Paged(np.array([[0, 1, -1], [2, 3, -1]]), 4, 16)
 
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, RING, PAGED])
@@ -451,6 +452,13 @@ def test_positions_refused(layout, positions, message):
 def test_tokens_without_a_slot_of_their_own_are_refused(layout, positions, message):
     with pytest.raises(ValueError, match=message):
         plan_step(SLIDING, np.array(positions), layout)
+
+
+@pytest.mark.parametrize("page", [-2, 4, INT32_MAX])
+def test_a_page_table_that_names_another_page_is_refused(page):
+    layout = Paged(np.array([[0, 1], [page, 2]]), 4, 16)
+    with pytest.raises(ValueError, match=rf"page_table has {page}; accepted: -1 .* 0 to 3"):
+        plan_step(SLIDING, np.array([[3], [17]]), layout)
 
 
 def test_a_shared_page_is_fine_where_nobody_writes_it():

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache
+from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache, KVCache
 from g4attn_jax.config import ProjectionMode
-from g4attn_jax.layout import UNPLACED
+from g4attn_jax.layout import UNPLACED, check_page_table
+from g4attn_jax.page_allocator import check_page_size
 
 _DTYPES = ("bfloat16", "float16", "float32")
+_MAX_INT32 = np.iinfo(np.int32).max
 
 
 def check_buffer(name: str, buffer: jax.Array, *, dims: str) -> None:
@@ -161,6 +163,10 @@ def _check_query(q, cache, max_tokens):
             f"q has shape {q.shape}; accepted: [B, T, Nq, width] with {tokens} and Nq a multiple "
             f"of {num_kv_heads}, the cache's KV heads"
         )
+    if isinstance(cache, KVCache) and cache.k.shape != cache.v.shape:
+        raise ValueError(
+            f"cache.k has shape {cache.k.shape}; accepted: that of cache.v, {cache.v.shape}"
+        )
     width = sum(part.array.shape[-1] for part in cache.key_parts)
     if q.shape[3] != width:
         raise ValueError(
@@ -191,13 +197,8 @@ def _check_addresses(q, cache, page_table, positions, sliding_window):
                 f"page_table has shape {shape} and dtype {dtype}; accepted: int32 [{batch}, pages]"
             )
         columns = shape[1]
-        if not isinstance(page_table, jax.core.Tracer):
-            table = np.asarray(page_table)
-            if table.min() < -1 or table.max() >= num_pages:
-                wrong = table.min() if table.min() < -1 else table.max()
-                raise ValueError(
-                    f"page_table has {wrong}; accepted: -1 (none) and 0 to {num_pages - 1}"
-                )
+        check_page_size(page_size)
+        check_page_table(page_table, num_pages)
     if isinstance(positions, jax.core.Tracer):
         return
     known, capacity = np.asarray(positions), columns * page_size
@@ -284,15 +285,15 @@ def check_eps(eps: float, scale_offset: float) -> None:
         raise ValueError(f"eps is {eps!r}; accepted: 0 or more")
 
 
-def check_count(name: str, value: int | None) -> None:
-    """Refuses what is neither None nor an integer of 1 or more.
+def check_count(name: str, value: int | None, most: int = _MAX_INT32) -> None:
+    """Refuses what is neither None nor an integer from 1 to `most`.
 
     Raises:
         ValueError: naming the argument, what was given and what is accepted.
     """
     is_int = isinstance(value, int) and not isinstance(value, bool)
-    if value is not None and (not is_int or value < 1):
-        raise ValueError(f"{name} is {value!r}; accepted: None or an integer of 1 or more")
+    if value is not None and (not is_int or not 1 <= value <= most):
+        raise ValueError(f"{name} is {value!r}; accepted: None or an integer from 1 to {most}")
 
 
 def check_number(name: str, value: float) -> None:

@@ -54,23 +54,34 @@ def triton_refusal(min_compute_capability: float = MIN_COMPUTE_CAPABILITY) -> st
     return None
 
 
-def for_cache(implementation: Implementation | None, cache: Cache) -> dict[str, Any]:
+def for_cache(
+    implementation: Implementation | None, cache: Cache, launch_refusal: str | None = None
+) -> dict[str, Any]:
     """What an op that a kernel writes or reads a cache for passes on.
 
+    Args:
+        implementation: of the op.
+        cache: of the op.
+        launch_refusal: why the GPU cannot run the kernel for these arguments, or None. The
+            interpreter can.
+
     Returns:
-        `implementation` and `min_compute_capability`. Without a demand a cache that kernels cannot
-        address goes to XLA.
+        `implementation` and `min_compute_capability`. Without a demand, what the kernel cannot do
+        goes to XLA.
 
     Raises:
-        NotImplementedError: a kernel was demanded of such a cache.
+        NotImplementedError: a kernel was demanded that cannot do it.
     """
+    float8 = cache.scale is not None
+    minimum = MIN_COMPUTE_CAPABILITY_FLOAT8 if float8 else MIN_COMPUTE_CAPABILITY
     refusal = float8_refusal(cache)
     if refusal is not None and implementation in ("triton", "triton_interpret"):
         raise NotImplementedError(refusal)
-    if refusal is not None and implementation is None:
+    if launch_refusal is not None and implementation == "triton":
+        check_implementation(implementation, minimum)  # without a GPU that is what is wrong
+        raise NotImplementedError(launch_refusal)
+    if implementation is None and (refusal or launch_refusal):
         implementation = "xla"
-    float8 = cache.scale is not None
-    minimum = MIN_COMPUTE_CAPABILITY_FLOAT8 if float8 else MIN_COMPUTE_CAPABILITY
     return {"implementation": implementation, "min_compute_capability": minimum}
 
 

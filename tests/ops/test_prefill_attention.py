@@ -8,9 +8,9 @@ import pytest
 
 from g4attn_jax import ops
 from g4attn_jax.cache import FLOAT8, KVCache
-from g4attn_jax.ops.attention_tiles.triton import pad
 from g4attn_jax.ops.decode_attention import reference as dense
 from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
+from g4attn_jax.ops.matmul_tiles.triton import pad
 from g4attn_jax.ops.prefill_attention import cudnn, reference, triton
 from g4attn_jax.ops.prefill_attention.triton import choose_launch
 from g4attn_jax.oracle import cached_attention as formula
@@ -405,7 +405,7 @@ class TestBadInput:
             ({"positions": jnp.full((2, 17), 80)}, r"positions has 80; accepted: .* 0 to 79"),
             ({"page_table": jnp.full((2, 5), 13)}, r"page_table has 13; accepted: .* 0 to 12"),
             ({"page_table": None}, "page_table is None and .* accepted .* 2 pages"),
-            ({"sliding_window": 0}, "sliding_window is 0; accepted: None or an integer of 1"),
+            ({"sliding_window": 0}, "sliding_window is 0; accepted: None or an integer from 1"),
             ({"scale": float("inf")}, "scale is inf; accepted: a finite Python number"),
             ({"implementation": "cudnn"}, "implementation is 'cudnn'; accepted"),
         ],

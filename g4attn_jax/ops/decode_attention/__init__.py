@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 from g4attn_jax.cache import Cache
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.decode_attention import reference, triton
+from g4attn_jax.ops.flash_attention.launch import launch_refusal
 from g4attn_jax.ops.implementation import Implementation, differentiable_op, for_cache
 
 # Up to this many tokens a sequence a step decodes (16 is the most that speculative decoding
@@ -29,9 +30,11 @@ def decode_attention(
 
     A token at position p sees the keys at positions 0 .. p, with a window the last `sliding_window`
     of them. Position p of a sequence lies in slot p mod C of its C slots, which are those of its
-    pages in order: contiguous, ring and paged caches are read by this one rule, and what no token
-    sees has no effect. Softmax in float32; nothing grows with the context but the partial results
-    of the splits.
+    pages in order: contiguous, ring and paged caches are read by this one rule. Where p of C or
+    more is not a ring's, and is not known to be refused, what a slot counts for is unspecified.
+    Slots that no token sees may hold anything, NaN and infinity too; but for "xla" on a GPU, where
+    without a page table they must be finite. Softmax in float32; nothing grows with the context but
+    the partial results of the splits.
 
     Args:
         q: [B, T, Nq, D], or for a compact cache the absorbed query [B, T, Nq, D + R], as
@@ -40,11 +43,11 @@ def decode_attention(
         page_table: int32 [B, pages], pages of each sequence in order, -1 where it has none. None:
             sequence b has page b, as in contiguous and ring caches.
         positions: int32 [B, T], -1 for padding, -2 for a token that has no slot. The others must
-            have been written.
+            have been written, and so must what lies between them.
         sliding_window: keys that a token sees, its own included; None: all.
         scale: of the scores; 1 in Gemma 4.
-        num_splits: programs that share a sequence and KV head; None chooses. Results at one number
-            do not depend on the other sequences of the batch.
+        num_splits: programs that share a sequence and KV head, up to 256; None chooses. Results at
+            one number do not depend on the other sequences of the batch.
         implementation: None (the kernel on an NVIDIA GPU of compute capability 8.0 or higher, else
             XLA), "triton", "xla", or "triton_interpret". float8 needs 8.9 for the kernel.
 
@@ -54,8 +57,9 @@ def decode_attention(
     Raises:
         ValueError: an argument has the wrong rank, size or dtype, or a position or page that is
             known does not exist.
-        NotImplementedError: "triton" was demanded and there is no supported GPU, or it cannot
-            address a float8 array of 2^31 to 2^32 elements.
+        NotImplementedError: "triton" was demanded and there is no supported GPU, or not one with
+            the shared memory for such heads (some float32 ones of 512 on 8.6 and 8.9), or it
+            cannot address a float8 array of 2^31 to 2^32 elements. None takes XLA then.
 
     Source: Dao et al., "Flash-Decoding for long-context inference" (2023); Kwon et al., "Efficient
     memory management for large language model serving with PagedAttention" (2023).
@@ -69,7 +73,7 @@ def decode_attention(
         scale=scale,
         max_tokens=MAX_DECODE_TOKENS,
     )
-    checks.check_count("num_splits", num_splits)
+    checks.check_count("num_splits", num_splits, most=triton.MAX_SPLITS)
     return _op(
         q,
         cache,
@@ -78,5 +82,5 @@ def decode_attention(
         sliding_window=sliding_window,
         scale=scale,
         num_splits=num_splits,
-        **for_cache(implementation, cache),
+        **for_cache(implementation, cache, launch_refusal(q, cache)),
     )

@@ -9,8 +9,8 @@ from g4attn_jax.layout import key_positions, read_layout, where_token
 def decode_attention(q, cache, page_table, positions, *, sliding_window, scale, num_splits):
     """See `g4attn_jax.ops.decode_attention`; `num_splits` is the kernel's.
 
-    What no token sees may be anything; in a contiguous or ring cache, which is read as it lies,
-    anything finite.
+    What no token sees may be anything; on CUDA, where a contiguous or ring cache is read as it
+    lies, its values anything finite.
     """
     layout = read_layout(page_table, *cache.v.shape[:2])
     scores, start = 0.0, 0
@@ -26,10 +26,9 @@ def decode_attention(q, cache, page_table, positions, *, sliding_window, scale, 
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     array, array_scale = cache.value_part
     v = layout.sequences(array)
-    if v is not array:
-        # A weight of 0 does not undo a NaN. A cache that is read as it lies, this would copy.
-        v = jnp.where(visible.any(axis=1)[..., None, None], v, 0)
-    o = _combine(weights, v.astype(q.dtype))
+    seen = visible.any(axis=1)[..., None, None]
+    combine = _combine_seen if v is not array else _combine_as_it_lies
+    o = combine(weights, v, seen)
     if array_scale is not None:
         o *= array_scale
     return where_token(positions, o).astype(q.dtype)
@@ -65,12 +64,35 @@ def _multiply(q, k):
     return scores.reshape(batch, tokens, num_q_heads, -1)
 
 
+def _combine_seen(weights, v, seen):
+    """`_combine` of the values that are seen: a weight of 0 does not undo a NaN."""
+    return _combine(weights, jnp.where(seen, v, 0))
+
+
+def _combine_as_it_lies(weights, v, seen):
+    """The same without a copy of the cache unless there is such a NaN.
+
+    Not on CUDA, where asking for one takes as long as the attention of a small model.
+    """
+
+    def checked(weights, v, seen):
+        o = _combine(weights, v)
+        return jax.lax.cond(
+            jnp.isfinite(o).all(), lambda: o, lambda: _combine_seen(weights, v, seen)
+        )
+
+    def unchecked(weights, v, seen):
+        return _combine(weights, v)
+
+    return jax.lax.platform_dependent(weights, v, seen, cuda=unchecked, default=checked)
+
+
 def _combine(weights, v):
     """weights [B, T, Nq, C] of v [B, C, Nkv, D]: float32 [B, T, Nq, D]."""
     batch, tokens, num_q_heads, capacity = weights.shape
     own = _own_heads(num_q_heads, v.shape[2])
     rows = weights.reshape(batch, tokens * num_q_heads, capacity)
-    v_rows = v.reshape(*v.shape[:2], -1)
+    v_rows = v.astype(weights.dtype).reshape(*v.shape[:2], -1)
     o = jnp.einsum("brs,bsw->brw", rows, v_rows, preferred_element_type=jnp.float32)
     o = o.reshape(batch, tokens, num_q_heads, *v.shape[2:])
     return jnp.where(own, o, 0).sum(axis=-2)

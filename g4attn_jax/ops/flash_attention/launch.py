@@ -3,8 +3,8 @@
 from typing import NamedTuple, Self
 
 from g4attn_jax.cache import KVCache
-from g4attn_jax.ops.attention_tiles.triton import pad
-from g4attn_jax.ops.gpu import Gpu
+from g4attn_jax.ops.gpu import Gpu, gpu
+from g4attn_jax.ops.matmul_tiles.triton import pad
 
 
 class Launch(NamedTuple):
@@ -82,10 +82,20 @@ class HeadSizes(NamedTuple):
             shared += tile * self.q_bytes  # converted for the tensor cores
         return shared <= gpu.shared_memory
 
-    def refusal(self, gpu: Gpu) -> str:
-        """What is said where no launch fits."""
-        return (
-            f"attention of {sum(self.key_widths)} numbers a key, {self.q_bytes} bytes each, needs "
-            f"more shared memory than the {gpu.shared_memory} bytes of this GPU; accepted: "
-            "implementation 'xla'"
-        )
+
+# The least shared memory that a launch can do with: what is chosen where nothing else fits.
+LEAST = Launch(
+    block_rows=16, block_keys=16, num_splits=1, value_blocks=1, num_warps=4, num_stages=2
+)
+
+
+def launch_refusal(q, cache) -> str | None:
+    """Why the GPU holds no launch for arguments of an attention op, or None."""
+    sizes, target = HeadSizes.of(q, cache), gpu()
+    if sizes.fits(target, LEAST):
+        return None
+    return (
+        f"attention of {sum(sizes.key_widths)} numbers a key, {sizes.q_bytes} bytes each, needs "
+        f"more shared memory than the {target.shared_memory} bytes of this GPU; accepted: "
+        "implementation None or 'xla'"
+    )

@@ -29,18 +29,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.layout import UNPLACED
-from g4attn_jax.ops.attention_tiles.triton import (
+from g4attn_jax.ops.flash_attention.launch import Launch
+from g4attn_jax.ops.flash_attention.tiles import (
     KEY_SCALES,
-    dot,
     load_rows,
     operands,
-    pad,
     pages,
     slots,
     store_rows,
 )
-from g4attn_jax.ops.flash_attention.launch import Launch
 from g4attn_jax.ops.head_norm.triton import iota, load
+from g4attn_jax.ops.matmul_tiles.triton import dot, pad
 
 _LOG2_E = 1.4426950408889634
 # Below every score, and finite: of a row that has seen nothing yet exp(-inf - m) is 0.

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from g4attn_jax.cache import Cache
 from g4attn_jax.ops import checks
+from g4attn_jax.ops.flash_attention.launch import launch_refusal
 from g4attn_jax.ops.implementation import Implementation, differentiable_op, for_cache
 from g4attn_jax.ops.prefill_attention import cudnn, reference, triton
 
@@ -66,8 +67,9 @@ def prefill_attention(
     Raises:
         ValueError: an argument has the wrong rank, size or dtype, or a position or page that is
             known does not exist.
-        NotImplementedError: "triton" was demanded and there is no supported GPU, or it cannot
-            address a float8 array of 2^31 to 2^32 elements.
+        NotImplementedError: "triton" was demanded and there is no supported GPU, or not one with
+            the shared memory for such heads (some float32 ones of 512 on 8.6 and 8.9), or it
+            cannot address a float8 array of 2^31 to 2^32 elements. None takes XLA then.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al.,
     "FlashAttention: fast and memory-efficient exact attention with IO-awareness" (2022).
@@ -83,5 +85,5 @@ def prefill_attention(
         sliding_window=sliding_window,
         scale=scale,
         use_cudnn=implementation is None,
-        **for_cache(implementation, cache),
+        **for_cache(implementation, cache, launch_refusal(q, cache)),
     )

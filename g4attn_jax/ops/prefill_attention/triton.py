@@ -1,7 +1,5 @@
 """Flash attention of a prompt, or a chunk of one, in one launch."""
 
-import jax.numpy as jnp
-
 from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
 from g4attn_jax.ops.flash_attention.triton import flash_attention
 from g4attn_jax.ops.gpu import Gpu, gpu
@@ -34,8 +32,8 @@ def choose_launch(gpu: Gpu, sizes: HeadSizes) -> Launch:
     Keys and values are read again for every block of rows, so it has as many as the registers hold
     the accumulators of.
 
-    Raises:
-        NotImplementedError: no launch fits the shared memory.
+    Returns:
+        The fastest launch that fits the shared memory, or the least one if none does.
     """
     tiles = _FLOAT32 if sizes.q_bytes == 4 else _WIDE if sizes.head_dim > 256 else _NARROW
     for rows, keys, value_blocks, num_warps, num_stages in tiles:
@@ -44,15 +42,13 @@ def choose_launch(gpu: Gpu, sizes: HeadSizes) -> Launch:
         can_share = sizes.head_dim == 512 and sizes.value_width is not None
         if (value_blocks == 1 or can_share) and sizes.fits(gpu, launch):
             return launch
-    raise NotImplementedError(sizes.refusal(gpu))
+    return launch
 
 
 def prefill_attention(
     q, cache, page_table, positions, *, sliding_window, scale, interpret=False, launch=None
 ):
     """See `g4attn_jax.ops.prefill_attention`; `launch` overrides the heuristics, for tuning."""
-    if q.size == 0:
-        return jnp.zeros((*q.shape[:-1], cache.v.shape[-1]), q.dtype)
     launch = launch or choose_launch(gpu(), HeadSizes.of(q, cache))
 
     def run(*arguments):
