@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from g4attn_jax import CompactKVCache, KVCache, ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8, float8_scale
 from g4attn_jax.commands.cases import AttentionCase, NormCase, PrologueCase
+from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
 
 
 def all_cases():
@@ -20,6 +21,38 @@ def all_cases():
         (KVCache, CompactKVCache), (1, 6, 40), (80, 512), (None, 50)
     ):
         yield AttentionCase(form, 12, 3, d, d // 4, window, tokens, context=700)
+
+
+def launch_attention(case, implementation="triton"):
+    """Other layouts and storage than the cases have, pages that are not there, and splits."""
+    q, cache, table, positions = case.arguments()
+    contiguous = jax.tree.map(lambda x: x.reshape(len(q), -1, *x.shape[2:]), cache)
+    capacity = contiguous.v.shape[1]
+    if case.sliding_window is not None:  # a ring, gone round ten times
+        far = jnp.where(positions >= 0, positions + 10 * capacity, -1)
+        contiguous_or_ring = q, contiguous, None, far
+    else:
+        contiguous_or_ring = q, contiguous, None, positions
+    float8 = jax.tree.map(lambda x: x.astype(FLOAT8), cache)._replace(scale=jnp.ones(2))
+    wrong = table.at[:, ::3].set(10**6).at[:, 1::3].set(-7)
+    # Under jit nobody sees that they are wrong before the kernel does.
+    run = jax.jit(lambda *arguments: case.run(arguments, implementation))
+    outputs = [
+        run(*contiguous_or_ring),
+        run(q, float8, table, positions),
+        run(q, cache, wrong, positions),
+    ]
+    if case.tokens <= MAX_DECODE_TOKENS:
+        outputs.append(
+            ops.decode_attention(
+                *contiguous_or_ring,
+                sliding_window=case.sliding_window,
+                num_splits=20,  # more than there are tiles
+                implementation=implementation,
+            )
+        )
+    jax.block_until_ready(outputs)
+    return len(outputs)
 
 
 def launch_grouped(group_sizes, dtype, implementation="triton"):
@@ -59,6 +92,10 @@ def main():
         ([1, 0, 2], [50, 0, 70, 1], [700, 0]), (jnp.bfloat16, jnp.float32)
     ):
         launched += launch_grouped(group_sizes, dtype)
+    for form, tokens, window in itertools.product(
+        (KVCache, CompactKVCache), (1, 6, 40), (None, 50)
+    ):
+        launched += launch_attention(AttentionCase(form, 12, 3, 80, 20, window, tokens, 700))
     for case in all_cases():
         arguments = case.arguments()
         jax.block_until_ready(case.run(arguments, "triton"))
