@@ -13,7 +13,7 @@ and the limit is the bytes that must move over the rate of a float32 sum measure
 """
 
 import functools
-import importlib.util
+import importlib.metadata
 import os
 import statistics
 
@@ -38,9 +38,16 @@ def jax_nn(q, cache, page_table, positions, *, sliding_window):
     return jax.nn.dot_product_attention(q, cache.k, cache.v, mask=visible[:, None], scale=1.0)
 
 
+def _torch_version() -> str | None:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def torch_sdpa_us(shape: Shape, query_tokens: int) -> float | None:
     """Microseconds of PyTorch's attention, by CUDA events; None where there is no PyTorch."""
-    if importlib.util.find_spec("torch") is None:
+    if _torch_version() is None:
         return None
     import torch
 
@@ -180,7 +187,11 @@ def main():
     folder = output_folder(__doc__)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")  # PyTorch takes as much again
     gbps = read_gbps()
-    head = machine() | {"read_gbps": round(gbps, 1), "command": "python -m bench.decode_attention"}
+    head = machine() | {
+        "torch": _torch_version(),
+        "read_gbps": round(gbps, 1),
+        "command": "python -m bench.decode_attention",
+    }
     rows, num_missed = [], 0
     names = ("limit_us", "ours_us", "xla_us", "jax_nn_us", "torch_sdpa_us")
     for shape in SHAPES:

@@ -9,6 +9,10 @@ status=0
 python3 -m pytest -m gpu -q || status=1
 python3 -m g4attn_jax decode --config gemma-4-e2b gemma-4-31b --batch 8 --steps 50 || status=1
 python3 -m g4attn_jax check || status=1
+for config in gemma-4-e2b gemma-4-e4b gemma-4-12b gemma-4-26b-a4b gemma-4-31b; do
+  python3 -m g4attn_jax generate --random-weights --config "$config" || status=1
+done
+python3 -m g4attn_jax generate --random-weights --config gemma-4-31b --prompt-len 32768 || status=1
 python3 -m bench.qkv_norm --out "$out" || status=1
 python3 -m bench.tune_qkv_norm --out "$out" || status=1
 python3 -m bench.qkv_prologue --out "$out" || status=1

@@ -183,17 +183,18 @@ def paged(batch):
 
 
 @pytest.mark.parametrize(
-    ("sliding", "full", "form"),
+    ("name", "sliding", "full", "form"),
     # With the generator's own choice, ring, contiguous and compact, all that each type can have.
     [
-        (contiguous, paged, CompactKVCache),
-        (paged, contiguous, KVCache),
-        (ring, paged, KVCache),
+        ("gemma-4-31b", contiguous, paged, CompactKVCache),
+        ("gemma-4-31b", paged, contiguous, KVCache),
+        ("gemma-4-31b", ring, paged, KVCache),
+        # Pages that KV-shared layers read, and with experts.
+        ("gemma-4-e2b", paged, paged, KVCache),
+        ("gemma-4-26b-a4b", paged, paged, CompactKVCache),
     ],
 )
-def test_layouts_and_forms(sliding, full, form, monkeypatch):
-    name = "gemma-4-31b"
-
+def test_layouts_and_forms(name, sliding, full, form, monkeypatch):
     def layouts(programs, batch):
         return {"sliding_attention": sliding(batch), "full_attention": full(batch)}
 
