@@ -32,11 +32,18 @@ def main(argv: list[str] | None = None) -> int:
         metavar="I,J,...",
         help="layer indices, separated by commas; the first of every kind if left out",
     )
-    decoding.add_argument("--batch", type=_positive, default=2, help="sequences (default: 2)")
     decoding.add_argument(
-        "--prompt-len", type=_positive, default=32, help="tokens of the prefill (default: 32)"
+        "--batch", type=_positive, default=2, help="sequences (default: %(default)s)"
     )
-    decoding.add_argument("--steps", type=_positive, default=16, help="decode steps (default: 16)")
+    decoding.add_argument(
+        "--prompt-len",
+        type=_positive,
+        default=32,
+        help="tokens of the prefill (default: %(default)s)",
+    )
+    decoding.add_argument(
+        "--steps", type=_positive, default=16, help="decode steps (default: %(default)s)"
+    )
     commands.add_parser("check", help="run the published equivalence sweep on this device")
     generating = commands.add_parser(
         "generate", help="continue prompts with a checkpoint, or with random weights"
@@ -110,13 +117,13 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=64,
         metavar="N",
-        help="the most tokens that follow a prompt (default: 64)",
+        help="the most tokens that follow a prompt (default: %(default)s)",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
-        help="0 takes the most likely token, more draws one (default: 0)",
+        help="0 takes the most likely token, more draws one (default: %(default)s)",
     )
     parser.add_argument(
         "--top-k",
@@ -147,7 +154,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=_seed,
         default=0,
-        help="of random weights, of a random prompt and of sampling, below 2^32 (default: 0)",
+        help="of random weights, a random prompt and sampling, below 2^32 (default: %(default)s)",
     )
     parser.add_argument(
         "--stop-token-ids",

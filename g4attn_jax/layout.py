@@ -318,10 +318,10 @@ def plan_step(spec: AttentionSpec, positions: Int[Array, "B T"], layout: Layout)
         layout: of the caches.
 
     Raises:
-        ValueError: an argument has the wrong shape or dtype, a ring is too small for T tokens, or
-            a position has no slot or the slot of another token. Under `jit` positions are unknown:
-            there a token without a slot writes nothing and its output is NaN; of two tokens with
-            one slot either may stay.
+        ValueError: an argument has the wrong shape or dtype, a ring is too small for T tokens, a
+            page is not there, or a position has no slot or the slot of another token. Under `jit`
+            positions are unknown: there a token without a slot writes nothing and its output is
+            NaN; of two tokens with one slot either may stay.
     """
     if not isinstance(spec, AttentionSpec):
         raise ValueError(f"spec is a {type(spec).__name__}; accepted: AttentionSpec")

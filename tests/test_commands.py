@@ -116,7 +116,7 @@ def test_help_says_the_defaults_that_there_are(command, defaults, capsys):
         main([command, "--help"])
     output = " ".join(capsys.readouterr().out.split())
     assert "None" not in output and "[]" not in output
-    assert list(map(int, re.findall(r"default: (\d+)\)", output))) == defaults
+    assert list(map(float, re.findall(r"default: ([\d.]+)\)", output))) == defaults
 
 
 def test_check_covers_the_published_sweep():

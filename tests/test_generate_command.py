@@ -304,6 +304,10 @@ def test_a_bad_checkpoint_of_an_assistant_is_explained(checkpoint, tmp_path, cap
         (["--random-weights", "--seed", "-1"], "must be an integer of 0 to 4294967295, not '-1'"),
         (["--random-weights", "--seed", str(2**63)], "must be an integer of 0 to 4294967295, not"),
         (["--random-weights", "--max-new-tokens", "0"], "must be an integer of 1 or more"),
+        (
+            ["--random-weights", "--config", "31b", "--prompt-len", str(10**15)],
+            "--prompt-len is 1000000000000000 and --max-new-tokens 64; accepted: 2147483647",
+        ),
         (["--checkpoint", "nowhere", "--prompt", "x"], "--checkpoint is nowhere; there is no"),
         (["--checkpoint", "x", "--random-weights"], "not allowed with argument --checkpoint"),
     ],

@@ -252,6 +252,9 @@ def check_config(given, model_config, config_class, fields=vars):
         model_config: what the model was built with.
         config_class: of which `model_config` is, with the method `from_hf`.
         fields: from a config to its fields by the names they have in the file.
+
+    Raises:
+        CheckpointError: a field differs, or the contents are no such config.
     """
     try:
         in_file = fields(config_class.from_hf(given))

@@ -353,7 +353,14 @@ def _prompts(args, config, tokenizer):
         return prompts
     if args.checkpoint is not None:
         raise ValueError("--checkpoint needs --prompt or --token-ids")
-    length = 16 if args.prompt_len is None else args.prompt_len
+    length = 16
+    if args.prompt_len is not None:
+        length = args.prompt_len
+        if length + args.max_new_tokens > MAX_SLOTS:
+            raise ValueError(
+                f"--prompt-len is {length} and --max-new-tokens {args.max_new_tokens}; accepted: "
+                f"{MAX_SLOTS} together"
+            )
     return [np.random.default_rng(args.seed).integers(config.vocab_size, size=length)]
 
 

@@ -63,7 +63,7 @@ def check_tokens(name, tokens, vocab_size):
 
 
 def as_list(name, values, accepted):
-    """Of anything that can be iterated over."""
+    """The list of what can be iterated over; else a ValueError that says what is accepted."""
     try:
         return list(values)
     except TypeError as error:

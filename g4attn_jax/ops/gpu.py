@@ -34,7 +34,7 @@ def gpu() -> Gpu:
     """The GPU that a program is compiled for.
 
     The one that the abstract mesh describes, or the least of the process' GPUs; without one a GPU
-    that any kernel fits on.
+    of the least shared memory.
     """
     target = jax.sharding.get_abstract_mesh().abstract_device
     if target is not None and target.platform == "gpu":

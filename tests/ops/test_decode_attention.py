@@ -1,6 +1,8 @@
+import functools
 import itertools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,10 +11,11 @@ from g4attn_jax import ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS, triton
 from g4attn_jax.ops.decode_attention.triton import choose_launch
-from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch, launch_refusal
+from g4attn_jax.ops.flash_attention.launch import LEAST, HeadSizes, Launch, launch_refusal
 from g4attn_jax.ops.flash_attention.tiles import Shape, slots
 from g4attn_jax.ops.gpu import Gpu
 from g4attn_jax.ops.matmul_tiles.triton import pad
+from g4attn_jax.ops.prefill_attention.triton import choose_launch as choose_prefill_launch
 from g4attn_jax.oracle import cached_attention as formula
 
 KERNEL = ["triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
@@ -340,11 +343,59 @@ def test_heads_that_a_gpu_does_not_hold_go_to_xla(op):
         np.testing.assert_allclose(o, exact, atol=1e-5)
 
 
-@pytest.mark.parametrize("page_size", [64, 48])
+def described(name):
+    return jax.sharding.AbstractMesh(
+        (), (), abstract_device=jax.sharding.AbstractDevice(name, 58, "gpu")
+    )
+
+
+@pytest.mark.parametrize("op", [ops.decode_attention, ops.prefill_attention])
+def test_a_kernel_that_the_gpu_does_not_hold_is_refused(op):
+    arguments = case([20, 3], capacity=32, head_dim=512, storage=FLOAT8)
+    run = functools.partial(op, implementation="triton")
+    with jax.sharding.use_abstract_mesh(described("NVIDIA H200")):
+        jax.eval_shape(run, *arguments)
+    with jax.sharding.use_abstract_mesh(described("NVIDIA L4")):
+        with pytest.raises(NotImplementedError, match="shared memory than the 101376 bytes"):
+            jax.eval_shape(run, *arguments)
+
+
+@pytest.mark.parametrize("op", [ops.decode_attention, ops.prefill_attention])
+def test_a_symbolic_head_dim_is_exported(op):
+    """With what the chosen launch needs of it unknown, to XLA."""
+    [d] = jax.export.symbolic_shape("d")
+    cache = jax.ShapeDtypeStruct((2, 32, 2, d), jnp.float32)
+    q, positions = jax.ShapeDtypeStruct((2, 1, 4, d), jnp.float32), jnp.array([[20], [3]])
+    exported = jax.export.export(jax.jit(lambda q, cache: op(q, cache, None, positions)))(
+        q, KVCache(cache, cache)
+    )
+    arguments = case([20, 3], capacity=32)
+    o = exported.call(*arguments[:2])
+    np.testing.assert_allclose(o, formula(*arguments), atol=2e-6)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
+def test_no_launch_needs_less_memory_than_the_least(gpu):
+    """So that one which fits is chosen wherever there is one."""
+    for head_dim, compact, q_bytes, cache_bytes in itertools.product(
+        (16, 320, 512, 1024), (False, True), (2, 4), (1, 2, 4)
+    ):
+        widths, value = ((head_dim, 128), None) if compact else ((head_dim,), head_dim)
+        sizes = HeadSizes(widths, value, q_bytes, cache_bytes)
+        chosen = [choose_prefill_launch(gpu, sizes)]
+        for rows in (1, 48):
+            chosen.append(
+                choose_launch(gpu, sizes, batch=8, num_kv_heads=4, rows=rows, max_keys=8192)
+            )
+        for launch in chosen:
+            assert sizes.fits(gpu, launch) == sizes.fits(gpu, LEAST)
+
+
+@pytest.mark.parametrize("page_size", [192, 48])
 def test_no_slot_is_negative(page_size):
     """Of the positions of a tile past the newest of 2^31 tokens, which int32 wraps."""
     shape = Shape(1, 2, 4, 512, num_pages=3, page_size=page_size, columns=1)
-    wrapped = jnp.int32(-(2**31) + 64)
+    wrapped = jnp.int32(-(2**31) + 64)  # -64 modulo 192
     slot, _ = slots(shape, 1, None, wrapped, 64, jnp.full(64, False))
     assert slot.min() >= page_size
 

@@ -30,20 +30,21 @@ def decode_attention(
 
     A token at position p sees the keys at positions 0 .. p, with a window the last `sliding_window`
     of them. Position p of a sequence lies in slot p mod C of its C slots, which are those of its
-    pages in order: contiguous, ring and paged caches are read by this one rule. Where p of C or
-    more is not a ring's, and is not known to be refused, what a slot counts for is unspecified.
-    Slots that no token sees may hold anything, NaN and infinity too; but for "xla" on a GPU, where
-    without a page table they must be finite. Softmax in float32; nothing grows with the context but
-    the partial results of the splits.
+    pages in order: contiguous, ring and paged caches are read by this one rule. Only in a ring may
+    p be C or more; elsewhere that is refused where positions are known, and under `jax.jit` the
+    result is unspecified. What no token sees has no effect on the result, be it NaN or infinite;
+    but where XLA computes it on a GPU, without a page table, and in a derivative it must be finite.
+    Softmax in float32; nothing grows with the context but the partial results of the splits.
 
     Args:
         q: [B, T, Nq, D], or for a compact cache the absorbed query [B, T, Nq, D + R], as
             `qkv_norm_rope_write` returns it. T is 1 to 16.
         cache: Nkv divides Nq.
-        page_table: int32 [B, pages], pages of each sequence in order, -1 where it has none. None:
-            sequence b has page b, as in contiguous and ring caches.
+        page_table: int32 [B, pages], pages of each sequence in order, -1 where it has none; of a
+            multiple of 16 slots, 16 to 256. None: sequence b has page b, as in contiguous and ring
+            caches.
         positions: int32 [B, T], -1 for padding, -2 for a token that has no slot. The others must
-            have been written, and so must what lies between them.
+            have been written, and so must all positions between them.
         sliding_window: keys that a token sees, its own included; None: all.
         scale: of the scores; 1 in Gemma 4.
         num_splits: programs that share a sequence and KV head, up to 256; None chooses. Results at
@@ -58,8 +59,8 @@ def decode_attention(
         ValueError: an argument has the wrong rank, size or dtype, or a position or page that is
             known does not exist.
         NotImplementedError: "triton" was demanded and there is no supported GPU, or not one with
-            the shared memory for such heads (some float32 ones of 512 on 8.6 and 8.9), or it
-            cannot address a float8 array of 2^31 to 2^32 elements. None takes XLA then.
+            the shared memory for such heads (for some of 512 in float32 99 KiB are too little), or
+            it cannot address a float8 array of 2^31 to 2^32 elements. None takes XLA then.
 
     Source: Dao et al., "Flash-Decoding for long-context inference" (2023); Kwon et al., "Efficient
     memory management for large language model serving with PagedAttention" (2023).

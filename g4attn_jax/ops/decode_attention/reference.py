@@ -9,8 +9,8 @@ from g4attn_jax.layout import key_positions, read_layout, where_token
 def decode_attention(q, cache, page_table, positions, *, sliding_window, scale, num_splits):
     """See `g4attn_jax.ops.decode_attention`; `num_splits` is the kernel's.
 
-    What no token sees may be anything; on CUDA, where a contiguous or ring cache is read as it
-    lies, its values anything finite.
+    What no token sees may be anything; its values anything finite on CUDA, where a contiguous or
+    ring cache is read as it lies, and in a derivative.
     """
     layout = read_layout(page_table, *cache.v.shape[:2])
     scores, start = 0.0, 0
@@ -70,7 +70,7 @@ def _combine_seen(weights, v, seen):
 
 
 def _combine_as_it_lies(weights, v, seen):
-    """The same without a copy of the cache unless there is such a NaN.
+    """The same, making no copy of the cache (but having memory for one) unless there is such a NaN.
 
     Not on CUDA, where asking for one takes as long as the attention of a small model.
     """

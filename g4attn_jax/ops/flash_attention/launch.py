@@ -83,15 +83,20 @@ class HeadSizes(NamedTuple):
         return shared <= gpu.shared_memory
 
 
-# The least shared memory that a launch can do with: what is chosen where nothing else fits.
+# No launch needs less shared memory.
 LEAST = Launch(
     block_rows=16, block_keys=16, num_splits=1, value_blocks=1, num_warps=4, num_stages=2
 )
 
 
 def launch_refusal(q, cache) -> str | None:
-    """Why the GPU holds no launch for arguments of an attention op, or None."""
+    """Why the GPU holds no launch for arguments of an attention op, or None.
+
+    None, too, of symbolic sizes, which no kernel is launched for.
+    """
     sizes, target = HeadSizes.of(q, cache), gpu()
+    if not all(isinstance(width, int) for width in sizes.key_widths):
+        return None
     if sizes.fits(target, LEAST):
         return None
     return (

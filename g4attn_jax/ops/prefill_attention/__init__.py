@@ -50,8 +50,9 @@ def prefill_attention(
         q: [B, T, Nq, D], or for a compact cache the absorbed query [B, T, Nq, D + R], as
             `qkv_norm_rope_write` returns it.
         cache: Nkv divides Nq.
-        page_table: int32 [B, pages], pages of each sequence in order, -1 where it has none. None:
-            sequence b has page b, as in contiguous and ring caches.
+        page_table: int32 [B, pages], pages of each sequence in order, -1 where it has none; of a
+            multiple of 16 slots, 16 to 256. None: sequence b has page b, as in contiguous and ring
+            caches.
         positions: int32 [B, T], -1 for padding, which may be anywhere, -2 for a token that has no
             slot. The others must have been written, and so must what lies between them.
         sliding_window: keys that a token sees, its own included; None: all.
@@ -68,8 +69,8 @@ def prefill_attention(
         ValueError: an argument has the wrong rank, size or dtype, or a position or page that is
             known does not exist.
         NotImplementedError: "triton" was demanded and there is no supported GPU, or not one with
-            the shared memory for such heads (some float32 ones of 512 on 8.6 and 8.9), or it
-            cannot address a float8 array of 2^31 to 2^32 elements. None takes XLA then.
+            the shared memory for such heads (for some of 512 in float32 99 KiB are too little), or
+            it cannot address a float8 array of 2^31 to 2^32 elements. None takes XLA then.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al.,
     "FlashAttention: fast and memory-efficient exact attention with IO-awareness" (2022).
