@@ -38,7 +38,7 @@ def test_programs_share_out_the_rows(kinds, groups, block_rows):
             )
         ]
 
-    per_kind = jax.vmap(rows)(programs)
+    per_kind = jax.jit(jax.vmap(rows))(programs)
     assert np.all(sum(np.asarray(mine, int) for mine, *_ in per_kind) == 1)
     for kind, (mine, group, row, head, mask) in zip(kinds, per_kind, strict=True):
         used = np.asarray(mine)[:, None] & np.asarray(mask)
