@@ -57,14 +57,6 @@ device_description_str: "{name}"
 """
 
 
-# Launches and their memory are the same without LLVM's, which take half of the time.
-_NO_OPTIMISATIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-_ALL_OPTIMISATIONS = {
-    "xla_backend_optimization_level": 3,
-    "xla_llvm_disable_expensive_passes": False,
-}
-
-
 @functools.cache
 def mesh(compute_capability: str) -> jax.sharding.Mesh:
     """A mesh of one described GPU."""
@@ -100,7 +92,7 @@ def compile_for(compute_capability: str, f, *arguments, donate_argnums=(), optio
         f: a function.
         arguments: of f.
         donate_argnums: of `jax.jit`.
-        options: XLA's, beside those that save time.
+        options: XLA's.
     """
     target = mesh(compute_capability)
     on_target = NamedSharding(target, PartitionSpec())
@@ -109,19 +101,22 @@ def compile_for(compute_capability: str, f, *arguments, donate_argnums=(), optio
     )
     with jax.sharding.use_abstract_mesh(target.abstract_mesh):
         lowered = jax.jit(f, donate_argnums=donate_argnums).lower(*arguments)
-        return lowered.compile(compiler_options=_NO_OPTIMISATIONS | (options or {}))
+        return lowered.compile(compiler_options=options)
 
 
 def assembly(compute_capability: str, f, *arguments) -> tuple[str, str]:
-    """PTX of all kernels of a program, compiled as users do, and what ptxas says of it."""
+    """PTX of all kernels of `compile_for`'s program, and what ptxas says of it."""
     target = "sm_" + compute_capability.replace(".", "") + "a"
     ptx, said = [], []
     with tempfile.TemporaryDirectory() as folder:
-        options = _ALL_OPTIMISATIONS | {
+        options = {
             # XLA writes the PTX of kernels whose pipeline has a step of that name.
             "xla_dump_to": folder,
             "xla_dump_emitter_re": "ptx",
             "xla_gpu_dump_llvmir": True,
+            # As users compile, also under JAX_DISABLE_MOST_OPTIMIZATIONS, with which CI runs.
+            "xla_backend_optimization_level": 3,
+            "xla_llvm_disable_expensive_passes": False,
         }
         compile_for(compute_capability, f, *arguments, options=options)
         for path in Path(folder).glob("*.ptx"):
