@@ -31,7 +31,7 @@ def random_arguments(batch, num_q_heads, num_kv_heads, head_dim, dtype=jnp.float
     v_scale=st.booleans(),
     scale_offset=st.sampled_from([0.0, 1.0]),
 )
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 def test_any_shape(
     implementation, batch, num_q_heads, num_kv_heads, head_dim, dtype, v_scale, scale_offset
 ):
