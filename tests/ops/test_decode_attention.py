@@ -12,7 +12,6 @@ from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS, triton
 from g4attn_jax.ops.decode_attention.triton import choose_launch
 from g4attn_jax.ops.flash_attention.launch import LEAST, HeadSizes, Launch, launch_refusal
-from g4attn_jax.ops.flash_attention.tiles import Shape, slots
 from g4attn_jax.ops.gpu import Gpu
 from g4attn_jax.ops.matmul_tiles.triton import pad
 from g4attn_jax.ops.prefill_attention.triton import choose_launch as choose_prefill_launch
@@ -389,15 +388,6 @@ def test_no_launch_needs_less_memory_than_the_least(gpu):
             )
         for launch in chosen:
             assert sizes.fits(gpu, launch) == sizes.fits(gpu, LEAST)
-
-
-@pytest.mark.parametrize("page_size", [192, 48])
-def test_no_slot_is_negative(page_size):
-    """Of the positions of a tile past the newest of 2^31 tokens, which int32 wraps."""
-    shape = Shape(1, 2, 4, 512, num_pages=3, page_size=page_size, columns=1)
-    wrapped = jnp.int32(-(2**31) + 64)  # -64 modulo 192
-    slot, _ = slots(shape, 1, None, wrapped, 64, jnp.full(64, False))
-    assert slot.min() >= page_size
 
 
 ZEROS = jnp.zeros((13, 16, 2, 16))

@@ -76,7 +76,7 @@ def pages(inputs, shape, sequence, first, size):
     """
     if inputs.page_table is None:
         return None
-    place = _place(shape, _first_or_each(shape, first, size))
+    place = lax.rem(_first_or_each(shape, first, size), jnp.int32(shape.columns * shape.page_size))
     column = lax.div(place, jnp.int32(shape.page_size))
     return plgpu.load(inputs.page_table.at[sequence * shape.columns + column])
 
@@ -85,22 +85,13 @@ def slots(shape, sequence, page, first, size, exists):
     """Slots of the positions, in `page` as `pages` returned it, and which of them exist."""
     position = _first_or_each(shape, first, size)
     offset = iota(size) if position.ndim == 0 else 0
-    place = _place(shape, position)
+    place = lax.rem(position, jnp.int32(shape.columns * shape.page_size))
     if page is None:
         return sequence * shape.page_size + place + offset, exists
     is_page = (page >= 0) & (page < shape.num_pages)
     page_size = jnp.int32(shape.page_size)
     slot = jnp.where(is_page, page, 0) * page_size + lax.rem(place, page_size) + offset
     return slot, exists & is_page
-
-
-def _place(shape, position):
-    """Where among the slots of a sequence a position is.
-
-    One that int32 does not hold, past the newest of a sequence of 2^31 tokens, is negative.
-    """
-    slots = jnp.int32(shape.columns * shape.page_size)
-    return lax.rem(jnp.maximum(position, 0), slots)
 
 
 def _first_or_each(shape, first, size):
