@@ -13,7 +13,6 @@ and the limit is the bytes that must move over the rate of a float32 sum measure
 """
 
 import functools
-import importlib.metadata
 import os
 import statistics
 
@@ -24,6 +23,11 @@ from bench.decode_shapes import PAGE_SIZE, QUERY_TOKENS, SHAPES, Shape
 from bench.measure import kernel_time, machine, output_folder, read_gbps, write_json
 from g4attn_jax import ops
 from g4attn_jax.cache import CompactKVCache, KVCache
+
+try:
+    import torch
+except ImportError:
+    torch = None
 
 FORMS = {KVCache: "separate", CompactKVCache: "compact"}
 LAYOUTS = {False: "contiguous", True: f"paged({PAGE_SIZE})"}
@@ -38,18 +42,10 @@ def jax_nn(q, cache, page_table, positions, *, sliding_window):
     return jax.nn.dot_product_attention(q, cache.k, cache.v, mask=visible[:, None], scale=1.0)
 
 
-def _torch_version() -> str | None:
-    try:
-        return importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def torch_sdpa_us(shape: Shape, query_tokens: int) -> float | None:
     """Microseconds of PyTorch's attention, by CUDA events; None where there is no PyTorch."""
-    if _torch_version() is None:
+    if torch is None:
         return None
-    import torch
 
     def normal(heads, length):
         size = shape.batch, heads, length, shape.head_dim
@@ -188,7 +184,7 @@ def main():
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")  # PyTorch takes as much again
     gbps = read_gbps()
     head = machine() | {
-        "torch": _torch_version(),
+        "torch": None if torch is None else torch.__version__,
         "read_gbps": round(gbps, 1),
         "command": "python -m bench.decode_attention",
     }
