@@ -48,14 +48,15 @@ def check_prompts(prompts, vocab_size, max_length):
 
 def check_tokens(name, tokens, vocab_size):
     """As int32 [n]."""
+    refusal = f"{name} is {tokens!r}; accepted: a sequence of tokens"
     try:
         array = np.asarray(tokens)
-    except ValueError:  # sequences of unequal lengths
-        array = np.asarray(None)
+    except ValueError as error:  # sequences of unequal lengths
+        raise ValueError(refusal) from error
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, np.int32)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} is {tokens!r}; accepted: a sequence of tokens")
+        raise ValueError(refusal)
     wrong = (array < 0) | (array >= vocab_size)
     if wrong.any():
         raise ValueError(f"{name} has {array[wrong][0]}; accepted: tokens 0 to {vocab_size - 1}")

@@ -72,7 +72,7 @@ def _combine_seen(weights, v, seen):
 def _combine_as_it_lies(weights, v, seen):
     """The same, making no copy of the cache (but having memory for one) unless there is such a NaN.
 
-    Not on CUDA, where asking for one takes as long as the attention of a small model.
+    Not on CUDA, where what the branch costs a step has not been measured.
     """
 
     def checked(weights, v, seen):
