@@ -1,5 +1,6 @@
 """Launches the kernels on every kind of shape; run under compute-sanitizer by test_gpu.py."""
 
+import functools
 import itertools
 
 import jax
@@ -23,8 +24,30 @@ def all_cases():
         yield AttentionCase(form, 12, 3, d, d // 4, window, tokens, context=700)
 
 
-def launch_attention(case, implementation="triton"):
-    """Other layouts and storage than the cases have, pages that are not there, and splits."""
+def made_on_the_cpu(make):
+    """What `make` returns, on the device: many small programs that the sanitizer need not load."""
+
+    @functools.wraps(make)
+    def wrapped(*arguments):
+        with jax.default_device(jax.devices("cpu")[0]):
+            return jax.device_put(make(*arguments), jax.devices()[0])
+
+    return wrapped
+
+
+@made_on_the_cpu
+def case_arguments(case):
+    """Those of the case and, where it writes a cache, of the same with a cache of float8."""
+    arguments = case.arguments()
+    if not isinstance(case, PrologueCase):
+        return [arguments]
+    cache = case.arguments(FLOAT8)[6]._replace(scale=float8_scale(arguments[2]))
+    return [arguments, [*arguments[:6], cache]]
+
+
+@made_on_the_cpu
+def attention_arguments(case):
+    """A contiguous cache or a ring; float8; pages that are not there."""
     q, cache, table, positions = case.arguments()
     contiguous = jax.tree.map(lambda x: x.reshape(len(q), -1, *x.shape[2:]), cache)
     capacity = contiguous.v.shape[1]
@@ -35,17 +58,19 @@ def launch_attention(case, implementation="triton"):
         contiguous_or_ring = q, contiguous, None, positions
     float8 = jax.tree.map(lambda x: x.astype(FLOAT8), cache)._replace(scale=jnp.ones(2))
     wrong = table.at[:, ::3].set(10**6).at[:, 1::3].set(-7)
-    # Under jit nobody sees that they are wrong before the kernel does.
+    return contiguous_or_ring, (q, float8, table, positions), (q, cache, wrong, positions)
+
+
+def launch_attention(case, implementation="triton"):
+    """Other layouts and storage than the cases have, pages that are not there, and splits."""
+    arguments = attention_arguments(case)
+    # Under jit nobody sees that pages are wrong before the kernel does.
     run = jax.jit(lambda *arguments: case.run(arguments, implementation))
-    outputs = [
-        run(*contiguous_or_ring),
-        run(q, float8, table, positions),
-        run(q, cache, wrong, positions),
-    ]
+    outputs = list(itertools.starmap(run, arguments))
     if case.tokens <= MAX_DECODE_TOKENS:
         outputs.append(
             ops.decode_attention(
-                *contiguous_or_ring,
+                *arguments[0],
                 sliding_window=case.sliding_window,
                 num_splits=20,  # more than there are tiles
                 implementation=implementation,
@@ -55,31 +80,44 @@ def launch_attention(case, implementation="triton"):
     return len(outputs)
 
 
-def launch_grouped(group_sizes, dtype, implementation="triton"):
-    """Both grouped matmuls, with rows of no group and sizes that no block divides."""
+@made_on_the_cpu
+def grouped_arguments(group_sizes, dtype):
+    """x, both weights, sizes of groups and rows of x."""
     num_rows, groups = sum(group_sizes) + 3, len(group_sizes)
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (num_rows, 80), dtype)
     w = jax.random.normal(keys[1], (groups, 80, 72), dtype)
     gate_up = jax.random.normal(keys[2], (groups, 80, 2, 72), dtype)
     sizes = jnp.array(group_sizes, jnp.int32)
-    rows = jnp.arange(num_rows, dtype=jnp.int32)[::-1]
+    return x, w, gate_up, sizes, jnp.arange(num_rows, dtype=jnp.int32)[::-1]
+
+
+def launch_grouped(group_sizes, dtype, implementation="triton"):
+    """Both grouped matmuls, with rows of no group and sizes that no block divides."""
+    x, w, gate_up, sizes, rows = grouped_arguments(group_sizes, dtype)
     y = ops.grouped_matmul(x, w, sizes, implementation=implementation)
     gated = ops.grouped_gated_matmul(x, gate_up, sizes, rows, implementation=implementation)
     jax.block_until_ready((y, gated))
     return 2
 
 
-def launch_decoder(tokens, dtype, implementation="triton"):
-    """Matmuls of few tokens and the residual sum, of sizes that no block divides."""
+@made_on_the_cpu
+def decoder_arguments(tokens, dtype):
+    """x, both weights, scales of three norms and a factor."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (tokens, 200), dtype)
     w = jax.random.normal(keys[1], (200, 200), dtype)
     gate_up = jax.random.normal(keys[2], (200, 2, 200), dtype)
+    return x, w, gate_up, w[0], [w[1], w[2]], w[0, 0]
+
+
+def launch_decoder(tokens, dtype, implementation="triton"):
+    """Matmuls of few tokens and the residual sum, of sizes that no block divides."""
+    x, w, gate_up, *norms = decoder_arguments(tokens, dtype)
     run = {"implementation": implementation}
     parts = ops.linear_parts(x, w, **run)
     outputs = [ops.linear(x, w, **run), ops.geglu(x, gate_up, **run)]
-    outputs += ops.add_rms_norm(x, parts, w[0], [w[1], w[2]], w[0, 0], **run)
+    outputs += ops.add_rms_norm(x, parts, *norms, **run)
     jax.block_until_ready(outputs)
     return 4
 
@@ -97,12 +135,8 @@ def main():
     ):
         launched += launch_attention(AttentionCase(form, 12, 3, 80, 20, window, tokens, 700))
     for case in all_cases():
-        arguments = case.arguments()
-        jax.block_until_ready(case.run(arguments, "triton"))
-        launched += 1
-        if isinstance(case, PrologueCase):
-            cache = case.arguments(FLOAT8)[6]._replace(scale=float8_scale(arguments[2]))
-            jax.block_until_ready(case.run([*arguments[:6], cache], "triton"))
+        for arguments in case_arguments(case):
+            jax.block_until_ready(case.run(arguments, "triton"))
             launched += 1
     print("launched", launched)
 
