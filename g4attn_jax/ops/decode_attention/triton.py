@@ -34,8 +34,6 @@ def choose_launch(
 ) -> Launch:
     """The launch for a step, fitted to bench/results/h200/tune_decode_attention.json.
 
-    (That file is of before launches of 8 warps, which were compared with its best on an H100.)
-
     Up to 16 query rows take tensor core instructions of 16 rows, more those of 64. A multiprocessor
     holds the accumulators of 64 x 512 in the registers of 8 warps, which share the rows' scores, or
     two programs of 4 share the columns of the values: faster where those are not keys too. A tile

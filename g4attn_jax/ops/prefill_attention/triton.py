@@ -27,8 +27,6 @@ _FLOAT32 = ((32, 16, 1, 8, 2), (16, 16, 1, 8, 2))
 def choose_launch(gpu: Gpu, sizes: HeadSizes) -> Launch:
     """The launch for a layer, fitted to bench/results/h200/tune_prefill_attention.json.
 
-    (That file is of before 8 warps could share the scores of 64 rows: prefill_attention.json has
-    what that gives.)
     Keys and values are read again for every block of rows, so it has as many as the registers hold
     the accumulators of.
 
