@@ -5,7 +5,23 @@ from g4attn_jax.ops.implementation import triton_refusal
 from tests import gpu_target  # noqa: F401  (before JAX looks for devices)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--first-cases",
+        action="store_true",
+        help="of each test the first of its cases alone, of those that need no GPU",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("first_cases"):
+        first = {}
+        for item in items:
+            if "gpu" not in item.keywords:
+                first.setdefault(item.nodeid.split("[")[0], item)
+        chosen = list(first.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
     marked = [item for item in items if "gpu" in item.keywords]
     reason = triton_refusal() if marked else None
     if reason is not None:
