@@ -9,7 +9,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--first-cases",
         action="store_true",
-        help="of each test the first of its cases alone, of those that need no GPU",
+        help="of each test, implementation and described GPU the first case alone; none on a GPU",
     )
 
 
@@ -18,15 +18,21 @@ def pytest_collection_modifyitems(config, items):
         first = {}
         for item in items:
             if "gpu" not in item.keywords:
-                first.setdefault(item.nodeid.split("[")[0], item)
-        chosen = list(first.values())
+                first.setdefault(_test_of(item), item)
+        chosen = set(first.values())
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+        items[:] = first.values()
     marked = [item for item in items if "gpu" in item.keywords]
     reason = triton_refusal() if marked else None
     if reason is not None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=f"needs a supported NVIDIA GPU; {reason}"))
+
+
+def _test_of(item):
+    """The test that an item is a case of, for its implementation and the GPU it compiles for."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return item.nodeid.split("[")[0], str(params.get("implementation")), str(params.get("gpu"))
 
 
 @pytest.fixture(autouse=True, scope="module")
