@@ -150,12 +150,43 @@ def test_half_precision_is_no_worse_than_xla(compact, dtype, implementation):
 
 
 @on_the_kernel
-def test_splits_agree(implementation):
-    arguments = case([500, 3, 77], capacity=512)
-    exact = formula(*arguments)
+@pytest.mark.parametrize(
+    ("sizes", "window"),
+    [
+        ({"capacity": 512}, None),
+        ({"pages": 32}, None),
+        ({"pages": 32}, 100),
+        ({"capacity": 128}, 100),
+        ({"capacity": 24}, 20),  # a ring of less than a tile
+    ],
+    ids=str,
+)
+def test_splits_agree(sizes, window, implementation):
+    arguments = case([500, 3, 77], **sizes)
+    exact = formula(*arguments, sliding_window=window)
     for splits in (1, 2, 3, 8, 64):
-        o = ops.decode_attention(*arguments, num_splits=splits, implementation=implementation)
+        o = ops.decode_attention(
+            *arguments, sliding_window=window, num_splits=splits, implementation=implementation
+        )
         np.testing.assert_allclose(o, exact, atol=2e-6)
+
+
+@on_the_kernel
+@pytest.mark.parametrize("sizes", [{"capacity": 128}, {"pages": 12}], ids=str)
+@pytest.mark.parametrize("oldest", [0, 1, TILE - 1, TILE, TILE + 1])
+def test_windows_begin_anywhere_in_a_tile(oldest, sizes, implementation):
+    """And what is before them is NaN."""
+    window = 70
+    q, cache, table, positions = case([oldest + window - 1], **sizes)
+    place = np.arange(oldest)
+    page = 0 if table is None else np.asarray(table)[0, place // 16]
+    place = place if table is None else place % 16
+    cache = KVCache(*(a.at[page, place].set(np.nan) for a in (cache.k, cache.v)))
+    o = ops.decode_attention(
+        q, cache, table, positions, sliding_window=window, implementation=implementation
+    )
+    exact = formula(q, cache, table, positions, sliding_window=window)
+    np.testing.assert_allclose(o, exact, atol=2e-6)
 
 
 @on_the_kernel

@@ -76,27 +76,40 @@ def pages(inputs, shape, sequence, first, size):
     """
     if inputs.page_table is None:
         return None
-    place = lax.rem(_first_or_each(shape, first, size), jnp.int32(shape.columns * shape.page_size))
+    position = first if _is_in_one_page(shape, size) else first + iota(size)
+    place = _remainder(position, shape.columns * shape.page_size)
     column = lax.div(place, jnp.int32(shape.page_size))
     return plgpu.load(inputs.page_table.at[sequence * shape.columns + column])
 
 
-def slots(shape, sequence, page, first, size, exists):
-    """Slots of the positions, in `page` as `pages` returned it, and which of them exist."""
-    position = _first_or_each(shape, first, size)
-    offset = iota(size) if position.ndim == 0 else 0
-    place = lax.rem(position, jnp.int32(shape.columns * shape.page_size))
+def slots(shape, sequence, page, first, size, exists, *, aligned):
+    """Slots of `size` positions from `first` on, and which of them exist.
+
+    `page` is what `pages` returned, and `aligned` whether `first` is a multiple of `size`, as with
+    pages it must be.
+    """
+    offset, page_size = iota(size), shape.page_size
     if page is None:
-        return sequence * shape.page_size + place + offset, exists
+        place = _remainder(first, page_size) + offset
+        if not aligned or not _is_in_one_page(shape, size):
+            wrapped = place - page_size if size <= page_size else _remainder(place, page_size)
+            place = jnp.where(place < page_size, place, wrapped)
+        return sequence * page_size + place, exists
+    if _is_in_one_page(shape, size):
+        place = _remainder(first, page_size) + offset
+    else:
+        place = _remainder(first + offset, page_size)
     is_page = (page >= 0) & (page < shape.num_pages)
-    page_size = jnp.int32(shape.page_size)
-    slot = jnp.where(is_page, page, 0) * page_size + lax.rem(place, page_size) + offset
-    return slot, exists & is_page
+    return jnp.where(is_page, page, 0) * jnp.int32(page_size) + place, exists & is_page
 
 
-def _first_or_each(shape, first, size):
-    """The first position where the tile is in one page, else each."""
-    return first if shape.page_size % size == 0 else first + iota(size)
+def _is_in_one_page(shape, size):
+    return shape.page_size % size == 0
+
+
+def _remainder(position, size):
+    """position mod size; of one past the largest of int32, which no token sees, a number below."""
+    return lax.rem(position & jnp.iinfo(jnp.int32).max, jnp.int32(size))
 
 
 def load_rows(ref, row, mask, begin, width):

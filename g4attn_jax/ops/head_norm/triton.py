@@ -240,11 +240,18 @@ def iota(size: int) -> jax.Array:
     return jnp.arange(size, dtype=jnp.int32)
 
 
-def load(ref, mask: jax.Array | None, shape: tuple[int, ...], other: int = 0) -> jax.Array:
+def load(
+    ref,
+    mask: jax.Array | None,
+    shape: tuple[int, ...],
+    other: int = 0,
+    eviction_policy: str | None = None,
+) -> jax.Array:
     """Loads `ref`, of `shape`, `other` where the mask is false; None loads all."""
     if mask is None:
-        return plgpu.load(ref)
-    return plgpu.load(ref, mask=jnp.broadcast_to(mask, shape), other=other)
+        return plgpu.load(ref, eviction_policy=eviction_policy)
+    mask = jnp.broadcast_to(mask, shape)
+    return plgpu.load(ref, mask=mask, other=other, eviction_policy=eviction_policy)
 
 
 def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
