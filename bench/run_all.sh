@@ -24,6 +24,7 @@ python3 -m bench.tune_prefill_attention --out "$out" || status=1
 python3 -m bench.grouped_matmul --out "$out" || status=1
 python3 -m bench.tune_grouped_matmul --out "$out" || status=1
 python3 -m bench.tune_linear --out "$out" || status=1
+python3 -m bench.weight_reads --out "$out" || status=1
 python3 -m bench.decode_step --out "$out" || status=1
 python3 -m bench.speculative --out "$out" || status=1
 exit $status

@@ -19,16 +19,15 @@ from g4attn_jax.ops.flash_attention.launch import Launch
 
 
 def launches_around(chosen: Launch, form: type[Cache], num_rows: int) -> list[Launch]:
-    """Other tiles, stages and warps, numbers of splits, blocks of the query rows of a KV head."""
+    """Other tiles and stages, numbers of splits, and blocks of the query rows of a KV head."""
 
     def programs(rows, value_blocks):
         return math.ceil(num_rows / rows) * value_blocks
 
     splits = {max(1, round(chosen.num_splits * factor)) for factor in (0.5, 1, 2)}
     launches = {chosen._replace(num_splits=n) for n in splits}
-    warps = {chosen.num_warps, 2, 4} if chosen.block_rows == 16 else {chosen.num_warps}
-    for keys, stages, num_warps in itertools.product((16, 32, 64), (2, 3, 4), warps):
-        launches.add(chosen._replace(block_keys=keys, num_stages=stages, num_warps=num_warps))
+    for keys, stages in itertools.product((16, 32, 64), (2, 3, 4)):
+        launches.add(chosen._replace(block_keys=keys, num_stages=stages))
     if chosen.block_rows > 16:
         # Rows, programs that share the columns of their values, warps.
         blocks = [(16, 1, 4), (32, 1, 4), (64, 1, 8), (64, 2, 4)]

@@ -361,6 +361,22 @@ def test_one_program_for_every_multiprocessor():
     assert splits(1, 1, 2**20) <= 256
 
 
+def test_tiles_of_narrow_heads():
+    """The least where an H200 holds all programs with them, and not with larger ones."""
+
+    def keys(batch):
+        return choose_launch(
+            H200,
+            HeadSizes((256,), 256, 2, 2),
+            batch=batch,
+            num_kv_heads=16,
+            rows=2,
+            max_keys=1024,
+        ).block_keys
+
+    assert [keys(batch) for batch in (1, 8, 24, 32, 48)] == [32, 32, 32, 16, 32]
+
+
 @pytest.mark.parametrize("op", [ops.decode_attention, ops.prefill_attention])
 def test_heads_that_a_gpu_does_not_hold_go_to_xla(op):
     """float32 queries of 512 over float8 take more than 99 KiB; the interpreter has no limit."""

@@ -37,10 +37,10 @@ def choose_launch(
     Up to 16 query rows take tensor core instructions of 16 rows, more those of 64. A multiprocessor
     holds the accumulators of 64 x 512 in the registers of 8 warps, which share the rows' scores, or
     two programs of 4 share the columns of the values: faster where those are not keys too. A tile
-    is as large as leaves room in shared memory for another on its way; of 16 rows and heads of up
-    to 256, half of that, and where there are more programs than multiprocessors, these have several
-    small ones each. As many programs share a sequence and KV head as make the longest row of
-    programs, one at a time on a multiprocessor, as short as possible.
+    is as large as leaves room in shared memory for another on its way, and as many programs share a
+    sequence and KV head as make the longest row of programs, one at a time on a multiprocessor, as
+    short as possible. With 16 rows and heads of up to 256 a multiprocessor has three programs, or
+    five with the least tiles where that holds all at once.
 
     Args:
         gpu: what it runs on.
@@ -56,16 +56,34 @@ def choose_launch(
     """
     for block_rows, value_blocks, num_warps in _row_blocks(rows, sizes):
         programs = batch * num_kv_heads * pl.cdiv(rows, block_rows) * value_blocks
-        is_small = block_rows == 16 and sizes.head_dim <= 256
-        for block_keys, num_stages in ((64, 3), (32, 3), (16, 3), (16, 2))[is_small:]:
-            splits = num_splits or _num_splits(gpu, programs, pl.cdiv(max_keys, block_keys))
-            if is_small and programs * splits > gpu.num_sms:
-                num_warps, num_stages = 2, 2
-            launch = Launch(block_rows, block_keys, splits, value_blocks, num_warps, num_stages)
+        is_narrow = block_rows == 16 and sizes.head_dim <= 256
+        for block_keys, num_stages in ((64, 3), (32, 3), (16, 3), (16, 2))[is_narrow:]:
+            launch = Launch(
+                block_rows,
+                block_keys,
+                num_splits or _num_splits(gpu, programs, pl.cdiv(max_keys, block_keys)),
+                value_blocks,
+                num_warps,
+                num_stages,
+            )
             small = sizes.tile_bytes(block_keys, value_blocks) <= _MAX_TILE_BYTES
             if small and sizes.fits(gpu, launch):
+                least = launch._replace(block_keys=16)
+                is_one_turn = _are_held_at_once(gpu, sizes, programs, least)
+                if (
+                    is_narrow
+                    and is_one_turn
+                    and not _are_held_at_once(gpu, sizes, programs, launch)
+                ):
+                    return least
                 return launch
     return launch
+
+
+def _are_held_at_once(gpu, sizes, programs, launch):
+    """Whether no program waits for another to end; `programs` share no keys."""
+    held = gpu.num_sms * (gpu.shared_memory // sizes.shared_memory(gpu, launch))
+    return programs * launch.num_splits <= held
 
 
 def _row_blocks(rows, sizes):

@@ -64,8 +64,8 @@ class HeadSizes(NamedTuple):
             width += pad(self.value_width) // value_blocks
         return block_keys * width * self.cache_bytes
 
-    def fits(self, gpu: Gpu, launch: Launch) -> bool:
-        """Whether the shared memory holds queries, weights and tiles of a launch."""
+    def shared_memory(self, gpu: Gpu, launch: Launch) -> int:
+        """Bytes that a program of a launch has for queries, weights and tiles."""
         rows, keys = launch.block_rows, launch.block_keys
         tile = self.tile_bytes(keys, launch.value_blocks)
         queries = rows * sum(map(pad, self.key_widths)) * self.q_bytes
@@ -80,7 +80,11 @@ class HeadSizes(NamedTuple):
             shared += 2 * rows * keys * self.q_bytes
         if self.cache_bytes == 1:
             shared += tile * self.q_bytes  # converted for the tensor cores
-        return shared <= gpu.shared_memory
+        return shared
+
+    def fits(self, gpu: Gpu, launch: Launch) -> bool:
+        """Whether the GPU holds a program of a launch."""
+        return self.shared_memory(gpu, launch) <= gpu.shared_memory
 
 
 # No launch needs less shared memory.
