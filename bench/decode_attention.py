@@ -171,7 +171,7 @@ def plot(rows: list[dict], head: dict, path) -> None:
     axis.set_yticks(range(len(shown)), labels, fontsize=8)
     axis.invert_yaxis()
     axis.set(xscale="log", xlim=(0.7, None), xlabel="time / memory limit")
-    axis.legend(loc="lower right")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3)
     figure.suptitle(
         f"Decode attention, one token a sequence, bfloat16, {head['gpu']}, JAX {head['jax']}"
     )

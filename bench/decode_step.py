@@ -301,7 +301,7 @@ def plot(rows, head, path):
         bars = axes[1].bar(at, shares, 0.38, label=names[letter], color=plt.cm.viridis(i * 0.99))
         axes[1].bar_label(bars, [f"{share:.2f}" for share in shares], fontsize=7)
     labels = [f"{model.removeprefix('gemma-4-')}\n{batch}" for model, batch in places]
-    axes[1].set_xticks(range(len(places)), labels, fontsize=8)
+    axes[1].set_xticks(range(len(places)), labels, fontsize=7)
     axes[1].set(title="other sizes too, by B", ylabel="memory limit / step", ylim=(0, 1.1))
     axes[1].legend(fontsize=8, loc="upper right", ncols=2)
     figure.suptitle(

@@ -16,6 +16,7 @@ from g4attn_jax.ops.gpu import Gpu, gpu
 from g4attn_jax.ops.head_norm.triton import iota, load
 from g4attn_jax.ops.implementation import apart_if_float8
 
+_TILES = ((64, 3), (32, 3), (16, 3), (16, 2))  # keys and stages
 _MAX_TILE_BYTES = 80 * 1024
 MAX_SPLITS = 256
 _COMBINED_AT_ONCE = 8192  # numbers of a program of the second launch: 64 a thread
@@ -57,7 +58,7 @@ def choose_launch(
     for block_rows, value_blocks, num_warps in _row_blocks(rows, sizes):
         programs = batch * num_kv_heads * pl.cdiv(rows, block_rows) * value_blocks
         is_narrow = block_rows == 16 and sizes.head_dim <= 256
-        for block_keys, num_stages in ((64, 3), (32, 3), (16, 3), (16, 2))[is_narrow:]:
+        for block_keys, num_stages in _TILES[1:] if is_narrow else _TILES:
             launch = Launch(
                 block_rows,
                 block_keys,
@@ -69,21 +70,16 @@ def choose_launch(
             small = sizes.tile_bytes(block_keys, value_blocks) <= _MAX_TILE_BYTES
             if small and sizes.fits(gpu, launch):
                 least = launch._replace(block_keys=16)
-                is_one_turn = _are_held_at_once(gpu, sizes, programs, least)
-                if (
-                    is_narrow
-                    and is_one_turn
-                    and not _are_held_at_once(gpu, sizes, programs, launch)
-                ):
+                held = _num_held(gpu, sizes, launch) if is_narrow else math.inf
+                if held < programs * launch.num_splits <= _num_held(gpu, sizes, least):
                     return least
                 return launch
     return launch
 
 
-def _are_held_at_once(gpu, sizes, programs, launch):
-    """Whether no program waits for another to end; `programs` share no keys."""
-    held = gpu.num_sms * (gpu.shared_memory // sizes.shared_memory(gpu, launch))
-    return programs * launch.num_splits <= held
+def _num_held(gpu, sizes, launch):
+    """How many programs of a launch the shared memory of all multiprocessors holds at a time."""
+    return gpu.num_sms * (gpu.shared_memory // sizes.shared_memory(gpu, launch))
 
 
 def _row_blocks(rows, sizes):
