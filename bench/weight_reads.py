@@ -3,8 +3,7 @@
     python -m bench.weight_reads [--out DIR]
 
 Writes weight_reads.json, a row for each weight: its bytes over the rate of a sum of 2 GiB, the same
-sum's longest kernel over that weight, and our matmul of one token. What the second takes more than
-the first is the price of a launch that reads so much, whatever it computes.
+sum's longest kernel over that weight, and our matmul of one token.
 """
 
 import functools

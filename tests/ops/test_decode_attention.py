@@ -172,21 +172,51 @@ def test_splits_agree(sizes, window, implementation):
 
 
 @on_the_kernel
-@pytest.mark.parametrize("sizes", [{"capacity": 128}, {"pages": 12}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [{"capacity": 256}, {"capacity": 96}, {"pages": 12}],
+    ids=["contiguous", "ring", "paged"],
+)
 @pytest.mark.parametrize("oldest", [0, 1, TILE - 1, TILE, TILE + 1])
 def test_windows_begin_anywhere_in_a_tile(oldest, sizes, implementation):
-    """And what is before them is NaN."""
+    """And what lies beside them is NaN."""
     window = 70
     q, cache, table, positions = case([oldest + window - 1], **sizes)
-    place = np.arange(oldest)
+    place = np.arange(oldest, oldest + window) % sizes.get("capacity", 12 * 16)
     page = 0 if table is None else np.asarray(table)[0, place // 16]
-    place = place if table is None else place % 16
-    cache = KVCache(*(a.at[page, place].set(np.nan) for a in (cache.k, cache.v)))
+    seen = np.zeros(cache.v.shape[:2], bool)
+    seen[page, place if table is None else place % 16] = True
+    cache = jax.tree.map(lambda a: jnp.where(seen[..., None, None], a, jnp.nan), cache)
     o = ops.decode_attention(
         q, cache, table, positions, sliding_window=window, implementation=implementation
     )
     exact = formula(q, cache, table, positions, sliding_window=window)
+    assert np.isfinite(exact).all()
     np.testing.assert_allclose(o, exact, atol=2e-6)
+
+
+@on_the_kernel
+@pytest.mark.parametrize("sizes", [{"capacity": 64}, {"pages": 4}], ids=str)
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_the_last_positions_of_int32(num_splits, sizes, implementation):
+    """Tiles go past them; here without the 2^31 tokens before."""
+    q, cache, table, positions = case([319], tokens=3, **sizes)
+    near, far = (
+        jax.jit(
+            lambda positions: ops.decode_attention(
+                q,
+                cache,
+                table,
+                positions,
+                sliding_window=50,
+                num_splits=num_splits,
+                implementation=implementation,
+            )
+        )(positions + shift)
+        for shift in (0, 2**31 - 320)
+    )
+    assert np.isfinite(near).all()
+    np.testing.assert_allclose(far, near, atol=2e-6)
 
 
 @on_the_kernel
@@ -198,12 +228,14 @@ def test_windows_begin_anywhere_in_a_tile(oldest, sizes, implementation):
         Launch(64, 32, 2, 2, num_warps=4, num_stages=3),
         Launch(64, 64, 1, 1, num_warps=8, num_stages=2),
         Launch(64, 16, 8, 1, num_warps=8, num_stages=2),  # more splits than tiles
+        Launch(16, 64, 2, 1, num_warps=4, num_stages=3),
     ],
 )
-def test_any_launch(launch, compact, implementation):
+@pytest.mark.parametrize("sizes", [{"pages": 5}, {"capacity": 80}, {"capacity": 48}], ids=str)
+def test_any_launch(sizes, launch, compact, implementation):
     if compact:
         launch = launch._replace(value_blocks=1)
-    arguments = case([70, 3, -1], pages=5, tokens=6, group=4, compact=compact)
+    arguments = case([70, 3, -1], tokens=6, group=4, compact=compact, **sizes)
     o = triton.decode_attention(
         *arguments,
         sliding_window=20,
@@ -362,7 +394,7 @@ def test_one_program_for_every_multiprocessor():
 
 
 def test_tiles_of_narrow_heads():
-    """The least where an H200 holds all programs with them, and not with larger ones."""
+    """Small where an H200 holds all programs so, more than two a multiprocessor."""
 
     def keys(batch):
         return choose_launch(
@@ -374,7 +406,7 @@ def test_tiles_of_narrow_heads():
             max_keys=1024,
         ).block_keys
 
-    assert [keys(batch) for batch in (1, 8, 24, 32, 48)] == [32, 32, 32, 16, 32]
+    assert [keys(batch) for batch in (1, 8, 24, 32, 48)] == [32, 32, 32, 16, 64]
 
 
 @pytest.mark.parametrize("op", [ops.decode_attention, ops.prefill_attention])

@@ -16,7 +16,6 @@ from g4attn_jax.ops.gpu import Gpu, gpu
 from g4attn_jax.ops.head_norm.triton import iota, load
 from g4attn_jax.ops.implementation import apart_if_float8
 
-_TILES = ((64, 3), (32, 3), (16, 3), (16, 2))  # keys and stages
 _MAX_TILE_BYTES = 80 * 1024
 MAX_SPLITS = 256
 _COMBINED_AT_ONCE = 8192  # numbers of a program of the second launch: 64 a thread
@@ -40,8 +39,8 @@ def choose_launch(
     two programs of 4 share the columns of the values: faster where those are not keys too. A tile
     is as large as leaves room in shared memory for another on its way, and as many programs share a
     sequence and KV head as make the longest row of programs, one at a time on a multiprocessor, as
-    short as possible. With 16 rows and heads of up to 256 a multiprocessor has three programs, or
-    five with the least tiles where that holds all at once.
+    short as possible. With 16 rows and heads of up to 256 it has smaller tiles where with them a
+    multiprocessor holds more than two programs and all run at once.
 
     Args:
         gpu: what it runs on.
@@ -57,9 +56,8 @@ def choose_launch(
     """
     for block_rows, value_blocks, num_warps in _row_blocks(rows, sizes):
         programs = batch * num_kv_heads * pl.cdiv(rows, block_rows) * value_blocks
-        is_narrow = block_rows == 16 and sizes.head_dim <= 256
-        for block_keys, num_stages in _TILES[1:] if is_narrow else _TILES:
-            launch = Launch(
+        launches = [
+            Launch(
                 block_rows,
                 block_keys,
                 num_splits or _num_splits(gpu, programs, pl.cdiv(max_keys, block_keys)),
@@ -67,19 +65,26 @@ def choose_launch(
                 num_warps,
                 num_stages,
             )
-            small = sizes.tile_bytes(block_keys, value_blocks) <= _MAX_TILE_BYTES
-            if small and sizes.fits(gpu, launch):
-                least = launch._replace(block_keys=16)
-                held = _num_held(gpu, sizes, launch) if is_narrow else math.inf
-                if held < programs * launch.num_splits <= _num_held(gpu, sizes, least):
-                    return least
-                return launch
-    return launch
+            for block_keys, num_stages in ((64, 3), (32, 3), (16, 3), (16, 2))
+        ]
+        fitting = [
+            launch
+            for launch in launches
+            if sizes.tile_bytes(launch.block_keys, value_blocks) <= _MAX_TILE_BYTES
+            and sizes.fits(gpu, launch)
+        ]
+        if block_rows == 16 and sizes.head_dim <= 256:
+            fitting.sort(key=lambda launch: not _is_one_turn(gpu, sizes, programs, launch))
+        if fitting:
+            return fitting[0]
+    return launches[-1]
 
 
-def _num_held(gpu, sizes, launch):
-    """How many programs of a launch the shared memory of all multiprocessors holds at a time."""
-    return gpu.num_sms * (gpu.shared_memory // sizes.shared_memory(gpu, launch))
+def _is_one_turn(gpu, sizes, programs, launch):
+    """Whether a multiprocessor holds more than two programs, and the GPU so all of a launch."""
+    held = gpu.shared_memory // sizes.shared_memory(gpu, launch)
+    runs = programs * launch.num_splits <= gpu.num_sms * held
+    return launch.num_stages == 3 and held > 2 and runs
 
 
 def _row_blocks(rows, sizes):

@@ -96,8 +96,8 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
     if sliding_window is not None:
         first = jnp.min(jnp.where(row_position >= 0, row_position, newest))
         oldest = jnp.maximum(first - (sliding_window - 1), 0)
-    # Tiles of a window begin at its oldest key, others at multiples of their size: so none lies in
-    # two pages.
+    # Without pages, tiles of a window begin at its oldest key. All others begin at multiples of
+    # their size, so that one lies in one page, or in whole pages.
     aligned = sliding_window is None or inputs.page_table is not None
     start = oldest - lax.rem(oldest, jnp.int32(launch.block_keys)) if aligned else oldest
     tiles = _tiles(inputs, start, newest, launch)
@@ -252,8 +252,8 @@ class _Tiles(NamedTuple):
 def _tiles(inputs, start, newest, launch):
     """Those of this split of all from `start` to `newest`; at most one more than another has.
 
-    The programs of a sequence read neighbouring tiles at a time, which is 1 to 2 % faster; but of
-    pages, which lie anywhere, a program has neighbouring ones, as has the page table.
+    The programs of a sequence read neighbouring tiles at a time. But pages lie anywhere: of them a
+    program has its tiles side by side, as their pages are in the page table.
     """
     keys, splits, split = launch.block_keys, jnp.int32(launch.num_splits), pl.program_id(1)
     count = jnp.where(newest >= start, lax.div(newest - start, jnp.int32(keys)) + 1, 0)
