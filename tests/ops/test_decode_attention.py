@@ -12,6 +12,7 @@ from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS, triton
 from g4attn_jax.ops.decode_attention.triton import choose_launch
 from g4attn_jax.ops.flash_attention.launch import LEAST, HeadSizes, Launch, launch_refusal
+from g4attn_jax.ops.flash_attention.tiles import Shape, slots
 from g4attn_jax.ops.gpu import Gpu
 from g4attn_jax.ops.matmul_tiles.triton import pad
 from g4attn_jax.ops.prefill_attention.triton import choose_launch as choose_prefill_launch
@@ -217,6 +218,26 @@ def test_the_last_positions_of_int32(num_splits, sizes, implementation):
     )
     assert np.isfinite(near).all()
     np.testing.assert_allclose(far, near, atol=2e-6)
+
+
+@pytest.mark.parametrize("page_size", [16, 24, 64])
+@pytest.mark.parametrize("page", [None, 1])
+def test_no_slot_is_outside_the_cache(page, page_size):
+    """Of positions past the largest of int32 too, which a tile may have and no token sees."""
+    sizes = Shape(
+        tokens=1,
+        num_kv_heads=1,
+        group=1,
+        head_dim=16,
+        num_pages=2,
+        page_size=page_size,
+        columns=1,
+    )
+    # The last two have wrapped around; tiles of pages begin at multiples of their size.
+    firsts = (0, 64, 2**31 - 64, -(2**31), 64 - 2**31)
+    for first in firsts if page is not None else (*firsts, 40, 2**31 - 1, 7 - 2**31):
+        slot, _ = slots(sizes, 1, page, jnp.int32(first), 64, jnp.ones(64, bool), aligned=False)
+        assert ((page_size <= slot) & (slot < 2 * page_size)).all()
 
 
 @on_the_kernel
