@@ -11,8 +11,9 @@ the number of splits:
 
 which leaves o = acc / l and log_sum = m + log l, l being the sum of all l_j. The scores of one tile
 exist at a time. Position p lies in slot p mod C of the sequence's pages, so contiguous, ring and
-paged caches are read by one rule. Of what no token sees the kernel reads keys alone, and makes
-nothing of them: without a window those of the last tile, or of one tile where a program has none.
+paged caches are read by one rule. Of what no token sees the kernel reads keys alone, of separate
+caches without a window, and makes nothing of them: the rest of the last tile, page 0 for a hole in
+a page table, one tile where a program has none.
 
 Source: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning"
 (2023); Dao et al., "Flash-Decoding for long-context inference" (2023).

@@ -247,7 +247,10 @@ def load(
     other: int = 0,
     eviction_policy: str | None = None,
 ) -> jax.Array:
-    """Loads `ref`, of `shape`, `other` where the mask is false; None loads all."""
+    """Loads `ref`, of `shape`, `other` where the mask is false; None loads all.
+
+    `eviction_policy` tells the L2 what to keep: "evict_last", or "evict_first".
+    """
     if mask is None:
         return plgpu.load(ref, eviction_policy=eviction_policy)
     mask = jnp.broadcast_to(mask, shape)
