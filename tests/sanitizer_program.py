@@ -80,6 +80,18 @@ def launch_attention(case, implementation="triton"):
     return len(outputs)
 
 
+def launch_verification(case):
+    """On Hopper by the kernel for several tokens: pages, none, those that are not there."""
+    contiguous, _, wrong = attention_arguments(case)
+    q, cache, table, positions = wrong
+    paged = q, cache, jnp.maximum(table, 0) % cache.v.shape[0], positions
+    is_hopper = jax.devices()[0].compute_capability == "9.0"
+    implementation = "mosaic_gpu" if is_hopper and jax.__version_info__ >= (0, 11) else "triton"
+    run = jax.jit(lambda *arguments: case.run(arguments, implementation))
+    jax.block_until_ready([run(*arguments) for arguments in (contiguous, paged, wrong)])
+    return 3
+
+
 @made_on_the_cpu
 def grouped_arguments(group_sizes, dtype):
     """x, both weights, sizes of groups and rows of x."""
@@ -134,6 +146,8 @@ def main():
         (KVCache, CompactKVCache), (1, 6, 40), (None, 50)
     ):
         launched += launch_attention(AttentionCase(form, 12, 3, 80, 20, window, tokens, 700))
+    for form in (KVCache, CompactKVCache):
+        launched += launch_verification(AttentionCase(form, 16, 2, 512, 128, None, 6, 192, 64))
     for case in all_cases():
         for arguments in case_arguments(case):
             jax.block_until_ready(case.run(arguments, "triton"))

@@ -16,18 +16,25 @@ MIN_COMPUTE_CAPABILITY_FLOAT8 = 8.9
 
 
 def check_implementation(
-    implementation: Implementation | None, min_compute_capability: float = MIN_COMPUTE_CAPABILITY
+    implementation: Implementation | None,
+    min_compute_capability: float = MIN_COMPUTE_CAPABILITY,
+    further: tuple[str, ...] = (),
 ) -> None:
     """Refuses what cannot run here.
+
+    Args:
+        implementation: of an op.
+        min_compute_capability: that its kernel needs.
+        further: names that the op has besides.
 
     Raises:
         ValueError: `implementation` is not one of the names.
         NotImplementedError: it is "triton" and no supported GPU is there.
     """
-    if implementation is not None and implementation not in get_args(Implementation):
+    names = *get_args(Implementation), *further
+    if implementation is not None and implementation not in names:
         raise ValueError(
-            f"implementation is {implementation!r}; accepted: None, "
-            + ", ".join(map(repr, get_args(Implementation)))
+            f"implementation is {implementation!r}; accepted: None, " + ", ".join(map(repr, names))
         )
     if implementation == "triton":
         reason = triton_refusal(min_compute_capability)

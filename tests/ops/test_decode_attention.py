@@ -35,25 +35,27 @@ def case(
     dtype=jnp.float32,
     storage=None,
     poison=(np.nan, np.inf, -np.inf),
+    rotary=8,
+    page_size=16,
 ):
     """q, cache, page table and positions; slots of positions that no sequence has hold poison.
 
     Args:
         last: the newest position of each sequence, -1 for none.
-        pages: pages of a sequence, of 16; None is one of `capacity`.
+        pages: pages of a sequence, of `page_size`; None is one of `capacity`.
     """
     rng = np.random.default_rng(len(last) + tokens + head_dim)
-    batch, rotary = len(last), 8
+    batch = len(last)
     table = None if pages is None else rng.permutation(batch * pages + 3)[: batch * pages]
-    shape = (batch, capacity) if pages is None else (batch * pages + 3, 16)
+    shape = (batch, capacity) if pages is None else (batch * pages + 3, page_size)
     q = rng.normal(size=(batch, tokens, num_kv_heads * group, head_dim + compact * rotary))
     positions = np.array([np.arange(n - tokens + 1, n + 1) for n in last], np.int32)
     positions = np.maximum(positions, -1)
     table = None if table is None else table.reshape(batch, pages).astype(np.int32)
     held = np.zeros(shape, bool)
     for b, n in enumerate(last):
-        place = np.arange(n + 1) % (shape[1] if table is None else pages * 16)
-        page = b if table is None else table[b, place // 16]
+        place = np.arange(n + 1) % (shape[1] * (pages or 1))
+        page = b if table is None else table[b, place // page_size]
         held[page, place % shape[1]] = True
     widths = (head_dim, rotary) if compact else (head_dim, head_dim)
     arrays = [

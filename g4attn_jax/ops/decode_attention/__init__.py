@@ -1,18 +1,41 @@
 """Attention of a few new tokens per sequence over a cache of any form and layout."""
 
+import functools
+from typing import Literal
+
 from jaxtyping import Array, Float, Int
 
 from g4attn_jax.cache import Cache
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.decode_attention import reference, triton
 from g4attn_jax.ops.flash_attention.launch import launch_refusal
-from g4attn_jax.ops.implementation import Implementation, differentiable_op, for_cache
+from g4attn_jax.ops.implementation import (
+    Implementation,
+    check_implementation,
+    differentiable_op,
+    for_cache,
+    triton_refusal,
+)
 
 # Up to this many tokens a sequence a step decodes (16 is the most that speculative decoding
 # verifies at once) and is bound by reading the cache; above, it is a prefill, bound by arithmetic.
 MAX_DECODE_TOKENS = 16
 
 _op = differentiable_op(kernel=triton.decode_attention, reference=reference.decode_attention)
+
+
+@functools.cache
+def _mosaic():
+    """The op by its second kernel, and what that refuses; imported when it is demanded."""
+    try:
+        from g4attn_jax.ops.decode_attention import mosaic
+    except ImportError as error:
+        raise NotImplementedError(
+            f"implementation 'mosaic_gpu' needs a JAX with Mosaic GPU ({error}); accepted here: "
+            "None, 'triton', 'xla', 'triton_interpret'"
+        ) from error
+    op = differentiable_op(kernel=mosaic.decode_attention, reference=reference.decode_attention)
+    return op, mosaic.refusal
 
 
 def decode_attention(
@@ -24,7 +47,7 @@ def decode_attention(
     sliding_window: int | None = None,
     scale: float = 1.0,
     num_splits: int | None = None,
-    implementation: Implementation | None = None,
+    implementation: Implementation | Literal["mosaic_gpu"] | None = None,
 ) -> Float[Array, "B T Nq D"]:
     """softmax(scale q k^T + mask) v over the cache, which holds the new tokens already.
 
@@ -50,7 +73,10 @@ def decode_attention(
         num_splits: programs that share a sequence and KV head, up to 256; None chooses. Results at
             one number do not depend on the other sequences of the batch.
         implementation: None (the kernel on an NVIDIA GPU of compute capability 8.0 or higher, else
-            XLA), "triton", "xla", or "triton_interpret". float8 needs 8.9 for the kernel.
+            XLA), "triton", "xla", or "triton_interpret"; float8 needs 8.9 for the kernel. Or
+            "mosaic_gpu", another kernel, which None does not choose: for JAX 0.11 or later, compute
+            capability 9.0, no window, 17 to 64 query rows a KV head, heads a KV head and slots a
+            page of multiples of 8 and 64, and D 512, R 128, in bfloat16 or float16.
 
     Returns:
         [B, T, Nq, D] in q's dtype; zeros for padding, NaN for -2.
@@ -58,9 +84,10 @@ def decode_attention(
     Raises:
         ValueError: an argument has the wrong rank, size or dtype, or a position or page that is
             known does not exist.
-        NotImplementedError: "triton" was demanded and there is no supported GPU, or not one with
-            the shared memory for such heads (for some of 512 in float32 99 KiB are too little), or
-            it cannot address a float8 array of 2^31 to 2^32 elements. None takes XLA then.
+        NotImplementedError: "mosaic_gpu" was demanded of what it does not do, or "triton" and there
+            is no supported GPU, or not one with the shared memory for such heads (for some of 512
+            in float32 99 KiB are too little), or it cannot address a float8 array of 2^31 to 2^32
+            elements. None takes XLA then.
 
     Source: Dao et al., "Flash-Decoding for long-context inference" (2023); Kwon et al., "Efficient
     memory management for large language model serving with PagedAttention" (2023).
@@ -75,13 +102,16 @@ def decode_attention(
         max_tokens=MAX_DECODE_TOKENS,
     )
     checks.check_count("num_splits", num_splits, most=triton.MAX_SPLITS)
-    return _op(
-        q,
-        cache,
-        page_table,
-        positions,
-        sliding_window=sliding_window,
-        scale=scale,
-        num_splits=num_splits,
-        **for_cache(implementation, cache, launch_refusal(q, cache)),
-    )
+    check_implementation(implementation, further=("mosaic_gpu",))
+    static = {"sliding_window": sliding_window, "scale": scale, "num_splits": num_splits}
+    if implementation != "mosaic_gpu":
+        choice = for_cache(implementation, cache, launch_refusal(q, cache))
+        return _op(q, cache, page_table, positions, **static, **choice)
+    op, refusal = _mosaic()
+    reason = triton_refusal(9.0) or refusal(q, cache, page_table, sliding_window)
+    if reason is not None:
+        raise NotImplementedError(
+            f"implementation 'mosaic_gpu' does not do this: {reason}. Accepted here: None, "
+            "'triton', 'xla', 'triton_interpret'"
+        )
+    return op(q, cache, page_table, positions, **static, implementation="triton")

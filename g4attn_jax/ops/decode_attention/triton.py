@@ -60,7 +60,7 @@ def choose_launch(
             Launch(
                 block_rows,
                 block_keys,
-                num_splits or _num_splits(gpu, programs, pl.cdiv(max_keys, block_keys)),
+                num_splits or choose_splits(gpu, programs, pl.cdiv(max_keys, block_keys)),
                 value_blocks,
                 num_warps,
                 num_stages,
@@ -102,7 +102,7 @@ def _row_blocks(rows, sizes):
     yield 16, 1, 4
 
 
-def _num_splits(gpu, programs, tiles):
+def choose_splits(gpu, programs, tiles):
     """Of the numbers of splits the one with the shortest time, in tiles of the busiest SM.
 
     Starting a program takes about as long as 3 tiles, the second launch as 1.
@@ -158,12 +158,12 @@ def decode_attention(
             name="decode_attention",
             interpret=interpret,
         )
-        return o if log_sum is None else _combine(o, log_sum, q.dtype, interpret)
+        return o if log_sum is None else combine(o, log_sum, q.dtype, interpret)
 
     return apart_if_float8(run, cache)(q, cache, page_table, positions)
 
 
-def _combine(o, log_sum, dtype, interpret):
+def combine(o, log_sum, dtype, interpret):
     """sum_i 2^log_sum_i o_i / sum_i 2^log_sum_i over the splits i, the first axis."""
     splits, *shape, head_dim = o.shape
     rows, padded = math.prod(shape), pl.next_power_of_2(splits)

@@ -42,9 +42,9 @@ from g4attn_jax.ops.flash_attention.tiles import (
 from g4attn_jax.ops.head_norm.triton import iota, load
 from g4attn_jax.ops.matmul_tiles.triton import dot, pad
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 # Below every score, and finite: of a row that has seen nothing yet exp(-inf - m) is 0.
-_NO_SCORE = float(jnp.finfo(jnp.float32).min)
+NO_SCORE = float(jnp.finfo(jnp.float32).min)
 
 
 def flash_attention(
@@ -107,9 +107,9 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
     value_column = 0 if launch.value_blocks == 1 else value_block * value_width
     parts = _key_parts(inputs, key_scales)
     q_parts = [load_rows(inputs.q, q_row, row_mask, part.begin, part.width) for part in parts]
-    factors = [softmax_scale * _LOG2_E] * len(parts)
+    factors = [softmax_scale * LOG2_E] * len(parts)
     if inputs.scale is not None:
-        factors = [softmax_scale * _LOG2_E * inputs.scale[part.scale] for part in parts]
+        factors = [softmax_scale * LOG2_E * inputs.scale[part.scale] for part in parts]
 
     def page_at(first):
         return pages(inputs, shape, sequence, first, launch.block_keys)
@@ -170,7 +170,7 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
         count,
         tile,
         (
-            jnp.full((launch.block_rows,), _NO_SCORE, jnp.float32),
+            jnp.full((launch.block_rows,), NO_SCORE, jnp.float32),
             _partial_sums(nothing, launch),
             jnp.zeros((launch.block_rows, pad(value_width)), jnp.float32),
             page_at(tiles.begin),

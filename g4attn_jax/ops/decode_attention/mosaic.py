@@ -1,0 +1,135 @@
+"""Decode attention of several tokens on Hopper, through Pallas' Mosaic GPU.
+
+From 17 query rows of heads of 512 on, Triton's instructions of 64 rows and what is between them
+take longer than the cache's bytes. Here TMA brings tiles while two warpgroups multiply.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as mg
+
+from g4attn_jax.cache import Cache, KVCache
+from g4attn_jax.ops.decode_attention.mosaic_kernel import (
+    CHUNK,
+    KEYS,
+    LINE,
+    ROWS,
+    Inputs,
+    Shared,
+    Sizes,
+    attend,
+)
+from g4attn_jax.ops.decode_attention.triton import choose_splits, combine
+from g4attn_jax.ops.flash_attention.triton import LOG2_E
+from g4attn_jax.ops.gpu import gpu
+
+_OTHER_BYTES = 16 * 1024  # of shared memory: weights, a number of each row, barriers, scratch
+
+
+def refusal(q, cache: Cache, page_table, sliding_window: int | None) -> str | None:
+    """Why this kernel does not take arguments of `decode_attention`, or None."""
+    tables = () if page_table is None else page_table.shape
+    if not all(isinstance(size, int) for size in (*q.shape, *cache.v.shape, *tables)):
+        return "sizes are symbolic; accepted: known ones"
+    _, tokens, num_q_heads, width = q.shape
+    _, page_size, num_kv_heads, head_dim = cache.v.shape
+    group = num_q_heads // num_kv_heads
+    accepted = {
+        f"JAX is {jax.__version__}; accepted: 0.11 or later": jax.__version_info__ >= (0, 11),
+        f"the GPU has compute capability {gpu().compute_capability}; accepted: 9.0": (
+            gpu().compute_capability == 9.0
+        ),
+        f"sliding_window is {sliding_window}; accepted: None": sliding_window is None,
+        f"q is {q.dtype} and the cache {cache.v.dtype}; accepted: bfloat16 or float16, of both": (
+            q.dtype in (jnp.bfloat16, jnp.float16) and cache.v.dtype == q.dtype
+        ),
+        # The ring holds all keys of a tile at a time, and would not of more numbers.
+        f"heads have {head_dim} numbers and {width - head_dim} rotated ones apart; accepted: 512 "
+        f"and 0 or {CHUNK}": head_dim == 512 and width - head_dim in (0, CHUNK),
+        f"{tokens} tokens have {group} query heads a KV head; accepted: a multiple of 8 heads, "
+        f"in all 17 to {ROWS}": group % 8 == 0 and 16 < tokens * group <= ROWS,
+        f"pages have {page_size} slots; accepted: a multiple of {KEYS}": page_size % KEYS == 0,
+    }
+    return next((reason for reason, is_so in accepted.items() if not is_so), None)
+
+
+def decode_attention(
+    q, cache, page_table, positions, *, sliding_window, scale, num_splits, interpret=False
+):
+    """See `g4attn_jax.ops.decode_attention`, for arguments without `refusal`."""
+    del sliding_window  # there is none
+
+    # Under vmap one by one: JAX has no rule for a batch of such kernels.
+    @jax.custom_batching.sequential_vmap
+    def run(q, cache, page_table, positions):
+        sizes = _sizes(q, cache, page_table, num_splits)
+        o, log_sum = _launch(q, cache, page_table, positions, sizes, scale * LOG2_E, interpret)
+        return o[0] if sizes.splits == 1 else combine(o, log_sum, q.dtype, interpret)
+
+    return run(q, cache, page_table, positions)
+
+
+def _sizes(q, cache, page_table, num_splits):
+    batch, tokens, num_q_heads, width = q.shape
+    num_pages, page_size, num_kv_heads, head_dim = cache.v.shape
+    columns = 1 if page_table is None else page_table.shape[1]
+    tiles = columns * page_size // KEYS
+    room = gpu().shared_memory - ROWS * width * q.dtype.itemsize - _OTHER_BYTES
+    return Sizes(
+        tokens=tokens,
+        group=num_q_heads // num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rotary_dim=None if isinstance(cache, KVCache) else width - head_dim,
+        num_pages=num_pages,
+        page_size=page_size,
+        columns=columns,
+        splits=num_splits or choose_splits(gpu(), batch * num_kv_heads, tiles),
+        stages=room // (KEYS * CHUNK * q.dtype.itemsize),
+    )
+
+
+def _launch(q, cache, page_table, positions, sizes, factor, interpret):
+    """What the splits leave: (parts, log2 of the sum of exp of their scores).
+
+    Parts are [splits, B, T, Nq, D], in float32; of a single split, o itself, in q's dtype.
+    """
+    shape = sizes.splits, *q.shape[:3]
+    out_dtype = jnp.dtype(q.dtype if sizes.splits == 1 else jnp.float32)
+    arrays = [array.reshape(-1, array.shape[2] * array.shape[3]) for array in cache[:2]]
+    ring = _swizzled((sizes.stages, CHUNK // LINE, KEYS, LINE), q.dtype)
+    shared = Shared(
+        q=_swizzled((q.shape[3] // LINE, ROWS, LINE), q.dtype),
+        ring_or_out=mg.RefUnion(ring, _swizzled((2, ROWS, LINE), out_dtype)),
+        weights=mg.SMEM((ROWS, KEYS), q.dtype),
+        of_rows=mg.SMEM((2, ROWS), jnp.float32),
+        loaded=mg.Barrier(num_arrivals=CHUNK // LINE, num_barriers=sizes.stages),
+        used=mg.Barrier(num_arrivals=2, num_barriers=sizes.stages),
+        q_loaded=mg.Barrier(num_arrivals=sizes.tokens * q.shape[3] // LINE),
+        met=mg.Barrier(num_arrivals=2),
+    )
+
+    def decode_attention_of_tokens(inputs, o, log_sum, shared):  # the name of the launch
+        attend(inputs, o, log_sum, shared, sizes=sizes, factor=factor, interpret=interpret)
+
+    return mg.kernel(
+        decode_attention_of_tokens,
+        out_type=(
+            jax.ShapeDtypeStruct((*shape, sizes.head_dim), out_dtype),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ),
+        scratch_types=(shared,),
+        grid=(q.shape[0] * sizes.num_kv_heads, sizes.splits),
+        grid_names=("program", "split"),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=mg.CompilerParams(approx_math=True),
+        interpret=mg.InterpretGPUParams() if interpret else None,
+    )(Inputs(q, tuple(arrays), page_table, positions))
+
+
+def _swizzled(shape, dtype):
+    """Shared memory as TMA and tensor cores share it: lines of 128 bytes, 8 of them together."""
+    line = 128 // jnp.dtype(dtype).itemsize
+    transforms = mg.TilingTransform((8, line)), mg.SwizzleTransform(128)
+    return mg.SMEM(shape, dtype, transforms=transforms)
