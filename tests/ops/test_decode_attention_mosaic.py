@@ -126,12 +126,14 @@ def test_no_page_is_as_if_nothing_was(compact, page, attend):
     """A hole in the table, and at run time a page outside the cache."""
     q, cache, table, positions = step([100], pages=2, compact=compact)
     assert len(cache.v) == 5
-    expected = ops.decode_attention(
-        q, cache, table.at[0, 0].set(-1), positions, implementation="xla"
-    )
     o = jax.jit(attend)(q, cache, table.at[0, 0].set(page), positions)
+    exactly = jax.tree.map(lambda x: x.astype(jnp.float32), (q, cache))
+    with jax.default_matmul_precision("highest"):
+        expected = ops.decode_attention(
+            *exactly, table.at[0, 0].set(-1), positions, implementation="xla"
+        )
     o, expected = (np.asarray(x, np.float64) for x in (o, expected))
-    assert np.linalg.norm(o - expected) < 4e-3 * np.linalg.norm(expected)  # of both
+    assert np.linalg.norm(o - expected) < 3e-3 * np.linalg.norm(expected)
 
 
 @on_the_kernel

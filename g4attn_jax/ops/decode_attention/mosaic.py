@@ -20,6 +20,7 @@ from g4attn_jax.ops.decode_attention.mosaic_kernel import (
     attend,
 )
 from g4attn_jax.ops.decode_attention.triton import choose_splits, combine
+from g4attn_jax.ops.flash_attention.tiles import operands
 from g4attn_jax.ops.flash_attention.triton import LOG2_E
 from g4attn_jax.ops.gpu import gpu
 
@@ -62,29 +63,21 @@ def decode_attention(
     # Under vmap one by one: JAX has no rule for a batch of such kernels.
     @jax.custom_batching.sequential_vmap
     def run(q, cache, page_table, positions):
-        sizes = _sizes(q, cache, page_table, num_splits)
+        sizes = _sizes(q, cache, page_table, positions, num_splits)
         o, log_sum = _launch(q, cache, page_table, positions, sizes, scale * LOG2_E, interpret)
         return o[0] if sizes.splits == 1 else combine(o, log_sum, q.dtype, interpret)
 
     return run(q, cache, page_table, positions)
 
 
-def _sizes(q, cache, page_table, num_splits):
-    batch, tokens, num_q_heads, width = q.shape
-    num_pages, page_size, num_kv_heads, head_dim = cache.v.shape
-    columns = 1 if page_table is None else page_table.shape[1]
-    tiles = columns * page_size // KEYS
-    room = gpu().shared_memory - ROWS * width * q.dtype.itemsize - _OTHER_BYTES
+def _sizes(q, cache, page_table, positions, num_splits):
+    _, shape = operands(q, cache, page_table, positions)
+    tiles = shape.columns * shape.page_size // KEYS
+    room = gpu().shared_memory - ROWS * q.shape[3] * q.dtype.itemsize - _OTHER_BYTES
     return Sizes(
-        tokens=tokens,
-        group=num_q_heads // num_kv_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rotary_dim=None if isinstance(cache, KVCache) else width - head_dim,
-        num_pages=num_pages,
-        page_size=page_size,
-        columns=columns,
-        splits=num_splits or choose_splits(gpu(), batch * num_kv_heads, tiles),
+        shape=shape,
+        rotary_dim=None if isinstance(cache, KVCache) else q.shape[3] - shape.head_dim,
+        splits=num_splits or choose_splits(gpu(), len(q) * shape.num_kv_heads, tiles),
         stages=room // (KEYS * CHUNK * q.dtype.itemsize),
     )
 
@@ -96,7 +89,10 @@ def _launch(q, cache, page_table, positions, sizes, factor, interpret):
     """
     shape = sizes.splits, *q.shape[:3]
     out_dtype = jnp.dtype(q.dtype if sizes.splits == 1 else jnp.float32)
-    arrays = [array.reshape(-1, array.shape[2] * array.shape[3]) for array in cache[:2]]
+    arrays = [part.array for part in cache.key_parts]
+    if sizes.rotary_dim is None:
+        arrays.append(cache.v)
+    arrays = [array.reshape(-1, array.shape[2] * array.shape[3]) for array in arrays]
     ring = _swizzled((sizes.stages, CHUNK // LINE, KEYS, LINE), q.dtype)
     shared = Shared(
         q=_swizzled((q.shape[3] // LINE, ROWS, LINE), q.dtype),
@@ -105,7 +101,7 @@ def _launch(q, cache, page_table, positions, sizes, factor, interpret):
         of_rows=mg.SMEM((2, ROWS), jnp.float32),
         loaded=mg.Barrier(num_arrivals=CHUNK // LINE, num_barriers=sizes.stages),
         used=mg.Barrier(num_arrivals=2, num_barriers=sizes.stages),
-        q_loaded=mg.Barrier(num_arrivals=sizes.tokens * q.shape[3] // LINE),
+        q_loaded=mg.Barrier(num_arrivals=sizes.shape.tokens * q.shape[3] // LINE),
         met=mg.Barrier(num_arrivals=2),
     )
 
@@ -115,11 +111,11 @@ def _launch(q, cache, page_table, positions, sizes, factor, interpret):
     return mg.kernel(
         decode_attention_of_tokens,
         out_type=(
-            jax.ShapeDtypeStruct((*shape, sizes.head_dim), out_dtype),
+            jax.ShapeDtypeStruct((*shape, sizes.shape.head_dim), out_dtype),
             jax.ShapeDtypeStruct(shape, jnp.float32),
         ),
         scratch_types=(shared,),
-        grid=(q.shape[0] * sizes.num_kv_heads, sizes.splits),
+        grid=(q.shape[0] * sizes.shape.num_kv_heads, sizes.splits),
         grid_names=("program", "split"),
         num_threads=3,
         thread_name="warpgroup",

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from g4attn_jax.layout import UNPLACED
+from g4attn_jax.ops.flash_attention.tiles import Shape
 from g4attn_jax.ops.flash_attention.triton import NO_SCORE
 
 KEYS = 64  # of a tile
@@ -32,31 +33,28 @@ _OF_ROWS = _TILE.reduce(1)  # of [64]
 class Sizes(NamedTuple):
     """What the kernel knows when it is compiled."""
 
-    tokens: int
-    group: int
-    num_kv_heads: int
-    head_dim: int
+    shape: Shape
     rotary_dim: int | None  # of a compact cache; None: keys and values are separate
-    num_pages: int
-    page_size: int
-    columns: int  # of the page table
     splits: int
     stages: int  # chunks in the ring
 
     @property
     def array_widths(self):
         """Of the cache's arrays, in the order in which a tile of them is loaded."""
-        return self.head_dim, self.head_dim if self.rotary_dim is None else self.rotary_dim
+        return (
+            self.shape.head_dim,
+            self.shape.head_dim if self.rotary_dim is None else self.rotary_dim,
+        )
 
     @property
     def key_chunks(self):
         """Of a tile, its first; of a compact cache the first of them are the values'."""
-        return (self.head_dim + (self.rotary_dim or 0)) // CHUNK
+        return (self.shape.head_dim + (self.rotary_dim or 0)) // CHUNK
 
     @property
     def value_chunks(self):
         """Of a tile."""
-        return self.head_dim // CHUNK
+        return self.shape.head_dim // CHUNK
 
     @property
     def first_value(self):
@@ -100,9 +98,9 @@ def attend(inputs, o, log_sum, shared, *, sizes: Sizes, factor: float, interpret
             accumulators that hold something.
     """
     program, split = lax.axis_index("program"), lax.axis_index("split")
-    heads = jnp.int32(sizes.num_kv_heads)
+    heads = jnp.int32(sizes.shape.num_kv_heads)
     sequence, head = lax.div(program, heads), lax.rem(program, heads)
-    positions = [inputs.positions[sequence, token] for token in range(sizes.tokens)]
+    positions = [inputs.positions[sequence, token] for token in range(sizes.shape.tokens)]
     newest = functools.reduce(jnp.maximum, positions)
     tiles = _Tiles.of_split(split, newest, sizes)
 
@@ -111,8 +109,8 @@ def attend(inputs, o, log_sum, shared, *, sizes: Sizes, factor: float, interpret
         if inputs.page_table is None:
             return sequence
         index = jnp.maximum(jnp.minimum(index, tiles.count - 1), 0)
-        place = lax.rem(tiles.first(index), jnp.int32(sizes.columns * sizes.page_size))
-        return inputs.page_table[sequence, lax.div(place, jnp.int32(sizes.page_size))]
+        place = lax.rem(tiles.first(index), jnp.int32(sizes.shape.columns * sizes.shape.page_size))
+        return inputs.page_table[sequence, lax.div(place, jnp.int32(sizes.shape.page_size))]
 
     warpgroup = lax.axis_index("warpgroup")
 
@@ -151,29 +149,29 @@ class _Tiles(NamedTuple):
 
 
 def _is_page(page, sizes):
-    return (page >= 0) & (page < sizes.num_pages)
+    return (page >= 0) & (page < sizes.shape.num_pages)
 
 
 def _load(inputs, shared, sizes, tiles, page_at, sequence, head):
     """Queries, then tile after tile, each chunk where one was that has been used."""
     ring, _ = shared.ring_or_out
     for line in range(shared.q.shape[0]):
-        for token in range(sizes.tokens):
+        for token in range(sizes.shape.tokens):
             mg.copy_gmem_to_smem(
                 inputs.q.at[
                     sequence,
                     token,
-                    pl.ds(head * sizes.group, sizes.group),
+                    pl.ds(head * sizes.shape.group, sizes.shape.group),
                     pl.ds(line * LINE, LINE),
                 ],
-                shared.q.at[line, pl.ds(token * sizes.group, sizes.group)],
+                shared.q.at[line, pl.ds(token * sizes.shape.group, sizes.shape.group)],
                 shared.q_loaded,
             )
 
     def tile(index, page):
         page = jnp.where(_is_page(page, sizes), page, 0)
-        place = lax.rem(tiles.first(index), jnp.int32(sizes.page_size))
-        slots = pl.ds(pl.multiple_of(page * sizes.page_size + place, KEYS), KEYS)
+        place = lax.rem(tiles.first(index), jnp.int32(sizes.shape.page_size))
+        slots = pl.ds(pl.multiple_of(page * sizes.shape.page_size + place, KEYS), KEYS)
         chunk = index * sizes.chunks
         for array, width in zip(inputs.arrays, sizes.array_widths, strict=True):
             for begin in range(0, width, CHUNK):
@@ -208,8 +206,8 @@ def _limits(positions, sizes):
     row = mg.broadcasted_iota(jnp.int32, (ROWS, 8), 0, layout=_TILE)
     limit = mg.layout_cast(jnp.full((ROWS, 8), -1, jnp.int32), _TILE)
     for token, position in enumerate(positions):
-        begin = token * sizes.group
-        limit = jnp.where((row >= begin) & (row < begin + sizes.group), position, limit)
+        begin = token * sizes.shape.group
+        limit = jnp.where((row >= begin) & (row < begin + sizes.shape.group), position, limit)
     return jnp.max(limit, axis=1)
 
 
@@ -301,7 +299,7 @@ def _multiply(shared, sizes, tiles, page_at, warpgroup, limit, newest, factor, i
     m = mg.layout_cast(jnp.full(ROWS, NO_SCORE, jnp.float32), _OF_ROWS)
     total = mg.layout_cast(jnp.zeros(ROWS, jnp.float32), _OF_ROWS)
     zero = mg.layout_cast(jnp.zeros((ROWS, LINE), jnp.float32), _TILE)
-    acc = [zero] * (sizes.head_dim // 2 // LINE)
+    acc = [zero] * (sizes.shape.head_dim // 2 // LINE)
     m, total, _, *acc = lax.fori_loop(0, tiles.count, tile, (m, total, page_at(0), *acc))
     return m, total + _of_other(shared, warpgroup, total), acc
 
@@ -322,16 +320,16 @@ def _accumulate(parts, add, interpret):
 def _store(o, log_sum, shared, sizes, sequence, head, split, warpgroup, limit, m, total, acc):
     """What each split leaves: its part of the output, and log2 of the sum of exp of its scores."""
     _, out = shared.ring_or_out
-    heads = pl.ds(head * sizes.group, sizes.group)
+    heads = pl.ds(head * sizes.shape.group, sizes.shape.group)
     divisor = jnp.where(total > 0, total, 1.0)  # padding sees nothing: 0
     share = jnp.where(limit == UNPLACED, jnp.nan, 1 / divisor)
     for i, part in enumerate(acc):
         out.at[warpgroup][...] = (part * _along_rows(share, part)).astype(out.dtype)
         mg.commit_smem()
-        column = pl.multiple_of(warpgroup * (sizes.head_dim // 2) + i * LINE, LINE)
-        for token in range(sizes.tokens):
+        column = pl.multiple_of(warpgroup * (sizes.shape.head_dim // 2) + i * LINE, LINE)
+        for token in range(sizes.shape.tokens):
             mg.copy_smem_to_gmem(
-                out.at[warpgroup, pl.ds(token * sizes.group, sizes.group)],
+                out.at[warpgroup, pl.ds(token * sizes.shape.group, sizes.shape.group)],
                 o.at[split, sequence, token, heads, pl.ds(column, LINE)],
             )
         mg.wait_smem_to_gmem(0)
@@ -341,9 +339,9 @@ def _store(o, log_sum, shared, sizes, sequence, head, split, warpgroup, limit, m
     def _():
         shared.of_rows.at[0][...] = jnp.where(total > 0, m + jnp.log2(divisor), -jnp.inf)
         mg.commit_smem()
-        for token in range(sizes.tokens):
+        for token in range(sizes.shape.tokens):
             mg.copy_smem_to_gmem(
-                shared.of_rows.at[0, pl.ds(token * sizes.group, sizes.group)],
+                shared.of_rows.at[0, pl.ds(token * sizes.shape.group, sizes.shape.group)],
                 log_sum.at[split, sequence, token, heads],
             )
         mg.wait_smem_to_gmem(0)
