@@ -4,6 +4,10 @@ import pytest
 from g4attn_jax.ops.implementation import triton_refusal
 from tests import gpu_target  # noqa: F401  (before JAX looks for devices)
 
+# XLA has as many threads as devices, and JAX's interpreter of Mosaic GPU needs one for each
+# warpgroup of a cluster: with less they wait for each other for ever.
+jax.config.update("jax_num_cpu_devices", 8)
+
 
 def pytest_addoption(parser):
     parser.addoption(

@@ -146,8 +146,8 @@ def main():
         (KVCache, CompactKVCache), (1, 6, 40), (None, 50)
     ):
         launched += launch_attention(AttentionCase(form, 12, 3, 80, 20, window, tokens, 700))
-    for form in (KVCache, CompactKVCache):
-        launched += launch_verification(AttentionCase(form, 16, 2, 512, 128, None, 6, 192, 64))
+    for form, tokens in itertools.product((KVCache, CompactKVCache), (6, 12)):
+        launched += launch_verification(AttentionCase(form, 16, 2, 512, 128, None, tokens, 192, 64))
     for case in all_cases():
         for arguments in case_arguments(case):
             jax.block_until_ready(case.run(arguments, "triton"))

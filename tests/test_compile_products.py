@@ -1,4 +1,4 @@
-"""The tensor core products of attention on Hopper, as compiled on a machine without a GPU."""
+"""The tensor core products of Triton's attention on Hopper, compiled on a machine without a GPU."""
 
 import functools
 
@@ -43,7 +43,7 @@ def test_none_waits_for_another_or_is_done_again(
     op = ops.decode_attention if tokens <= 16 else ops.prefill_attention
     ptx, said = gpu_target.assembly(
         "9.0",
-        functools.partial(op, sliding_window=window),
+        functools.partial(op, sliding_window=window, implementation="triton"),
         struct(batch, tokens, nkv * group, width),
         form(*(struct(batch, 8192, nkv, w) for w in widths)),
         None,

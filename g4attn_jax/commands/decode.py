@@ -191,9 +191,10 @@ class _LayerRun:
 
 
 def count_launches(compiled_text: str, kernel: str) -> int:
-    """Launches of a kernel in a compiled program."""
+    """Launches of a kernel in a compiled program, by Triton or by Mosaic GPU."""
     return sum(
-        "__gpu$xla.gpu.triton" in line and f'name = "{kernel}"' in line
+        ("__gpu$xla.gpu.triton" in line and f'name = "{kernel}"' in line)
+        or ('"mosaic_gpu' in line and f"/{kernel}/mpmd_map" in line)
         for line in compiled_text.splitlines()
     )
 

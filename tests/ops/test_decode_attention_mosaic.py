@@ -68,7 +68,8 @@ def error(o, arguments):
 )
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize(
-    ("last", "tokens", "group"), [([64, -1], 3, 8), ([127, 62], 8, 8), ([63, 1], 4, 16)]
+    ("last", "tokens", "group"),
+    [([64, -1], 3, 8), ([127, 62], 8, 8), ([63, 1], 4, 16), ([127, 70], 9, 8), ([64, 3], 6, 16)],
 )
 def test_against_float64(last, tokens, group, compact, sizes, num_splits, attend):
     """Around the edges of tiles, empty, full; slots that no sequence holds are not finite."""
@@ -82,7 +83,9 @@ def test_against_float64(last, tokens, group, compact, sizes, num_splits, attend
 @pytest.mark.parametrize("num_splits", [None, 1, 2, 7, 64])
 @pytest.mark.parametrize("sizes", [{"capacity": 1024}, {"pages": 16}], ids=str)
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize(("tokens", "group"), [(3, 8), (5, 8), (6, 8), (8, 8), (2, 16), (4, 16)])
+@pytest.mark.parametrize(
+    ("tokens", "group"), [(3, 8), (6, 8), (8, 8), (11, 8), (16, 8), (2, 16), (5, 16), (8, 16)]
+)
 def test_long_sequences(tokens, group, compact, sizes, num_splits, attend):
     last = [1023, 639, 640, -1, 70, 1000]
     arguments = step(last, tokens, group, compact=compact, num_kv_heads=4, **sizes)
@@ -147,11 +150,12 @@ def test_vmap(attend):
         np.testing.assert_array_equal(o, attend(*single))
 
 
+@pytest.mark.parametrize("tokens", [6, 9])
 @pytest.mark.parametrize("compact", [False, True])
-def test_warpgroups_wait_for_each_other(compact, monkeypatch):
+def test_warpgroups_wait_for_each_other(compact, tokens, monkeypatch):
     """By the interpreter's race detector: no access that another's does not happen before."""
     gpu_callbacks = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
-    arguments = step([150], compact=compact, capacity=192)
+    arguments = step([650], tokens, compact=compact, capacity=704)
     monkeypatch.setattr(mosaic, "gpu", lambda: H200)
     interpreter = functools.partial(mosaic.mg.InterpretGPUParams, detect_races=True)
     monkeypatch.setattr(mosaic.mg, "InterpretGPUParams", interpreter)
@@ -190,6 +194,9 @@ def refusal(monkeypatch, compute_capability=9.0, window=None, **sizes):
         {"dtype": jnp.float16},
         {"tokens": 3},
         {"tokens": 8},
+        {"tokens": 9},
+        {"tokens": 16, "form": CompactKVCache},
+        {"tokens": 7, "group": 16},
         {"tokens": 2, "group": 16},
         {"tokens": 4, "group": 16},
         {"page_size": 256, "paged": False},
@@ -212,7 +219,8 @@ def test_takes(sizes, monkeypatch):
         ({"form": CompactKVCache, "rotary": 64}, "64 rotated ones apart; accepted: 512 and 0 or"),
         ({"form": CompactKVCache, "rotary": 384}, "384 rotated ones apart; accepted: 512 and 0"),
         ({"tokens": 2}, "2 tokens have 8 query heads a KV head"),
-        ({"tokens": 9}, "in all 17 to 64"),
+        ({"tokens": 9, "group": 16}, "in all 17 to 128"),
+        ({"tokens": 3, "group": 40}, "3 tokens have 40 query heads a KV head"),
         ({"tokens": 6, "group": 4}, "accepted: a multiple of 8 heads"),
         ({"page_size": 48}, "pages have 48 slots; accepted: a multiple of 64"),
     ],
@@ -246,12 +254,15 @@ def test_a_demand_is_refused_by_name():
         (KVCache, False, 3, 8, 1),
         (CompactKVCache, False, 8, 8, 3),
         (CompactKVCache, True, 4, 16, 1),
+        (KVCache, True, 16, 8, 3),
+        (CompactKVCache, False, 5, 16, 3),
     ],
 )
-def test_compiles_to_one_launch(form, paged, tokens, group, num_splits):
+@pytest.mark.parametrize("implementation", [None, "mosaic_gpu"])
+def test_compiles_to_one_launch(form, paged, tokens, group, num_splits, implementation):
     """It fits in the shared memory, and nothing is gathered, copied or transposed for it."""
     run = functools.partial(
-        ops.decode_attention, num_splits=num_splits, implementation="mosaic_gpu"
+        ops.decode_attention, num_splits=num_splits, implementation=implementation
     )
     arguments = verify_step(form=form, paged=paged, tokens=tokens, group=group)
     compiled = gpu_target.compile_for("9.0", run, *arguments)

@@ -1,8 +1,8 @@
 """Attention of a few new tokens per sequence over a cache of any form and layout."""
 
-import functools
 from typing import Literal
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from g4attn_jax.cache import Cache
@@ -24,18 +24,29 @@ MAX_DECODE_TOKENS = 16
 _op = differentiable_op(kernel=triton.decode_attention, reference=reference.decode_attention)
 
 
-@functools.cache
-def _mosaic():
-    """The op by its second kernel, and what that refuses; imported when it is demanded."""
+def _of_several_tokens(*arguments, **static):
+    from g4attn_jax.ops.decode_attention import mosaic
+
+    return mosaic.decode_attention(*arguments, **static)
+
+
+_op_of_several_tokens = differentiable_op(
+    kernel=_of_several_tokens, reference=reference.decode_attention
+)
+
+
+def _several_tokens_refusal(q, cache, page_table, sliding_window) -> str | None:
+    """Why the kernel for several tokens cannot run, or None; it is imported where it might."""
+    if jax.__version_info__ < (0, 11):
+        return f"JAX is {jax.__version__}; accepted: 0.11 or later"
+    reason = triton_refusal(9.0)
+    if reason is not None:
+        return reason
     try:
         from g4attn_jax.ops.decode_attention import mosaic
     except ImportError as error:
-        raise NotImplementedError(
-            f"implementation 'mosaic_gpu' needs a JAX with Mosaic GPU ({error}); accepted here: "
-            "None, 'triton', 'xla', 'triton_interpret'"
-        ) from error
-    op = differentiable_op(kernel=mosaic.decode_attention, reference=reference.decode_attention)
-    return op, mosaic.refusal
+        return f"this JAX has no Mosaic GPU ({error})"
+    return mosaic.refusal(q, cache, page_table, sliding_window)
 
 
 def decode_attention(
@@ -72,11 +83,12 @@ def decode_attention(
         scale: of the scores; 1 in Gemma 4.
         num_splits: programs that share a sequence and KV head, up to 256; None chooses. Results at
             one number do not depend on the other sequences of the batch.
-        implementation: None (the kernel on an NVIDIA GPU of compute capability 8.0 or higher, else
+        implementation: None (a kernel on an NVIDIA GPU of compute capability 8.0 or higher, else
             XLA), "triton", "xla", or "triton_interpret"; float8 needs 8.9 for the kernel. Or
-            "mosaic_gpu", another kernel, which None does not choose: for JAX 0.11 or later, compute
-            capability 9.0, no window, 17 to 64 query rows a KV head, heads a KV head and slots a
-            page of multiples of 8 and 64, and D 512, R 128, in bfloat16 or float16.
+            "mosaic_gpu", the kernel for several tokens on Hopper, which None takes where it can:
+            with JAX 0.11 or later, compute capability 9.0, no window, 17 to 128 query rows a KV
+            head, a multiple of 8 of them a token, pages of a multiple of 64 slots, D 512, R 128,
+            bfloat16 or float16.
 
     Returns:
         [B, T, Nq, D] in q's dtype; zeros for padding, NaN for -2.
@@ -104,14 +116,16 @@ def decode_attention(
     checks.check_count("num_splits", num_splits, most=triton.MAX_SPLITS)
     check_implementation(implementation, further=("mosaic_gpu",))
     static = {"sliding_window": sliding_window, "scale": scale, "num_splits": num_splits}
-    if implementation != "mosaic_gpu":
-        choice = for_cache(implementation, cache, launch_refusal(q, cache))
-        return _op(q, cache, page_table, positions, **static, **choice)
-    op, refusal = _mosaic()
-    reason = triton_refusal(9.0) or refusal(q, cache, page_table, sliding_window)
-    if reason is not None:
-        raise NotImplementedError(
-            f"implementation 'mosaic_gpu' does not do this: {reason}. Accepted here: None, "
-            "'triton', 'xla', 'triton_interpret'"
-        )
-    return op(q, cache, page_table, positions, **static, implementation="triton")
+    arguments = q, cache, page_table, positions
+    if implementation in (None, "mosaic_gpu"):
+        reason = _several_tokens_refusal(q, cache, page_table, sliding_window)
+        if reason is None:
+            demanded = implementation and "triton"  # any kernel
+            return _op_of_several_tokens(*arguments, **static, implementation=demanded)
+        if implementation is not None:
+            raise NotImplementedError(
+                f"implementation 'mosaic_gpu' does not do this: {reason}. Accepted here: None, "
+                "'triton', 'xla', 'triton_interpret'"
+            )
+    choice = for_cache(implementation, cache, launch_refusal(q, cache))
+    return _op(*arguments, **static, **choice)

@@ -1,18 +1,20 @@
 """Decode attention of several tokens on Hopper, through Pallas' Mosaic GPU.
 
 From 17 query rows of heads of 512 on, Triton's instructions of 64 rows and what is between them
-take longer than the cache's bytes. Here TMA brings tiles while two warpgroups multiply.
+take longer than the cache's bytes. Here TMA brings tiles while two warpgroups multiply in turn.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from g4attn_jax.cache import Cache, KVCache
 from g4attn_jax.ops.decode_attention.mosaic_kernel import (
     CHUNK,
     KEYS,
-    LINE,
     ROWS,
     Inputs,
     Shared,
@@ -24,8 +26,6 @@ from g4attn_jax.ops.flash_attention.tiles import operands
 from g4attn_jax.ops.flash_attention.triton import LOG2_E
 from g4attn_jax.ops.gpu import gpu
 
-_OTHER_BYTES = 16 * 1024  # of shared memory: weights, a number of each row, barriers, scratch
-
 
 def refusal(q, cache: Cache, page_table, sliding_window: int | None) -> str | None:
     """Why this kernel does not take arguments of `decode_attention`, or None."""
@@ -36,7 +36,6 @@ def refusal(q, cache: Cache, page_table, sliding_window: int | None) -> str | No
     _, page_size, num_kv_heads, head_dim = cache.v.shape
     group = num_q_heads // num_kv_heads
     accepted = {
-        f"JAX is {jax.__version__}; accepted: 0.11 or later": jax.__version_info__ >= (0, 11),
         f"the GPU has compute capability {gpu().compute_capability}; accepted: 9.0": (
             gpu().compute_capability == 9.0
         ),
@@ -48,7 +47,9 @@ def refusal(q, cache: Cache, page_table, sliding_window: int | None) -> str | No
         f"heads have {head_dim} numbers and {width - head_dim} rotated ones apart; accepted: 512 "
         f"and 0 or {CHUNK}": head_dim == 512 and width - head_dim in (0, CHUNK),
         f"{tokens} tokens have {group} query heads a KV head; accepted: a multiple of 8 heads, "
-        f"in all 17 to {ROWS}": group % 8 == 0 and 16 < tokens * group <= ROWS,
+        f"in all 17 to {2 * ROWS}": group % 8 == 0
+        and 16 < tokens * group
+        and pl.cdiv(tokens, _blocks(tokens, group)) * group <= ROWS,
         f"pages have {page_size} slots; accepted: a multiple of {KEYS}": page_size % KEYS == 0,
     }
     return next((reason for reason, is_so in accepted.items() if not is_so), None)
@@ -70,15 +71,21 @@ def decode_attention(
     return run(q, cache, page_table, positions)
 
 
+def _blocks(tokens, group):
+    return 1 if tokens * group <= ROWS else 2
+
+
 def _sizes(q, cache, page_table, positions, num_splits):
     _, shape = operands(q, cache, page_table, positions)
+    blocks = _blocks(shape.tokens, shape.group)
+    programs = len(q) * shape.num_kv_heads * blocks
     tiles = shape.columns * shape.page_size // KEYS
-    room = gpu().shared_memory - ROWS * q.shape[3] * q.dtype.itemsize - _OTHER_BYTES
     return Sizes(
         shape=shape,
         rotary_dim=None if isinstance(cache, KVCache) else q.shape[3] - shape.head_dim,
-        splits=num_splits or choose_splits(gpu(), len(q) * shape.num_kv_heads, tiles),
-        stages=room // (KEYS * CHUNK * q.dtype.itemsize),
+        blocks=blocks,
+        splits=num_splits or choose_splits(gpu(), programs, tiles),
+        shared_memory=gpu().shared_memory,
     )
 
 
@@ -89,27 +96,32 @@ def _launch(q, cache, page_table, positions, sizes, factor, interpret):
     """
     shape = sizes.splits, *q.shape[:3]
     out_dtype = jnp.dtype(q.dtype if sizes.splits == 1 else jnp.float32)
-    arrays = [part.array for part in cache.key_parts]
-    if sizes.rotary_dim is None:
-        arrays.append(cache.v)
+    arrays = [part.array for part in cache.key_parts if part.array is not cache.v] + [cache.v]
     arrays = [array.reshape(-1, array.shape[2] * array.shape[3]) for array in arrays]
-    ring = _swizzled((sizes.stages, CHUNK // LINE, KEYS, LINE), q.dtype)
+    ring = _swizzled((sizes.stages, KEYS, CHUNK), q.dtype)
+    used = mg.Barrier
+    if sizes.blocks > 1:
+        used = functools.partial(mg.ClusterBarrier, collective_axes=("block",))
     shared = Shared(
-        q=_swizzled((q.shape[3] // LINE, ROWS, LINE), q.dtype),
-        ring_or_out=mg.RefUnion(ring, _swizzled((2, ROWS, LINE), out_dtype)),
-        weights=mg.SMEM((ROWS, KEYS), q.dtype),
-        of_rows=mg.SMEM((2, ROWS), jnp.float32),
-        loaded=mg.Barrier(num_arrivals=CHUNK // LINE, num_barriers=sizes.stages),
-        used=mg.Barrier(num_arrivals=2, num_barriers=sizes.stages),
-        q_loaded=mg.Barrier(num_arrivals=sizes.shape.tokens * q.shape[3] // LINE),
+        q=_swizzled((sizes.q_rows, CHUNK), q.dtype),
+        ring_or_out=mg.RefUnion(ring, _swizzled((2, 2, ROWS, CHUNK), out_dtype)),
+        weights=_swizzled((ROWS, KEYS), q.dtype),
+        largest=mg.SMEM((ROWS,), jnp.float32),
+        totals=mg.SMEM((2, ROWS), jnp.float32),
+        log_sum=mg.SMEM((ROWS,), jnp.float32),
+        loaded=mg.Barrier(num_barriers=sizes.stages),
+        used=used(num_arrivals=2, num_barriers=sizes.stages),
+        q_loaded=mg.Barrier(num_arrivals=sizes.tokens * q.shape[3] // CHUNK),
+        published=mg.Barrier(num_arrivals=1, num_barriers=2),
         met=mg.Barrier(num_arrivals=2),
     )
 
-    def decode_attention_of_tokens(inputs, o, log_sum, shared):  # the name of the launch
+    def body(inputs, o, log_sum, shared):
         attend(inputs, o, log_sum, shared, sizes=sizes, factor=factor, interpret=interpret)
 
+    body.__name__ = "decode_attention"  # the launch's
     return mg.kernel(
-        decode_attention_of_tokens,
+        body,
         out_type=(
             jax.ShapeDtypeStruct((*shape, sizes.shape.head_dim), out_dtype),
             jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -117,6 +129,8 @@ def _launch(q, cache, page_table, positions, sizes, factor, interpret):
         scratch_types=(shared,),
         grid=(q.shape[0] * sizes.shape.num_kv_heads, sizes.splits),
         grid_names=("program", "split"),
+        cluster=(sizes.blocks,),
+        cluster_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=mg.CompilerParams(approx_math=True),

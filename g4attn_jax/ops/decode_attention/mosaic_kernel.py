@@ -1,11 +1,17 @@
 """What a program of `mosaic.py` does.
 
 One warpgroup asks for tiles of 64 keys, in chunks of 128 numbers a key, as soon as a ring of them
-has room. Two others multiply: each makes the scores of half of a tile's keys, they tell each other
-the largest of a row and the weights, and each sums half of the values' columns, for which its
-registers suffice.
+has room. Two others multiply. Each makes the scores of every second tile and publishes their
+weights, and each sums half of the values' columns, for which its registers suffice, of all tiles.
+A warpgroup sums the tile before its own before it makes the scores of its own: the ring is short,
+and lets go of a tile when its values have been summed.
 
-The arithmetic is that of `g4attn_jax.ops.flash_attention.triton`, whose sources apply.
+Of more than 64 query rows two programs of a cluster have half of the tokens each. Both load half of
+every chunk, for both.
+
+The arithmetic is that of `g4attn_jax.ops.flash_attention.triton`, whose sources apply; that one
+warpgroup multiplies while another takes exponentials is from Shah et al., "FlashAttention-3: fast
+and accurate attention with asynchrony and low-precision" (2024).
 """
 
 import functools
@@ -22,9 +28,10 @@ from g4attn_jax.ops.flash_attention.tiles import Shape
 from g4attn_jax.ops.flash_attention.triton import NO_SCORE
 
 KEYS = 64  # of a tile
-ROWS = 64  # of a program; those past T * G see nothing and are not stored
+ROWS = 64  # of a program's products; those past its query rows are not stored
 CHUNK = 128  # numbers of each key
-LINE = 64  # numbers of 2 bytes in a line of shared memory that is swizzled
+_HALF = CHUNK // 2
+_OTHER_BYTES = 54 * 256  # of shared memory, beside queries and ring: weights, numbers of rows
 _LOADER_REGISTERS, _MULTIPLIER_REGISTERS = 40, 232
 _TILE = mg.Layout.WGMMA  # of [64, n] in registers
 _OF_ROWS = _TILE.reduce(1)  # of [64]
@@ -35,36 +42,69 @@ class Sizes(NamedTuple):
 
     shape: Shape
     rotary_dim: int | None  # of a compact cache; None: keys and values are separate
+    blocks: int  # programs that share the tokens, and what they load
     splits: int
-    stages: int  # chunks in the ring
+    shared_memory: int  # bytes, of a program
+
+    @property
+    def tokens(self):
+        """Of a block; the last may have fewer."""
+        return pl.cdiv(self.shape.tokens, self.blocks)
+
+    @property
+    def rows(self):
+        """Query rows of a block."""
+        return self.tokens * self.shape.group
+
+    @property
+    def q_rows(self):
+        """Lines of shared memory for the queries: the last chunk's, too, are read as if ROWS."""
+        return self.key_chunks * self.rows + ROWS - self.rows
+
+    @property
+    def stages(self):
+        """Chunks in the ring."""
+        room = self.shared_memory - 2 * self.q_rows * CHUNK - _OTHER_BYTES
+        return room // (2 * KEYS * CHUNK)
 
     @property
     def array_widths(self):
-        """Of the cache's arrays, in the order in which a tile of them is loaded."""
-        return (
-            self.shape.head_dim,
-            self.shape.head_dim if self.rotary_dim is None else self.rotary_dim,
-        )
+        """Of the cache's arrays, in the order in which a tile of them is loaded: values last."""
+        head_dim = self.shape.head_dim
+        return head_dim if self.rotary_dim is None else self.rotary_dim, head_dim
 
     @property
     def key_chunks(self):
-        """Of a tile, its first; of a compact cache the first of them are the values'."""
+        """Of a tile, its first; of a compact cache the last of them are the values."""
         return (self.shape.head_dim + (self.rotary_dim or 0)) // CHUNK
 
     @property
     def value_chunks(self):
-        """Of a tile."""
+        """Of a tile, its last."""
         return self.shape.head_dim // CHUNK
 
     @property
     def first_value(self):
         """Which chunk of a tile is the first of the values."""
-        return self.key_chunks if self.rotary_dim is None else 0
+        return self.array_widths[0] // CHUNK
 
     @property
     def chunks(self):
         """Of a tile."""
         return sum(self.array_widths) // CHUNK
+
+    def q_chunk(self, chunk):
+        """Which of q a chunk of a tile is multiplied with: q has the values' first."""
+        return chunk if self.rotary_dim is None else (chunk - self.first_value) % self.key_chunks
+
+    def first_stage(self, index):
+        """Where in the ring a tile has its first chunk."""
+        return lax.rem(index * self.chunks, jnp.int32(self.stages))
+
+    def stage(self, first, chunk):
+        """Where it has another. A remainder for each would keep the products waiting."""
+        stage = first + chunk
+        return jnp.where(stage < self.stages, stage, stage - self.stages)
 
 
 class Inputs(NamedTuple):
@@ -79,13 +119,16 @@ class Inputs(NamedTuple):
 class Shared(NamedTuple):
     """Shared memory of a program, and the barriers of what is in it."""
 
-    q: Any  # [width / LINE, ROWS, LINE]
-    ring_or_out: Any  # [stages, 2, KEYS, LINE], or [2, ROWS, LINE] of what is written in the end
-    weights: Any  # [ROWS, KEYS]
-    of_rows: Any  # [2, ROWS], from one multiplying warpgroup to the other
+    q: Any  # [q_rows, CHUNK]
+    ring_or_out: Any  # [stages, KEYS, CHUNK], or [2, 2, ROWS, CHUNK] of what is written in the end
+    weights: Any  # [ROWS, KEYS], of a tile, from one multiplying warpgroup to the other
+    largest: Any  # [ROWS], so far, likewise
+    totals: Any  # [2, ROWS], likewise
+    log_sum: Any  # [ROWS], as it is written in the end
     loaded: Any  # a chunk
     used: Any  # a chunk, by both
     q_loaded: Any
+    published: Any  # weights and the largest of a warpgroup
     met: Any  # both multiplying warpgroups
 
 
@@ -97,36 +140,22 @@ def attend(inputs, o, log_sum, shared, *, sizes: Sizes, factor: float, interpret
         interpret: whether JAX's interpreter runs it, which knows neither products of registers nor
             accumulators that hold something.
     """
-    program, split = lax.axis_index("program"), lax.axis_index("split")
-    heads = jnp.int32(sizes.shape.num_kv_heads)
-    sequence, head = lax.div(program, heads), lax.rem(program, heads)
-    positions = [inputs.positions[sequence, token] for token in range(sizes.shape.tokens)]
-    newest = functools.reduce(jnp.maximum, positions)
-    tiles = _Tiles.of_split(split, newest, sizes)
-
-    def page_at(index):
-        """The page of a tile of this split, or of its last one."""
-        if inputs.page_table is None:
-            return sequence
-        index = jnp.maximum(jnp.minimum(index, tiles.count - 1), 0)
-        place = lax.rem(tiles.first(index), jnp.int32(sizes.shape.columns * sizes.shape.page_size))
-        return inputs.page_table[sequence, lax.div(place, jnp.int32(sizes.shape.page_size))]
-
+    program = _Program.this(inputs, shared, sizes)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == 2)
     def _():
         mg.set_max_registers(_LOADER_REGISTERS, action="decrease")
-        _load(inputs, shared, sizes, tiles, page_at, sequence, head)
+        _load(program)
 
     @pl.when(warpgroup < 2)
     def _():
         mg.set_max_registers(_MULTIPLIER_REGISTERS, action="increase")
+        positions = [program.position(token) for token in program.tokens]
         limit = _limits(positions, sizes)
-        m, total, acc = _multiply(
-            shared, sizes, tiles, page_at, warpgroup, limit, newest, factor, interpret
-        )
-        _store(o, log_sum, shared, sizes, sequence, head, split, warpgroup, limit, m, total, acc)
+        oldest = functools.reduce(jnp.minimum, positions)
+        multiplier = _Multiplier(program, warpgroup, limit, oldest, factor, interpret)
+        _store(o, log_sum, multiplier, *multiplier.run())
 
 
 class _Tiles(NamedTuple):
@@ -148,160 +177,287 @@ class _Tiles(NamedTuple):
         return (self.begin + index) * KEYS
 
 
-def _is_page(page, sizes):
-    return (page >= 0) & (page < sizes.shape.num_pages)
+class _Program(NamedTuple):
+    """What all warpgroups of a program know."""
+
+    inputs: Inputs
+    shared: Shared
+    sizes: Sizes
+    sequence: jax.Array
+    head: jax.Array  # of keys and values
+    split: jax.Array
+    tokens: list[jax.Array]  # T and more where this block has one less
+    newest: jax.Array  # position of all tokens, also another block's
+    tiles: _Tiles
+
+    @classmethod
+    def this(cls, inputs, shared, sizes):
+        """The one that runs."""
+        index, split = lax.axis_index("program"), lax.axis_index("split")
+        heads = jnp.int32(sizes.shape.num_kv_heads)
+        sequence, head = lax.div(index, heads), lax.rem(index, heads)
+        first_token = lax.axis_index("block") * sizes.tokens
+        tokens = [first_token + i for i in range(sizes.tokens)]
+        at = [inputs.positions[sequence, token] for token in range(sizes.shape.tokens)]
+        newest = functools.reduce(jnp.maximum, at)
+        tiles = _Tiles.of_split(split, newest, sizes)
+        return cls(inputs, shared, sizes, sequence, head, split, tokens, newest, tiles)
+
+    @property
+    def ring(self):
+        """Chunks, as in shared memory."""
+        return self.shared.ring_or_out[0]
+
+    def heads(self):
+        """The query heads."""
+        return pl.ds(self.head * self.sizes.shape.group, self.sizes.shape.group)
+
+    def existing(self, token):
+        """A token, or where there is none the last."""
+        return jnp.minimum(token, self.sizes.shape.tokens - 1)
+
+    def position(self, token):
+        """Of a token; where there is none as of padding."""
+        position = self.inputs.positions[self.sequence, self.existing(token)]
+        return jnp.where(token < self.sizes.shape.tokens, position, -1)
+
+    def page(self, index):
+        """Of a tile, or of the last one."""
+        if self.inputs.page_table is None:
+            return self.sequence
+        shape = self.sizes.shape
+        index = jnp.maximum(jnp.minimum(index, self.tiles.count - 1), 0)
+        place = lax.rem(self.tiles.first(index), jnp.int32(shape.columns * shape.page_size))
+        return self.inputs.page_table[self.sequence, lax.div(place, jnp.int32(shape.page_size))]
+
+    def is_page(self, page):
+        """Whether the cache has it."""
+        return (page >= 0) & (page < self.sizes.shape.num_pages)
 
 
-def _load(inputs, shared, sizes, tiles, page_at, sequence, head):
-    """Queries, then tile after tile, each chunk where one was that has been used."""
-    ring, _ = shared.ring_or_out
-    for line in range(shared.q.shape[0]):
-        for token in range(sizes.shape.tokens):
-            mg.copy_gmem_to_smem(
-                inputs.q.at[
-                    sequence,
-                    token,
-                    pl.ds(head * sizes.shape.group, sizes.shape.group),
-                    pl.ds(line * LINE, LINE),
-                ],
-                shared.q.at[line, pl.ds(token * sizes.shape.group, sizes.shape.group)],
-                shared.q_loaded,
-            )
+def _load(program):
+    """Tile after tile, each chunk where one was that has been used; after the first the queries."""
+    sizes, shared, tiles = program.sizes, program.shared, program.tiles
 
     def tile(index, page):
-        page = jnp.where(_is_page(page, sizes), page, 0)
+        page = jnp.where(program.is_page(page), page, 0)
         place = lax.rem(tiles.first(index), jnp.int32(sizes.shape.page_size))
         slots = pl.ds(pl.multiple_of(page * sizes.shape.page_size + place, KEYS), KEYS)
-        chunk = index * sizes.chunks
-        for array, width in zip(inputs.arrays, sizes.array_widths, strict=True):
+        first, chunk = sizes.first_stage(index), 0
+        for array, width in zip(program.inputs.arrays, sizes.array_widths, strict=True):
             for begin in range(0, width, CHUNK):
-                stage = lax.rem(chunk, jnp.int32(sizes.stages))
+                stage = sizes.stage(first, chunk)
 
-                @pl.when(chunk >= sizes.stages)
+                @pl.when(index * sizes.chunks + chunk >= sizes.stages)
                 def _(stage=stage):
                     mg.barrier_wait(shared.used.at[stage])
 
-                for half in range(CHUNK // LINE):
-                    column = pl.multiple_of(head * width + begin + half * LINE, LINE)
-                    mg.copy_gmem_to_smem(
-                        array.at[slots, pl.ds(column, LINE)],
-                        ring.at[stage, half],
-                        shared.loaded.at[stage],
-                    )
+                columns = pl.ds(pl.multiple_of(program.head * width + begin, CHUNK), CHUNK)
+                mg.copy_gmem_to_smem(
+                    array.at[slots, columns],
+                    program.ring.at[stage],
+                    shared.loaded.at[stage],
+                    collective_axes="block",
+                )
                 chunk += 1
-        return page_at(index + 1)
+        return program.page(index + 1)
 
-    lax.fori_loop(0, tiles.count, tile, page_at(0))
+    first = jnp.minimum(tiles.count, 1)
+    page = lax.fori_loop(0, first, tile, program.page(0))
+    pl.when(first > 0)(functools.partial(_load_queries, program))
+    lax.fori_loop(first, tiles.count, tile, page)
     count = tiles.count * sizes.chunks
 
-    # JAX's interpreter wants the loader to see every phase of a barrier that it has waited for.
+    # What another block writes here, and whom it tells, must be there until it has. JAX's
+    # interpreter, too, wants the loader to see every phase of a barrier that it has waited for.
     def wait(chunk, _):
         mg.barrier_wait(shared.used.at[lax.rem(chunk, jnp.int32(sizes.stages))])
 
     lax.fori_loop(jnp.maximum(count - sizes.stages, 0), count, wait, None)
 
 
+def _load_queries(program):
+    sizes, group = program.sizes, program.sizes.shape.group
+    for chunk in range(sizes.key_chunks):
+        for i, token in enumerate(program.tokens):
+            columns = pl.ds(chunk * CHUNK, CHUNK)
+            mg.copy_gmem_to_smem(
+                program.inputs.q.at[
+                    program.sequence, program.existing(token), program.heads(), columns
+                ],
+                program.shared.q.at[pl.ds(chunk * sizes.rows + i * group, group)],
+                program.shared.q_loaded,
+            )
+
+
 def _limits(positions, sizes):
     """The last position that a row sees, [ROWS]: less than 0 of padding."""
     row = mg.broadcasted_iota(jnp.int32, (ROWS, 8), 0, layout=_TILE)
     limit = mg.layout_cast(jnp.full((ROWS, 8), -1, jnp.int32), _TILE)
-    for token, position in enumerate(positions):
-        begin = token * sizes.shape.group
+    for i, position in enumerate(positions):
+        begin = i * sizes.shape.group
         limit = jnp.where((row >= begin) & (row < begin + sizes.shape.group), position, limit)
     return jnp.max(limit, axis=1)
 
 
-def _multiply(shared, sizes, tiles, page_at, warpgroup, limit, newest, factor, interpret):
-    """(m, sums of weights, sums of weighted values) of a split, the last of D / 2 columns."""
-    ring, _ = shared.ring_or_out
-    own_keys = KEYS // 2
-    own_values = sizes.value_chunks // 2
-    offset = warpgroup * own_keys + mg.broadcasted_iota(
-        jnp.int32, (ROWS, own_keys), 1, layout=_TILE
-    )
-    key = mg.broadcasted_iota(jnp.int32, (KEYS, LINE), 0, layout=_TILE)
-    mg.barrier_wait(shared.q_loaded)
+class _Multiplier(NamedTuple):
+    """One of the two warpgroups that multiply."""
 
-    def tile(index, carry):
-        m, total, page, *acc = carry
-        first, exists = tiles.first(index), _is_page(page, sizes)
-        next_page = page_at(index + 1)
+    program: _Program
+    warpgroup: jax.Array
+    limit: jax.Array  # `_limits`
+    oldest: jax.Array  # position of this block's tokens
+    factor: float
+    interpret: bool
 
-        def stage(chunk):
-            return lax.rem(index * sizes.chunks + chunk, jnp.int32(sizes.stages))
+    @property
+    def own_values(self):
+        """Chunks of a tile of which this warpgroup sums the values."""
+        return self._values(self.warpgroup)
 
-        def release(chunk):
-            mg.barrier_arrive(shared.used.at[stage(chunk)])
+    @property
+    def other_values(self):
+        """Those of the other."""
+        return self._values(1 - self.warpgroup)
 
-        def scores(products):
-            # None is released before all are there: the ring must hold the keys of a tile.
-            for chunk in range(sizes.key_chunks):
-                mg.barrier_wait(shared.loaded.at[stage(chunk)])
-                for half in range(CHUNK // LINE):
-                    keys = ring.at[stage(chunk), half, pl.ds(warpgroup * own_keys, own_keys)]
-                    line = chunk * (CHUNK // LINE) + half
-                    mg.wgmma(products, shared.q.at[line], keys.transpose((1, 0)))
-            return products[...]
+    def _values(self, warpgroup):
+        half = self.program.sizes.value_chunks // 2
+        first = self.program.sizes.first_value + warpgroup * half
+        return [first + chunk for chunk in range(half)]
 
-        x = pl.run_scoped(scores, mg.ACC((ROWS, own_keys), jnp.float32))
-        # Values that are keys too are kept by the warpgroup that sums them.
-        first_own = sizes.first_value + warpgroup * own_values
-        for chunk in range(sizes.key_chunks):
-            if sizes.first_value <= chunk < sizes.first_value + sizes.value_chunks:
-                is_kept = (first_own <= chunk) & (chunk < first_own + own_values)
-                pl.when(jnp.logical_not(is_kept))(functools.partial(release, chunk))
-            else:
-                release(chunk)
+    @property
+    def other_keys(self):
+        """Chunks that make scores and are no values of this warpgroup."""
+        sizes = self.program.sizes
+        is_compact = sizes.rotary_dim is not None
+        return [*range(sizes.first_value), *(self.other_values if is_compact else ())]
 
-        visible = exists & (first + offset <= _along_rows(limit, x))
-        x = jnp.where(visible, x * factor, NO_SCORE)
-        largest = jnp.maximum(m, jnp.max(x, axis=1))
-        new_m = jnp.maximum(largest, _of_other(shared, warpgroup, largest))
-        alpha = jnp.exp2(m - new_m)
-        weights = jnp.where(visible, jnp.exp2(x - _along_rows(new_m, x)), 0.0)
-        total = total * alpha + jnp.sum(weights, axis=1)
-        own = pl.ds(pl.multiple_of(warpgroup * own_keys, own_keys), own_keys)
-        shared.weights.at[:, own][...] = weights.astype(shared.weights.dtype)
-
-        for chunk in range(sizes.key_chunks, sizes.chunks):  # of values that are not keys
-            mg.barrier_wait(shared.loaded.at[stage(chunk)])
-
-        # A weight of 0 does not undo a NaN among values that no token sees.
-        @pl.when(jnp.logical_not(exists) | (first + (KEYS - 1) > newest))
-        def _():
-            for chunk in range(own_values):
-                for half in range(CHUNK // LINE):
-                    lines = ring.at[stage(first_own + chunk), half]
-                    values = mg.load(lines, layout=_TILE)
-                    seen = exists & (first + key <= newest)
-                    lines[...] = jnp.where(seen, values, jnp.zeros_like(values))
-
+    def run(self):
+        """(m, sums of weights, sums of weighted values) of a split, the last of D / 2 columns."""
+        shared, count = self.program.shared, self.program.tiles.count
+        pl.when(count > 0)(lambda: mg.barrier_wait(shared.q_loaded))
+        m = mg.layout_cast(jnp.full(ROWS, NO_SCORE, jnp.float32), _OF_ROWS)
+        total = mg.layout_cast(jnp.zeros(ROWS, jnp.float32), _OF_ROWS)
+        zero = mg.layout_cast(jnp.zeros((ROWS, CHUNK), jnp.float32), _TILE)
+        carry = m, total, *[zero for _ in self.own_values]
+        turns = lax.div(count + 1 - self.warpgroup, jnp.int32(2))
+        carry = lax.fori_loop(0, turns, self._turn, carry)
+        left = jnp.maximum(2 * turns + self.warpgroup - 1, 0)  # the last tile, if the other's
+        m, total, *acc = lax.fori_loop(left, count, self._of_other, carry)
+        shared.totals.at[self.warpgroup][...] = total
         mg.commit_smem()
-        acc = [part * _along_rows(alpha, part) for part in acc]
-        _meet(shared)
-        weights = shared.weights
-        if not interpret:
-            weights = mg.load(weights, layout=_TILE, optimized=False)
+        mg.barrier_arrive(shared.met)
+        mg.barrier_wait(shared.met)
+        total += mg.load(shared.totals.at[1 - self.warpgroup], layout=_OF_ROWS)
+        return m, total, acc
+
+    def _turn(self, turn, carry):
+        """The tile before, and one whose scores this warpgroup makes."""
+        program, shared = self.program, self.program.shared
+        index = 2 * turn + self.warpgroup
+        begin, stage = program.tiles.first(index), program.sizes.first_stage(index)
+        exists = program.is_page(program.page(index))
+        m, total, *acc = lax.fori_loop(jnp.maximum(index - 1, 0), index, self._of_other, carry)
+        x = self._scores(stage) * self.factor
+
+        def masked(x):
+            key = mg.broadcasted_iota(jnp.int32, x.shape, 1, layout=_TILE)
+            visible = exists & (begin + key <= _along_rows(self.limit, x))
+            return jnp.where(visible, x, -jnp.inf)
+
+        all_visible = exists & (begin + (KEYS - 1) <= self.oldest)
+        x = lax.cond(all_visible, lambda x: x, masked, x)
+        new_m = jnp.maximum(m, jnp.max(x, axis=1))
+        alpha = jnp.exp2(m - new_m)
+        weights = jnp.exp2(x - _along_rows(new_m, x))
+        total = total * alpha + jnp.sum(weights, axis=1)
+        weights = weights.astype(shared.weights.dtype)
+        shared.weights[...] = weights
+        shared.largest[...] = new_m
+        mg.commit_smem()
+        mg.barrier_arrive(shared.published.at[self.warpgroup])
+        if program.sizes.rotary_dim is None:
+            self._wait(stage, self.own_values)
+        return new_m, total, *self._add_values(index, stage, exists, alpha, weights, acc)
+
+    def _of_other(self, index, carry):
+        """A tile whose scores the other warpgroup makes."""
+        m, total, *acc = carry
+        program, shared = self.program, self.program.shared
+        stage = program.sizes.first_stage(index)
+        exists = program.is_page(program.page(index))
+        self._wait(stage, self.other_keys)
+        self._release(stage, self.other_keys)
+        self._wait(stage, self.own_values)
+        mg.barrier_wait(shared.published.at[1 - self.warpgroup])
+        new_m = mg.load(shared.largest, layout=_OF_ROWS)
+        alpha = jnp.exp2(m - new_m)
+        acc = self._add_values(index, stage, exists, alpha, shared.weights, acc)
+        return new_m, total * alpha, *acc
+
+    def _scores(self, first):
+        """Of the tile whose chunks begin at a stage, [ROWS, KEYS]."""
+        program, sizes = self.program, self.program.sizes
 
         def add(sums):
-            for i, part in enumerate(sums):
-                chunk, half = divmod(i, CHUNK // LINE)
-                mg.wgmma(part, weights, ring.at[stage(first_own + chunk), half])
+            (x,) = sums
+            for chunk in range(sizes.key_chunks):
+                self._wait(first, [chunk])
+                q = program.shared.q.at[pl.ds(sizes.q_chunk(chunk) * sizes.rows, ROWS)]
+                mg.wgmma(x, q, program.ring.at[sizes.stage(first, chunk)].transpose((1, 0)))
 
-        acc = _accumulate(acc, add, interpret)
-        for chunk in range(own_values):
-            release(first_own + chunk)
-        if sizes.rotary_dim is None:  # the other warpgroup's values, which this one does not read
-            for chunk in range(own_values):
-                release(sizes.first_value + (1 - warpgroup) * own_values + chunk)
-        return new_m, total, next_page, *acc
+        zero = mg.layout_cast(jnp.zeros((ROWS, KEYS), jnp.float32), _TILE)
+        (x,) = _accumulate([zero], add, self.interpret)
+        self._release(first, self.other_keys)
+        return x
 
-    m = mg.layout_cast(jnp.full(ROWS, NO_SCORE, jnp.float32), _OF_ROWS)
-    total = mg.layout_cast(jnp.zeros(ROWS, jnp.float32), _OF_ROWS)
-    zero = mg.layout_cast(jnp.zeros((ROWS, LINE), jnp.float32), _TILE)
-    acc = [zero] * (sizes.shape.head_dim // 2 // LINE)
-    m, total, _, *acc = lax.fori_loop(0, tiles.count, tile, (m, total, page_at(0), *acc))
-    return m, total + _of_other(shared, warpgroup, total), acc
+    def _add_values(self, index, first, exists, alpha, weights, acc):
+        program = self.program
+        begin = program.tiles.first(index)
+        values = [program.ring.at[program.sizes.stage(first, i)] for i in self.own_values]
+
+        # A weight of 0 does not undo a NaN among values that no token sees.
+        @pl.when(jnp.logical_not(exists) | (begin + (KEYS - 1) > program.newest))
+        def _():
+            key = mg.broadcasted_iota(jnp.int32, (KEYS, _HALF), 0, layout=_TILE)
+            for chunk in values:
+                for half in range(2):
+                    some = chunk.at[:, pl.ds(half * _HALF, _HALF)]
+                    x = mg.load(some, layout=_TILE)
+                    seen = exists & (begin + key <= program.newest)
+                    some[...] = jnp.where(seen, x, jnp.zeros_like(x))
+            mg.commit_smem()
+
+        acc = [part * _along_rows(alpha, part) for part in acc]
+        if self.interpret and isinstance(weights, jax.Array):
+            for i, chunk in enumerate(values):
+                acc[i] += jnp.dot(weights, chunk[...], preferred_element_type=jnp.float32)
+            mg.commit_smem()  # the loader may write where this was read
+        else:
+
+            def add(sums):
+                for part, chunk in zip(sums, values, strict=True):
+                    mg.wgmma(part, weights, chunk)
+
+            acc = _accumulate(acc, add, self.interpret)
+        used = self.own_values
+        if program.sizes.rotary_dim is None:  # the other's values are nothing to this warpgroup
+            self._wait(first, self.other_values)
+            used = used + self.other_values
+        self._release(first, used)
+        return acc
+
+    def _wait(self, first, chunks):
+        program = self.program
+        for chunk in chunks:
+            mg.barrier_wait(program.shared.loaded.at[program.sizes.stage(first, chunk)])
+
+    def _release(self, first, chunks):
+        program = self.program
+        if program.sizes.blocks > 1:
+            mg.commit_smem()  # to another block one thread speaks for all
+        for chunk in chunks:
+            mg.barrier_arrive(program.shared.used.at[program.sizes.stage(first, chunk)])
 
 
 def _accumulate(parts, add, interpret):
@@ -317,48 +473,39 @@ def _accumulate(parts, add, interpret):
     return [a + b for a, b in zip(parts, pl.run_scoped(products, *empty), strict=True)]
 
 
-def _store(o, log_sum, shared, sizes, sequence, head, split, warpgroup, limit, m, total, acc):
+def _store(o, log_sum, multiplier, m, total, acc):
     """What each split leaves: its part of the output, and log2 of the sum of exp of its scores."""
-    _, out = shared.ring_or_out
-    heads = pl.ds(head * sizes.shape.group, sizes.shape.group)
+    program, warpgroup = multiplier.program, multiplier.warpgroup
+    group, head_dim = program.sizes.shape.group, program.sizes.shape.head_dim
+    _, out = program.shared.ring_or_out
     divisor = jnp.where(total > 0, total, 1.0)  # padding sees nothing: 0
-    share = jnp.where(limit == UNPLACED, jnp.nan, 1 / divisor)
-    for i, part in enumerate(acc):
-        out.at[warpgroup][...] = (part * _along_rows(share, part)).astype(out.dtype)
-        mg.commit_smem()
-        column = pl.multiple_of(warpgroup * (sizes.shape.head_dim // 2) + i * LINE, LINE)
-        for token in range(sizes.shape.tokens):
-            mg.copy_smem_to_gmem(
-                out.at[warpgroup, pl.ds(token * sizes.shape.group, sizes.shape.group)],
-                o.at[split, sequence, token, heads, pl.ds(column, LINE)],
-            )
-        mg.wait_smem_to_gmem(0)
-    _meet(shared)  # the other's sums have been read
+    share = jnp.where(multiplier.limit == UNPLACED, jnp.nan, 1 / divisor)
+
+    def copy(of_rows, to, *columns):
+        for i, token in enumerate(program.tokens):
+
+            @pl.when(token < program.sizes.shape.tokens)
+            def _(i=i, token=token):
+                mg.copy_smem_to_gmem(
+                    of_rows.at[pl.ds(i * group, group)],
+                    to.at[program.split, program.sequence, token, program.heads(), *columns],
+                )
 
     @pl.when(warpgroup == 0)
     def _():
-        shared.of_rows.at[0][...] = jnp.where(total > 0, m + jnp.log2(divisor), -jnp.inf)
+        lines = program.shared.log_sum
+        lines[...] = jnp.where(total > 0, m + jnp.log2(divisor), -jnp.inf)
         mg.commit_smem()
-        for token in range(sizes.shape.tokens):
-            mg.copy_smem_to_gmem(
-                shared.of_rows.at[0, pl.ds(token * sizes.shape.group, sizes.shape.group)],
-                log_sum.at[split, sequence, token, heads],
-            )
-        mg.wait_smem_to_gmem(0)
+        copy(lines, log_sum)
+
+    for i, part in enumerate(acc):
+        lines = out.at[warpgroup, i]
+        lines[...] = (part * _along_rows(share, part)).astype(out.dtype)
+        mg.commit_smem()
+        column = pl.multiple_of(warpgroup * (head_dim // 2) + i * CHUNK, CHUNK)
+        copy(lines, o, pl.ds(column, CHUNK))
+    mg.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _along_rows(of_rows, x):
     return lax.broadcast_in_dim(of_rows, x.shape, [0])
-
-
-def _of_other(shared, warpgroup, of_rows):
-    """What the other multiplying warpgroup has of each row."""
-    shared.of_rows.at[warpgroup][...] = of_rows
-    mg.commit_smem()
-    _meet(shared)
-    return mg.load(shared.of_rows.at[1 - warpgroup], layout=_OF_ROWS)
-
-
-def _meet(shared):
-    mg.barrier_arrive(shared.met)
-    mg.barrier_wait(shared.met)
