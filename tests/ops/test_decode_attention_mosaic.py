@@ -39,10 +39,10 @@ def attend(where, monkeypatch):
             pytest.skip("the kernel is for compute capability 9.0")
         return functools.partial(ops.decode_attention, implementation="mosaic_gpu")
 
-    def interpreted(*arguments, num_splits=None):
+    def interpreted(*arguments, num_splits=None, scale=1.0):
         assert mosaic.refusal(*arguments[:3], None) is None
         return mosaic.decode_attention(
-            *arguments, sliding_window=None, scale=1.0, num_splits=num_splits, interpret=True
+            *arguments, sliding_window=None, scale=scale, num_splits=num_splits, interpret=True
         )
 
     monkeypatch.setattr(mosaic, "gpu", lambda: H200)
@@ -99,6 +99,17 @@ def test_is_no_worse_than_xla(compact, dtype, attend):
     arguments = step([100], compact=compact, capacity=128, dtype=dtype, poison=1)
     theirs = ops.decode_attention(*arguments, implementation="xla")
     assert error(attend(*arguments), arguments) <= error(theirs, arguments)
+
+
+@on_the_kernel
+@pytest.mark.parametrize(("scale", "of_queries"), [(0.7, 1), (-0.7, 1), (1.0, 30)])
+def test_scale_and_sharp_weights(scale, of_queries, attend):
+    """Other scales, also below 0; scores so far apart that the largest has all the weight."""
+    q, *others = step([150], capacity=192)
+    arguments = q * of_queries, *others
+    o = attend(*arguments, scale=scale)
+    exact = formula(*arguments, scale=scale)
+    assert np.linalg.norm(np.asarray(o, np.float64) - exact) < 3e-3 * np.linalg.norm(exact)
 
 
 @on_the_kernel
@@ -195,6 +206,7 @@ def refusal(monkeypatch, compute_capability=9.0, window=None, **sizes):
         {"tokens": 3},
         {"tokens": 8},
         {"tokens": 9},
+        {"tokens": 1, "group": 24},
         {"tokens": 16, "form": CompactKVCache},
         {"tokens": 7, "group": 16},
         {"tokens": 2, "group": 16},
@@ -220,7 +232,7 @@ def test_takes(sizes, monkeypatch):
         ({"form": CompactKVCache, "rotary": 384}, "384 rotated ones apart; accepted: 512 and 0"),
         ({"tokens": 2}, "2 tokens have 8 query heads a KV head"),
         ({"tokens": 9, "group": 16}, "in all 17 to 128"),
-        ({"tokens": 3, "group": 40}, "3 tokens have 40 query heads a KV head"),
+        ({"tokens": 3, "group": 40}, "at most 64 of half of the tokens, rounded up"),
         ({"tokens": 6, "group": 4}, "accepted: a multiple of 8 heads"),
         ({"page_size": 48}, "pages have 48 slots; accepted: a multiple of 64"),
     ],

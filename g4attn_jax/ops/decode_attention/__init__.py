@@ -87,8 +87,9 @@ def decode_attention(
             XLA), "triton", "xla", or "triton_interpret"; float8 needs 8.9 for the kernel. Or
             "mosaic_gpu", the kernel for several tokens on Hopper, which None takes where it can:
             with JAX 0.11 or later, compute capability 9.0, no window, 17 to 128 query rows a KV
-            head, a multiple of 8 of them a token, pages of a multiple of 64 slots, D 512, R 128,
-            bfloat16 or float16.
+            head (at most 64 of half of the tokens, rounded up), a multiple of 8 of them a token,
+            pages of a multiple of 64 slots, D 512, R 128, bfloat16 or float16. Under `vmap` it runs
+            one by one.
 
     Returns:
         [B, T, Nq, D] in q's dtype; zeros for padding, NaN for -2.
@@ -125,7 +126,7 @@ def decode_attention(
         if implementation is not None:
             raise NotImplementedError(
                 f"implementation 'mosaic_gpu' does not do this: {reason}. Accepted here: None, "
-                "'triton', 'xla', 'triton_interpret'"
+                f"{'' if triton_refusal() else repr('triton') + ', '}'xla', 'triton_interpret'"
             )
     choice = for_cache(implementation, cache, launch_refusal(q, cache))
     return _op(*arguments, **static, **choice)

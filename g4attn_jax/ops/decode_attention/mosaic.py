@@ -47,7 +47,8 @@ def refusal(q, cache: Cache, page_table, sliding_window: int | None) -> str | No
         f"heads have {head_dim} numbers and {width - head_dim} rotated ones apart; accepted: 512 "
         f"and 0 or {CHUNK}": head_dim == 512 and width - head_dim in (0, CHUNK),
         f"{tokens} tokens have {group} query heads a KV head; accepted: a multiple of 8 heads, "
-        f"in all 17 to {2 * ROWS}": group % 8 == 0
+        f"in all 17 to {2 * ROWS}, of them at most {ROWS} of half of the tokens, rounded "
+        "up": group % 8 == 0
         and 16 < tokens * group
         and pl.cdiv(tokens, _blocks(tokens, group)) * group <= ROWS,
         f"pages have {page_size} slots; accepted: a multiple of {KEYS}": page_size % KEYS == 0,
@@ -128,7 +129,7 @@ def _launch(q, cache, page_table, positions, sizes, factor, interpret):
         ),
         scratch_types=(shared,),
         grid=(q.shape[0] * sizes.shape.num_kv_heads, sizes.splits),
-        grid_names=("program", "split"),
+        grid_names=("sequence_and_head", "split"),
         cluster=(sizes.blocks,),
         cluster_names=("block",),
         num_threads=3,

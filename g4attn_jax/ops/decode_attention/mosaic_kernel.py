@@ -6,8 +6,8 @@ weights, and each sums half of the values' columns, for which its registers suff
 A warpgroup sums the tile before its own before it makes the scores of its own: the ring is short,
 and lets go of a tile when its values have been summed.
 
-Of more than 64 query rows two programs of a cluster have half of the tokens each. Both load half of
-every chunk, for both.
+More than 64 query rows go to the two blocks of a cluster, to the first the larger half of the
+tokens. Each loads half of every chunk, for both.
 
 The arithmetic is that of `g4attn_jax.ops.flash_attention.triton`, whose sources apply; that one
 warpgroup multiplies while another takes exponentials is from Shah et al., "FlashAttention-3: fast
@@ -31,7 +31,8 @@ KEYS = 64  # of a tile
 ROWS = 64  # of a program's products; those past its query rows are not stored
 CHUNK = 128  # numbers of each key
 _HALF = CHUNK // 2
-_OTHER_BYTES = 54 * 256  # of shared memory, beside queries and ring: weights, numbers of rows
+# Of shared memory, beside queries and ring: weights, numbers of rows, barriers, their alignment.
+_OTHER_BYTES = 54 * 256
 _LOADER_REGISTERS, _MULTIPLIER_REGISTERS = 40, 232
 _TILE = mg.Layout.WGMMA  # of [64, n] in registers
 _OF_ROWS = _TILE.reduce(1)  # of [64]
@@ -42,7 +43,7 @@ class Sizes(NamedTuple):
 
     shape: Shape
     rotary_dim: int | None  # of a compact cache; None: keys and values are separate
-    blocks: int  # programs that share the tokens, and what they load
+    blocks: int  # that share the tokens, and what they load
     splits: int
     shared_memory: int  # bytes, of a program
 
@@ -126,7 +127,7 @@ class Shared(NamedTuple):
     totals: Any  # [2, ROWS], likewise
     log_sum: Any  # [ROWS], as it is written in the end
     loaded: Any  # a chunk
-    used: Any  # a chunk, by both
+    used: Any  # a chunk, by both multiplying warpgroups, of both blocks
     q_loaded: Any
     published: Any  # weights and the largest of a warpgroup
     met: Any  # both multiplying warpgroups
@@ -186,14 +187,14 @@ class _Program(NamedTuple):
     sequence: jax.Array
     head: jax.Array  # of keys and values
     split: jax.Array
-    tokens: list[jax.Array]  # T and more where this block has one less
+    tokens: list[jax.Array]  # of this block; T where it has one less
     newest: jax.Array  # position of all tokens, also another block's
     tiles: _Tiles
 
     @classmethod
     def this(cls, inputs, shared, sizes):
         """The one that runs."""
-        index, split = lax.axis_index("program"), lax.axis_index("split")
+        index, split = lax.axis_index("sequence_and_head"), lax.axis_index("split")
         heads = jnp.int32(sizes.shape.num_kv_heads)
         sequence, head = lax.div(index, heads), lax.rem(index, heads)
         first_token = lax.axis_index("block") * sizes.tokens
@@ -208,6 +209,7 @@ class _Program(NamedTuple):
         """Chunks, as in shared memory."""
         return self.shared.ring_or_out[0]
 
+    @property
     def heads(self):
         """The query heads."""
         return pl.ds(self.head * self.sizes.shape.group, self.sizes.shape.group)
@@ -217,9 +219,8 @@ class _Program(NamedTuple):
         return jnp.minimum(token, self.sizes.shape.tokens - 1)
 
     def position(self, token):
-        """Of a token; where there is none as of padding."""
-        position = self.inputs.positions[self.sequence, self.existing(token)]
-        return jnp.where(token < self.sizes.shape.tokens, position, -1)
+        """Of a token; where there is none of the last: what it makes of it is not stored."""
+        return self.inputs.positions[self.sequence, self.existing(token)]
 
     def page(self, index):
         """Of a tile, or of the last one."""
@@ -283,7 +284,7 @@ def _load_queries(program):
             columns = pl.ds(chunk * CHUNK, CHUNK)
             mg.copy_gmem_to_smem(
                 program.inputs.q.at[
-                    program.sequence, program.existing(token), program.heads(), columns
+                    program.sequence, program.existing(token), program.heads, columns
                 ],
                 program.shared.q.at[pl.ds(chunk * sizes.rows + i * group, group)],
                 program.shared.q_loaded,
@@ -488,7 +489,7 @@ def _store(o, log_sum, multiplier, m, total, acc):
             def _(i=i, token=token):
                 mg.copy_smem_to_gmem(
                     of_rows.at[pl.ds(i * group, group)],
-                    to.at[program.split, program.sequence, token, program.heads(), *columns],
+                    to.at[program.split, program.sequence, token, program.heads, *columns],
                 )
 
     @pl.when(warpgroup == 0)
