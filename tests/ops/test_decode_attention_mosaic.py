@@ -258,6 +258,13 @@ def test_a_demand_is_refused_by_name():
         ops.decode_attention(*arguments, implementation="mosaic")
 
 
+def test_an_older_jax_is_refused(monkeypatch):
+    arguments = step([20], pages=1)
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    with pytest.raises(NotImplementedError, match=r"accepted: 0\.11 or later"):
+        ops.decode_attention(*arguments, implementation="mosaic_gpu")
+
+
 @pytest.mark.skipif(gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable()))
 @pytest.mark.parametrize(
     ("form", "paged", "tokens", "group", "num_splits"),
