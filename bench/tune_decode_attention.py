@@ -1,4 +1,4 @@
-"""Kernel time of decode attention for launches around the chosen; `choose_launch` is fitted to it.
+"""Kernel time of Triton's decode attention, launches around the chosen: fits `choose_launch`.
 
     python -m bench.tune_decode_attention [--out DIR]
 

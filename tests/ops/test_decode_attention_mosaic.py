@@ -165,7 +165,8 @@ def test_vmap(attend):
 @pytest.mark.parametrize("compact", [False, True])
 def test_warpgroups_wait_for_each_other(compact, tokens, monkeypatch):
     """By the interpreter's race detector: no access that another's does not happen before."""
-    gpu_callbacks = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
     arguments = step([650], tokens, compact=compact, capacity=704)
     monkeypatch.setattr(mosaic, "gpu", lambda: H200)
     interpreter = functools.partial(mosaic.mg.InterpretGPUParams, detect_races=True)
