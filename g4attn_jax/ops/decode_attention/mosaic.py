@@ -65,8 +65,8 @@ def decode_attention(
     # Under vmap one by one: JAX has no rule for a batch of such kernels.
     @jax.custom_batching.sequential_vmap
     def run(q, cache, page_table, positions):
-        sizes = _sizes(q, cache, page_table, positions, num_splits)
-        o, log_sum = _launch(q, cache, page_table, positions, sizes, scale * LOG2_E, interpret)
+        sizes = _sizes(q, cache, page_table, positions, num_splits, interpret)
+        o, log_sum = _launch(q, cache, page_table, positions, sizes, scale * LOG2_E)
         return o[0] if sizes.splits == 1 else combine(o, log_sum, q.dtype, interpret)
 
     return run(q, cache, page_table, positions)
@@ -76,7 +76,7 @@ def _blocks(tokens, group):
     return 1 if tokens * group <= ROWS else 2
 
 
-def _sizes(q, cache, page_table, positions, num_splits):
+def _sizes(q, cache, page_table, positions, num_splits, interpret):
     _, shape = operands(q, cache, page_table, positions)
     blocks = _blocks(shape.tokens, shape.group)
     programs = len(q) * shape.num_kv_heads * blocks
@@ -87,60 +87,74 @@ def _sizes(q, cache, page_table, positions, num_splits):
         blocks=blocks,
         splits=num_splits or choose_splits(gpu(), programs, tiles),
         shared_memory=gpu().shared_memory,
+        interpret=interpret,
     )
 
 
-def _launch(q, cache, page_table, positions, sizes, factor, interpret):
+def _launch(q, cache, page_table, positions, sizes, factor):
     """What the splits leave: (parts, log2 of the sum of exp of their scores).
 
     Parts are [splits, B, T, Nq, D], in float32; of a single split, o itself, in q's dtype.
     """
-    shape = sizes.splits, *q.shape[:3]
-    out_dtype = jnp.dtype(q.dtype if sizes.splits == 1 else jnp.float32)
+    (batch, tokens, num_q_heads, width), splits = q.shape, sizes.splits
+    out_dtype = jnp.dtype(q.dtype if splits == 1 else jnp.float32)
     arrays = [part.array for part in cache.key_parts if part.array is not cache.v] + [cache.v]
     arrays = [array.reshape(-1, array.shape[2] * array.shape[3]) for array in arrays]
-    ring = _swizzled((sizes.stages, KEYS, CHUNK), q.dtype)
+    q_lines, out_lines = (sizes.lines(n) for n in (sizes.q_tokens, sizes.padded_tokens))
+    ring = _swizzled((sizes.stages,), (KEYS, CHUNK), q.dtype)
     used = mg.Barrier
     if sizes.blocks > 1:
         used = functools.partial(mg.ClusterBarrier, collective_axes=("block",))
     shared = Shared(
-        q=_swizzled((sizes.q_rows, CHUNK), q.dtype),
-        ring_or_out=mg.RefUnion(ring, _swizzled((2, 2, ROWS, CHUNK), out_dtype)),
-        weights=_swizzled((ROWS, KEYS), q.dtype),
+        q=_swizzled((), (*q_lines, CHUNK), q.dtype),
+        ring_or_out=mg.RefUnion(ring, _swizzled((2, 2), (*out_lines, CHUNK), out_dtype)),
+        weights=_swizzled((), (ROWS, KEYS), q.dtype),
         largest=mg.SMEM((ROWS,), jnp.float32),
         totals=mg.SMEM((2, ROWS), jnp.float32),
-        log_sum=mg.SMEM((ROWS,), jnp.float32),
+        log_sum=mg.SMEM(out_lines, jnp.float32),
         loaded=mg.Barrier(num_barriers=sizes.stages),
         used=used(num_arrivals=2, num_barriers=sizes.stages),
-        q_loaded=mg.Barrier(num_arrivals=sizes.tokens * q.shape[3] // CHUNK),
+        q_loaded=mg.Barrier(
+            num_arrivals=sizes.key_chunks * (sizes.tokens if sizes.interpret else 1)
+        ),
         published=mg.Barrier(num_arrivals=1, num_barriers=2),
         met=mg.Barrier(num_arrivals=2),
     )
 
     def body(inputs, o, log_sum, shared):
-        attend(inputs, o, log_sum, shared, sizes=sizes, factor=factor, interpret=interpret)
+        attend(inputs, o, log_sum, shared, sizes=sizes, factor=factor)
 
     body.__name__ = "decode_attention"  # the launch's
-    return mg.kernel(
+    o, log_sum = mg.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((*shape, sizes.shape.head_dim), out_dtype),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct(
+                (splits * batch * tokens, num_q_heads, sizes.shape.head_dim), out_dtype
+            ),
+            jax.ShapeDtypeStruct((splits * batch * tokens, num_q_heads), jnp.float32),
         ),
         scratch_types=(shared,),
-        grid=(q.shape[0] * sizes.shape.num_kv_heads, sizes.splits),
+        grid=(batch * sizes.shape.num_kv_heads, splits),
         grid_names=("sequence_and_head", "split"),
         cluster=(sizes.blocks,),
         cluster_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=mg.CompilerParams(approx_math=True),
-        interpret=mg.InterpretGPUParams() if interpret else None,
-    )(Inputs(q, tuple(arrays), page_table, positions))
+        interpret=mg.InterpretGPUParams() if sizes.interpret else None,
+    )(Inputs(q.reshape(-1, num_q_heads, width), tuple(arrays), page_table, positions))
+    shape = splits, batch, tokens, num_q_heads
+    return o.reshape(*shape, -1), log_sum.reshape(shape)
 
 
-def _swizzled(shape, dtype):
-    """Shared memory as TMA and tensor cores share it: lines of 128 bytes, 8 of them together."""
-    line = 128 // jnp.dtype(dtype).itemsize
-    transforms = mg.TilingTransform((8, line)), mg.SwizzleTransform(128)
-    return mg.SMEM(shape, dtype, transforms=transforms)
+def _swizzled(arrays, lines, dtype):
+    """Shared memory as TMA and tensor cores share it: 8 lines of 128 bytes together.
+
+    Args:
+        arrays: dimensions that are not of one array.
+        lines: those of one: of its lines, and what a line has.
+        dtype: of a number.
+    """
+    tiling = *[1] * (len(lines) - 2), 8, 128 // jnp.dtype(dtype).itemsize
+    transforms = mg.TilingTransform(tiling), mg.SwizzleTransform(128)
+    return mg.SMEM((*arrays, *lines), dtype, transforms=transforms)

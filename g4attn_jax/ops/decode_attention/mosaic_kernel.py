@@ -46,6 +46,9 @@ class Sizes(NamedTuple):
     blocks: int  # that share the tokens, and what they load
     splits: int
     shared_memory: int  # bytes, of a program
+    # Whether JAX's interpreter runs it, which knows neither products of registers, nor accumulators
+    # that hold something, nor shared memory seen in another shape.
+    interpret: bool
 
     @property
     def tokens(self):
@@ -58,15 +61,32 @@ class Sizes(NamedTuple):
         return self.tokens * self.shape.group
 
     @property
-    def q_rows(self):
-        """Lines of shared memory for the queries: the last chunk's, too, are read as if ROWS."""
-        return self.key_chunks * self.rows + ROWS - self.rows
+    def padded_tokens(self):
+        """As many as have ROWS query rows."""
+        return pl.cdiv(ROWS, self.shape.group)
+
+    @property
+    def q_tokens(self):
+        """Of all chunks of the queries, one after another: the last, too, is read as if ROWS."""
+        return (self.key_chunks - 1) * self.tokens + self.padded_tokens
+
+    def lines(self, tokens):
+        """The shape in which shared memory has rows of tokens, to be copied as they are in q."""
+        group = self.shape.group
+        return (tokens * group,) if self.interpret else (tokens, group)
+
+    def as_lines(self, ref):
+        """Shared memory of `lines`, with one dimension of them."""
+        if self.interpret:
+            return ref
+        tokens, group, *others = ref.shape
+        return ref.reshape(tokens * group, *others)
 
     @property
     def stages(self):
         """Chunks in the ring."""
-        room = self.shared_memory - 2 * self.q_rows * CHUNK - _OTHER_BYTES
-        return room // (2 * KEYS * CHUNK)
+        queries = 2 * self.q_tokens * self.shape.group * CHUNK
+        return (self.shared_memory - queries - _OTHER_BYTES) // (2 * KEYS * CHUNK)
 
     @property
     def array_widths(self):
@@ -111,7 +131,7 @@ class Sizes(NamedTuple):
 class Inputs(NamedTuple):
     """What the kernel reads."""
 
-    q: jax.Array  # [B, T, Nq, width]
+    q: jax.Array  # [B * T, Nq, width]
     arrays: tuple[jax.Array, jax.Array]  # of the cache, [slots, Nkv * width]
     page_table: jax.Array | None  # int32 [B, pages]; None: sequence b has page b
     positions: jax.Array  # int32 [B, T]
@@ -120,12 +140,13 @@ class Inputs(NamedTuple):
 class Shared(NamedTuple):
     """Shared memory of a program, and the barriers of what is in it."""
 
-    q: Any  # [q_rows, CHUNK]
-    ring_or_out: Any  # [stages, KEYS, CHUNK], or [2, 2, ROWS, CHUNK] of what is written in the end
+    q: Any  # [*lines(q_tokens), CHUNK]
+    # [stages, KEYS, CHUNK], or [2, 2, *lines(padded_tokens), CHUNK] of what is written in the end
+    ring_or_out: Any
     weights: Any  # [ROWS, KEYS], of a tile, from one multiplying warpgroup to the other
     largest: Any  # [ROWS], so far, likewise
     totals: Any  # [2, ROWS], likewise
-    log_sum: Any  # [ROWS], as it is written in the end
+    log_sum: Any  # lines(padded_tokens), as it is written in the end
     loaded: Any  # a chunk
     used: Any  # a chunk, by both multiplying warpgroups, of both blocks
     q_loaded: Any
@@ -133,49 +154,22 @@ class Shared(NamedTuple):
     met: Any  # both multiplying warpgroups
 
 
-def attend(inputs, o, log_sum, shared, *, sizes: Sizes, factor: float, interpret: bool):
-    """A program.
-
-    Args:
-        factor: takes scores to those of exp2.
-        interpret: whether JAX's interpreter runs it, which knows neither products of registers nor
-            accumulators that hold something.
-    """
+def attend(inputs, o, log_sum, shared, *, sizes: Sizes, factor: float):
+    """A program; `factor` takes scores to those of exp2."""
     program = _Program.this(inputs, shared, sizes)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == 2)
     def _():
         mg.set_max_registers(_LOADER_REGISTERS, action="decrease")
-        _load(program)
+        _load_queries(program)  # which wait for no position
+        _load(program, _Tiles.of(program))
 
     @pl.when(warpgroup < 2)
     def _():
         mg.set_max_registers(_MULTIPLIER_REGISTERS, action="increase")
-        positions = [program.position(token) for token in program.tokens]
-        limit = _limits(positions, sizes)
-        oldest = functools.reduce(jnp.minimum, positions)
-        multiplier = _Multiplier(program, warpgroup, limit, oldest, factor, interpret)
+        multiplier = _Multiplier.of(program, warpgroup, factor)
         _store(o, log_sum, multiplier, *multiplier.run())
-
-
-class _Tiles(NamedTuple):
-    """The tiles of a split: how many, and which is the first."""
-
-    count: jax.Array
-    begin: jax.Array
-
-    @classmethod
-    def of_split(cls, split, newest, sizes):
-        """Neighbouring ones, at most one more than another split has."""
-        splits = jnp.int32(sizes.splits)
-        count = jnp.where(newest >= 0, lax.div(newest, jnp.int32(KEYS)) + 1, 0)
-        share, left = lax.div(count, splits), lax.rem(count, splits)
-        return cls(share + (split < left), split * share + jnp.minimum(split, left))
-
-    def first(self, index):
-        """The first position of a tile."""
-        return (self.begin + index) * KEYS
 
 
 class _Program(NamedTuple):
@@ -187,9 +181,7 @@ class _Program(NamedTuple):
     sequence: jax.Array
     head: jax.Array  # of keys and values
     split: jax.Array
-    tokens: list[jax.Array]  # of this block; T where it has one less
-    newest: jax.Array  # position of all tokens, also another block's
-    tiles: _Tiles
+    first_token: jax.Array  # of this block; the last ones of two blocks may be the same
 
     @classmethod
     def this(cls, inputs, shared, sizes):
@@ -197,48 +189,101 @@ class _Program(NamedTuple):
         index, split = lax.axis_index("sequence_and_head"), lax.axis_index("split")
         heads = jnp.int32(sizes.shape.num_kv_heads)
         sequence, head = lax.div(index, heads), lax.rem(index, heads)
-        first_token = lax.axis_index("block") * sizes.tokens
-        tokens = [first_token + i for i in range(sizes.tokens)]
-        at = [inputs.positions[sequence, token] for token in range(sizes.shape.tokens)]
-        newest = functools.reduce(jnp.maximum, at)
-        tiles = _Tiles.of_split(split, newest, sizes)
-        return cls(inputs, shared, sizes, sequence, head, split, tokens, newest, tiles)
+        first_token = lax.axis_index("block") * (sizes.shape.tokens - sizes.tokens)
+        return cls(inputs, shared, sizes, sequence, head, split, first_token)
 
     @property
     def ring(self):
         """Chunks, as in shared memory."""
         return self.shared.ring_or_out[0]
 
-    @property
-    def heads(self):
-        """The query heads."""
-        return pl.ds(self.head * self.sizes.shape.group, self.sizes.shape.group)
+    def copies(self, array, split, columns, ref, begin=0):
+        """(part of array, part of ref) for each copy of this block's rows of q or of the output.
 
-    def existing(self, token):
-        """A token, or where there is none the last."""
-        return jnp.minimum(token, self.sizes.shape.tokens - 1)
+        One takes a while to be asked for: a part has all tokens, but in the interpreter one.
+
+        Args:
+            array: [B * T, Nq, ...], or of each split one after the other.
+            split: which.
+            columns: indices of its other dimensions.
+            ref: [*lines(...), ...].
+            begin: the token of ref that is this block's first.
+        """
+        sizes, group = self.sizes, self.sizes.shape.group
+        first = split * self.inputs.q.shape[0] + self.sequence * sizes.shape.tokens
+        first, heads = first + self.first_token, pl.ds(self.head * group, group)
+        if not sizes.interpret:
+            tokens = pl.ds(first, sizes.tokens)
+            return [(array.at[tokens, heads, *columns], ref.at[pl.ds(begin, sizes.tokens)])]
+        return [
+            (array.at[first + i, heads, *columns], ref.at[pl.ds((begin + i) * group, group)])
+            for i in range(sizes.tokens)
+        ]
 
     def position(self, token):
-        """Of a token; where there is none of the last: what it makes of it is not stored."""
-        return self.inputs.positions[self.sequence, self.existing(token)]
-
-    def page(self, index):
-        """Of a tile, or of the last one."""
-        if self.inputs.page_table is None:
-            return self.sequence
-        shape = self.sizes.shape
-        index = jnp.maximum(jnp.minimum(index, self.tiles.count - 1), 0)
-        place = lax.rem(self.tiles.first(index), jnp.int32(shape.columns * shape.page_size))
-        return self.inputs.page_table[self.sequence, lax.div(place, jnp.int32(shape.page_size))]
+        """Of a token of this block."""
+        return self.inputs.positions[self.sequence, self.first_token + token]
 
     def is_page(self, page):
         """Whether the cache has it."""
         return (page >= 0) & (page < self.sizes.shape.num_pages)
 
 
-def _load(program):
-    """Tile after tile, each chunk where one was that has been used; after the first the queries."""
-    sizes, shared, tiles = program.sizes, program.shared, program.tiles
+class _Tiles(NamedTuple):
+    """The tiles of a split."""
+
+    program: _Program
+    newest: jax.Array  # position of all tokens, also another block's
+    count: jax.Array
+    begin: jax.Array  # which tile of the sequence is the first
+    step: int  # from one to the next
+
+    @classmethod
+    def of(cls, program):
+        """Of the split of a program, at most one more than another split has.
+
+        The programs of a sequence read neighbouring tiles at a time. But pages lie anywhere: of
+        them a program has its tiles side by side, as their pages are in the page table.
+        """
+        sizes, split = program.sizes, program.split
+        positions = [
+            program.inputs.positions[program.sequence, token] for token in range(sizes.shape.tokens)
+        ]
+        newest, splits = functools.reduce(jnp.maximum, positions), jnp.int32(sizes.splits)
+        count = jnp.where(newest >= 0, lax.div(newest, jnp.int32(KEYS)) + 1, 0)
+        share, left = lax.div(count, splits), lax.rem(count, splits)
+        own = share + (split < left)
+        if program.inputs.page_table is None:
+            return cls(program, newest, own, split, sizes.splits)
+        return cls(program, newest, own, split * share + jnp.minimum(split, left), 1)
+
+    def first(self, index):
+        """The first position of a tile."""
+        return (self.begin + index * self.step) * KEYS
+
+    def page(self, index):
+        """Of a tile, or of the last one."""
+        program = self.program
+        if program.inputs.page_table is None:
+            return program.sequence
+        shape = program.sizes.shape
+        index = jnp.maximum(jnp.minimum(index, self.count - 1), 0)
+        place = lax.rem(self.first(index), jnp.int32(shape.columns * shape.page_size))
+        column = lax.div(place, jnp.int32(shape.page_size))
+        return program.inputs.page_table[program.sequence, column]
+
+
+def _load_queries(program):
+    sizes, shared, q = program.sizes, program.shared, program.inputs.q
+    for chunk in range(sizes.key_chunks):
+        columns = (pl.ds(chunk * CHUNK, CHUNK),)
+        for part, lines in program.copies(q, 0, columns, shared.q, chunk * sizes.tokens):
+            mg.copy_gmem_to_smem(part, lines, shared.q_loaded)
+
+
+def _load(program, tiles):
+    """Tile after tile, each chunk where one was that has been used."""
+    sizes, shared = program.sizes, program.shared
 
     def tile(index, page):
         page = jnp.where(program.is_page(page), page, 0)
@@ -261,12 +306,9 @@ def _load(program):
                     collective_axes="block",
                 )
                 chunk += 1
-        return program.page(index + 1)
+        return tiles.page(index + 1)
 
-    first = jnp.minimum(tiles.count, 1)
-    page = lax.fori_loop(0, first, tile, program.page(0))
-    pl.when(first > 0)(functools.partial(_load_queries, program))
-    lax.fori_loop(first, tiles.count, tile, page)
+    lax.fori_loop(0, tiles.count, tile, tiles.page(0))
     count = tiles.count * sizes.chunks
 
     # What another block writes here, and whom it tells, must be there until it has. JAX's
@@ -275,20 +317,6 @@ def _load(program):
         mg.barrier_wait(shared.used.at[lax.rem(chunk, jnp.int32(sizes.stages))])
 
     lax.fori_loop(jnp.maximum(count - sizes.stages, 0), count, wait, None)
-
-
-def _load_queries(program):
-    sizes, group = program.sizes, program.sizes.shape.group
-    for chunk in range(sizes.key_chunks):
-        for i, token in enumerate(program.tokens):
-            columns = pl.ds(chunk * CHUNK, CHUNK)
-            mg.copy_gmem_to_smem(
-                program.inputs.q.at[
-                    program.sequence, program.existing(token), program.heads, columns
-                ],
-                program.shared.q.at[pl.ds(chunk * sizes.rows + i * group, group)],
-                program.shared.q_loaded,
-            )
 
 
 def _limits(positions, sizes):
@@ -305,11 +333,19 @@ class _Multiplier(NamedTuple):
     """One of the two warpgroups that multiply."""
 
     program: _Program
+    tiles: _Tiles
     warpgroup: jax.Array
     limit: jax.Array  # `_limits`
     oldest: jax.Array  # position of this block's tokens
     factor: float
-    interpret: bool
+
+    @classmethod
+    def of(cls, program, warpgroup, factor):
+        """See `attend`."""
+        positions = [program.position(token) for token in range(program.sizes.tokens)]
+        limit = _limits(positions, program.sizes)
+        oldest = functools.reduce(jnp.minimum, positions)
+        return cls(program, _Tiles.of(program), warpgroup, limit, oldest, factor)
 
     @property
     def own_values(self):
@@ -335,8 +371,8 @@ class _Multiplier(NamedTuple):
 
     def run(self):
         """(m, sums of weights, sums of weighted values) of a split, the last of D / 2 columns."""
-        shared, count = self.program.shared, self.program.tiles.count
-        pl.when(count > 0)(lambda: mg.barrier_wait(shared.q_loaded))
+        shared, count = self.program.shared, self.tiles.count
+        mg.barrier_wait(shared.q_loaded)
         m = mg.layout_cast(jnp.full(ROWS, NO_SCORE, jnp.float32), _OF_ROWS)
         total = mg.layout_cast(jnp.zeros(ROWS, jnp.float32), _OF_ROWS)
         zero = mg.layout_cast(jnp.zeros((ROWS, CHUNK), jnp.float32), _TILE)
@@ -356,8 +392,8 @@ class _Multiplier(NamedTuple):
         """The tile before, and one whose scores this warpgroup makes."""
         program, shared = self.program, self.program.shared
         index = 2 * turn + self.warpgroup
-        begin, stage = program.tiles.first(index), program.sizes.first_stage(index)
-        exists = program.is_page(program.page(index))
+        begin, stage = self.tiles.first(index), program.sizes.first_stage(index)
+        exists = program.is_page(self.tiles.page(index))
         m, total, *acc = lax.fori_loop(jnp.maximum(index - 1, 0), index, self._of_other, carry)
         x = self._scores(stage) * self.factor
 
@@ -386,7 +422,7 @@ class _Multiplier(NamedTuple):
         m, total, *acc = carry
         program, shared = self.program, self.program.shared
         stage = program.sizes.first_stage(index)
-        exists = program.is_page(program.page(index))
+        exists = program.is_page(self.tiles.page(index))
         self._wait(stage, self.other_keys)
         self._release(stage, self.other_keys)
         self._wait(stage, self.own_values)
@@ -399,38 +435,39 @@ class _Multiplier(NamedTuple):
     def _scores(self, first):
         """Of the tile whose chunks begin at a stage, [ROWS, KEYS]."""
         program, sizes = self.program, self.program.sizes
+        rows = sizes.as_lines(program.shared.q)
 
         def add(sums):
             (x,) = sums
             for chunk in range(sizes.key_chunks):
                 self._wait(first, [chunk])
-                q = program.shared.q.at[pl.ds(sizes.q_chunk(chunk) * sizes.rows, ROWS)]
+                q = rows.at[pl.ds(sizes.q_chunk(chunk) * sizes.rows, ROWS)]
                 mg.wgmma(x, q, program.ring.at[sizes.stage(first, chunk)].transpose((1, 0)))
 
         zero = mg.layout_cast(jnp.zeros((ROWS, KEYS), jnp.float32), _TILE)
-        (x,) = _accumulate([zero], add, self.interpret)
+        (x,) = _accumulate([zero], add, self.program.sizes.interpret)
         self._release(first, self.other_keys)
         return x
 
     def _add_values(self, index, first, exists, alpha, weights, acc):
         program = self.program
-        begin = program.tiles.first(index)
+        begin, newest = self.tiles.first(index), self.tiles.newest
         values = [program.ring.at[program.sizes.stage(first, i)] for i in self.own_values]
 
         # A weight of 0 does not undo a NaN among values that no token sees.
-        @pl.when(jnp.logical_not(exists) | (begin + (KEYS - 1) > program.newest))
+        @pl.when(jnp.logical_not(exists) | (begin + (KEYS - 1) > newest))
         def _():
             key = mg.broadcasted_iota(jnp.int32, (KEYS, _HALF), 0, layout=_TILE)
             for chunk in values:
                 for half in range(2):
                     some = chunk.at[:, pl.ds(half * _HALF, _HALF)]
                     x = mg.load(some, layout=_TILE)
-                    seen = exists & (begin + key <= program.newest)
+                    seen = exists & (begin + key <= newest)
                     some[...] = jnp.where(seen, x, jnp.zeros_like(x))
             mg.commit_smem()
 
         acc = [part * _along_rows(alpha, part) for part in acc]
-        if self.interpret and isinstance(weights, jax.Array):
+        if program.sizes.interpret and isinstance(weights, jax.Array):
             for i, chunk in enumerate(values):
                 acc[i] += jnp.dot(weights, chunk[...], preferred_element_type=jnp.float32)
             mg.commit_smem()  # the loader may write where this was read
@@ -440,7 +477,7 @@ class _Multiplier(NamedTuple):
                 for part, chunk in zip(sums, values, strict=True):
                     mg.wgmma(part, weights, chunk)
 
-            acc = _accumulate(acc, add, self.interpret)
+            acc = _accumulate(acc, add, self.program.sizes.interpret)
         used = self.own_values
         if program.sizes.rotary_dim is None:  # the other's values are nothing to this warpgroup
             self._wait(first, self.other_values)
@@ -475,36 +512,38 @@ def _accumulate(parts, add, interpret):
 
 
 def _store(o, log_sum, multiplier, m, total, acc):
-    """What each split leaves: its part of the output, and log2 of the sum of exp of its scores."""
+    """What each split leaves: its part of the output, and log2 of the sum of exp of its scores.
+
+    Args:
+        o: [splits * B * T, Nq, D].
+        log_sum: [splits * B * T, Nq].
+    """
     program, warpgroup = multiplier.program, multiplier.warpgroup
-    group, head_dim = program.sizes.shape.group, program.sizes.shape.head_dim
-    _, out = program.shared.ring_or_out
+    sizes, shared = program.sizes, program.shared
     divisor = jnp.where(total > 0, total, 1.0)  # padding sees nothing: 0
     share = jnp.where(multiplier.limit == UNPLACED, jnp.nan, 1 / divisor)
-
-    def copy(of_rows, to, *columns):
-        for i, token in enumerate(program.tokens):
-
-            @pl.when(token < program.sizes.shape.tokens)
-            def _(i=i, token=token):
-                mg.copy_smem_to_gmem(
-                    of_rows.at[pl.ds(i * group, group)],
-                    to.at[program.split, program.sequence, token, program.heads, *columns],
-                )
+    out = shared.ring_or_out[1].at[warpgroup]
+    for i, part in enumerate(acc):
+        lines = sizes.as_lines(out.at[i]).at[pl.ds(0, ROWS)]
+        lines[...] = (part * _along_rows(share, part)).astype(out.dtype)
 
     @pl.when(warpgroup == 0)
     def _():
-        lines = program.shared.log_sum
+        lines = sizes.as_lines(shared.log_sum).at[pl.ds(0, ROWS)]
         lines[...] = jnp.where(total > 0, m + jnp.log2(divisor), -jnp.inf)
-        mg.commit_smem()
-        copy(lines, log_sum)
 
-    for i, part in enumerate(acc):
-        lines = out.at[warpgroup, i]
-        lines[...] = (part * _along_rows(share, part)).astype(out.dtype)
-        mg.commit_smem()
-        column = pl.multiple_of(warpgroup * (head_dim // 2) + i * CHUNK, CHUNK)
-        copy(lines, o, pl.ds(column, CHUNK))
+    mg.commit_smem()
+    for i in range(len(acc)):
+        column = pl.multiple_of(warpgroup * (sizes.shape.head_dim // 2) + i * CHUNK, CHUNK)
+        columns = (pl.ds(column, CHUNK),)
+        for part, lines in program.copies(o, program.split, columns, out.at[i]):
+            mg.copy_smem_to_gmem(lines, part)
+
+    @pl.when(warpgroup == 0)
+    def _():
+        for part, lines in program.copies(log_sum, program.split, (), shared.log_sum):
+            mg.copy_smem_to_gmem(lines, part)
+
     mg.wait_smem_to_gmem(0, wait_read_only=True)
 
 
