@@ -6,8 +6,11 @@ weights, and each sums half of the values' columns, for which its registers suff
 A warpgroup sums the tile before its own before it makes the scores of its own: the ring is short,
 and lets go of a tile when its values have been summed.
 
-More than 64 query rows go to the two blocks of a cluster, to the first the larger half of the
-tokens. Each loads half of every chunk, for both.
+The queries come first, for what the loader asks for later waits behind them, and like the output
+in one copy of all tokens for each chunk: a copy takes a while to be asked for.
+
+More than 64 query rows go to the two blocks of a cluster, half of the tokens to each, and to both
+the middle one of an odd number. Each block loads half of every chunk, for both.
 
 The arithmetic is that of `g4attn_jax.ops.flash_attention.triton`, whose sources apply; that one
 warpgroup multiplies while another takes exponentials is from Shah et al., "FlashAttention-3: fast
@@ -52,7 +55,7 @@ class Sizes(NamedTuple):
 
     @property
     def tokens(self):
-        """Of a block; the last may have fewer."""
+        """Of a block."""
         return pl.cdiv(self.shape.tokens, self.blocks)
 
     @property
@@ -162,7 +165,7 @@ def attend(inputs, o, log_sum, shared, *, sizes: Sizes, factor: float):
     @pl.when(warpgroup == 2)
     def _():
         mg.set_max_registers(_LOADER_REGISTERS, action="decrease")
-        _load_queries(program)  # which wait for no position
+        _load_queries(program)
         _load(program, _Tiles.of(program))
 
     @pl.when(warpgroup < 2)
@@ -181,7 +184,7 @@ class _Program(NamedTuple):
     sequence: jax.Array
     head: jax.Array  # of keys and values
     split: jax.Array
-    first_token: jax.Array  # of this block; the last ones of two blocks may be the same
+    first_token: jax.Array  # of this block
 
     @classmethod
     def this(cls, inputs, shared, sizes):
@@ -198,9 +201,9 @@ class _Program(NamedTuple):
         return self.shared.ring_or_out[0]
 
     def copies(self, array, split, columns, ref, begin=0):
-        """(part of array, part of ref) for each copy of this block's rows of q or of the output.
+        """(part of array, part of ref) of each copy of this block's rows of q or of the output.
 
-        One takes a while to be asked for: a part has all tokens, but in the interpreter one.
+        There is one, but in the interpreter one for each token.
 
         Args:
             array: [B * T, Nq, ...], or of each split one after the other.
