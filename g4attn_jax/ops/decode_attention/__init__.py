@@ -87,7 +87,7 @@ def decode_attention(
             XLA), "triton", "xla", or "triton_interpret"; float8 needs 8.9 for the kernel. Or
             "mosaic_gpu", the kernel for several tokens on Hopper, which None takes where it can:
             with JAX 0.11 or later, compute capability 9.0, no window, 17 to 128 query rows a KV
-            head (at most 64 of half of the tokens, rounded up), a multiple of 8 of them a token,
+            head (at most 64 of half of the tokens, rounded up), 8, 16, 32 or 64 of them a token,
             pages of a multiple of 64 slots, D 512, R 128, bfloat16 or float16. Under `vmap` it runs
             one by one.
 

@@ -46,9 +46,10 @@ def refusal(q, cache: Cache, page_table, sliding_window: int | None) -> str | No
         # The ring holds all keys of a tile at a time, and would not of more numbers.
         f"heads have {head_dim} numbers and {width - head_dim} rotated ones apart; accepted: 512 "
         f"and 0 or {CHUNK}": head_dim == 512 and width - head_dim in (0, CHUNK),
-        f"{tokens} tokens have {group} query heads a KV head; accepted: a multiple of 8 heads, "
+        f"{tokens} tokens have {group} query heads a KV head; accepted: 8, 16, 32 or {ROWS} heads, "
         f"in all 17 to {2 * ROWS}, of them at most {ROWS} of half of the tokens, rounded "
         "up": group % 8 == 0
+        and ROWS % group == 0
         and 16 < tokens * group
         and pl.cdiv(tokens, _blocks(tokens, group)) * group <= ROWS,
         f"pages have {page_size} slots; accepted: a multiple of {KEYS}": page_size % KEYS == 0,

@@ -66,7 +66,7 @@ class Sizes(NamedTuple):
     @property
     def padded_tokens(self):
         """As many as have ROWS query rows."""
-        return pl.cdiv(ROWS, self.shape.group)
+        return ROWS // self.shape.group
 
     @property
     def q_tokens(self):
