@@ -278,6 +278,7 @@ def test_an_older_jax_is_refused(monkeypatch):
         (CompactKVCache, True, 4, 16, 1),
         (KVCache, True, 16, 8, 3),
         (CompactKVCache, False, 5, 16, 3),
+        (CompactKVCache, False, 2, 64, 3),
     ],
 )
 @pytest.mark.parametrize("implementation", [None, "mosaic_gpu"])

@@ -6,8 +6,8 @@ weights, and each sums half of the values' columns, for which its registers suff
 A warpgroup sums the tile before its own before it makes the scores of its own: the ring is short,
 and lets go of a tile when its values have been summed.
 
-The queries come first, for what the loader asks for later waits behind them, and like the output
-in one copy of all tokens for each chunk: a copy takes a while to be asked for.
+The queries come before all tiles, behind which they would wait, and like the output in one copy of
+all tokens for each chunk: a copy takes a while to be asked for.
 
 More than 64 query rows go to the two blocks of a cluster, half of the tokens to each, and to both
 the middle one of an odd number. Each block loads half of every chunk, for both.
