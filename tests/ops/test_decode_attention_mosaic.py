@@ -84,7 +84,8 @@ def test_against_float64(last, tokens, group, compact, sizes, num_splits, attend
 @pytest.mark.parametrize("sizes", [{"capacity": 1024}, {"pages": 16}], ids=str)
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "group"), [(3, 8), (6, 8), (8, 8), (11, 8), (16, 8), (2, 16), (5, 16), (8, 16)]
+    ("tokens", "group"),
+    [(3, 8), (6, 8), (8, 8), (11, 8), (16, 8), (2, 16), (5, 16), (8, 16), (2, 32), (2, 64)],
 )
 def test_long_sequences(tokens, group, compact, sizes, num_splits, attend):
     last = [1023, 639, 640, -1, 70, 1000]
