@@ -10,7 +10,8 @@ The queries come before all tiles, behind which they would wait, and like the ou
 all tokens for each chunk: a copy takes a while to be asked for.
 
 More than 64 query rows go to the two blocks of a cluster, half of the tokens to each, and to both
-the middle one of an odd number. Each block loads half of every chunk, for both.
+the middle one of an odd number, which the first writes. Each block loads half of every chunk, for
+both.
 
 The arithmetic is that of `g4attn_jax.ops.flash_attention.triton`, whose sources apply; that one
 warpgroup multiplies while another takes exponentials is from Shah et al., "FlashAttention-3: fast
@@ -200,7 +201,7 @@ class _Program(NamedTuple):
         """Chunks, as in shared memory."""
         return self.shared.ring_or_out[0]
 
-    def copies(self, array, split, columns, ref, begin=0):
+    def copies(self, array, split, columns, ref, begin=0, skipped=0):
         """(part of array, part of ref) of each copy of this block's rows of q or of the output.
 
         There is one, but in the interpreter one for each token.
@@ -211,16 +212,18 @@ class _Program(NamedTuple):
             columns: indices of its other dimensions.
             ref: [*lines(...), ...].
             begin: the token of ref that is this block's first.
+            skipped: of this block's tokens, the first, that are not copied.
         """
         sizes, group = self.sizes, self.sizes.shape.group
         first = split * self.inputs.q.shape[0] + self.sequence * sizes.shape.tokens
         first, heads = first + self.first_token, pl.ds(self.head * group, group)
         if not sizes.interpret:
-            tokens = pl.ds(first, sizes.tokens)
-            return [(array.at[tokens, heads, *columns], ref.at[pl.ds(begin, sizes.tokens)])]
+            count = sizes.tokens - skipped
+            tokens, lines = pl.ds(first + skipped, count), pl.ds(begin + skipped, count)
+            return [(array.at[tokens, heads, *columns], ref.at[lines])]
         return [
             (array.at[first + i, heads, *columns], ref.at[pl.ds((begin + i) * group, group)])
-            for i in range(sizes.tokens)
+            for i in range(skipped, sizes.tokens)
         ]
 
     def position(self, token):
@@ -536,17 +539,29 @@ def _store(o, log_sum, multiplier, m, total, acc):
         lines[...] = jnp.where(total > 0, m + jnp.log2(divisor), -jnp.inf)
 
     mg.commit_smem()
-    for i in range(len(acc)):
-        column = pl.multiple_of(warpgroup * (sizes.shape.head_dim // 2) + i * CHUNK, CHUNK)
-        columns = (pl.ds(column, CHUNK),)
-        for part, lines in program.copies(o, program.split, columns, out.at[i]):
-            mg.copy_smem_to_gmem(lines, part)
 
-    @pl.when(warpgroup == 0)
-    def _():
-        for part, lines in program.copies(log_sum, program.split, (), shared.log_sum):
-            mg.copy_smem_to_gmem(lines, part)
+    def copy(skipped):
+        for i in range(len(acc)):
+            column = pl.multiple_of(warpgroup * (sizes.shape.head_dim // 2) + i * CHUNK, CHUNK)
+            columns = (pl.ds(column, CHUNK),)
+            for part, lines in program.copies(
+                o, program.split, columns, out.at[i], skipped=skipped
+            ):
+                mg.copy_smem_to_gmem(lines, part)
 
+        @pl.when(warpgroup == 0)
+        def _():
+            for part, lines in program.copies(
+                log_sum, program.split, (), shared.log_sum, skipped=skipped
+            ):
+                mg.copy_smem_to_gmem(lines, part)
+
+    in_both = sizes.blocks * sizes.tokens - sizes.shape.tokens
+    if in_both:
+        pl.when(program.first_token == 0)(lambda: copy(0))
+        pl.when(program.first_token > 0)(lambda: copy(in_both))
+    else:
+        copy(0)
     mg.wait_smem_to_gmem(0, wait_read_only=True)
 
 
