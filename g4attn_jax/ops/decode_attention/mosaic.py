@@ -48,8 +48,7 @@ def refusal(q, cache: Cache, page_table, sliding_window: int | None) -> str | No
         f"and 0 or {CHUNK}": head_dim == 512 and width - head_dim in (0, CHUNK),
         f"{tokens} tokens have {group} query heads a KV head; accepted: 8, 16, 32 or {ROWS} heads, "
         f"in all 17 to {2 * ROWS}, of them at most {ROWS} of half of the tokens, rounded "
-        "up": group % 8 == 0
-        and ROWS % group == 0
+        "up": group in (8, 16, 32, ROWS)
         and 16 < tokens * group
         and pl.cdiv(tokens, _blocks(tokens, group)) * group <= ROWS,
         f"pages have {page_size} slots; accepted: a multiple of {KEYS}": page_size % KEYS == 0,

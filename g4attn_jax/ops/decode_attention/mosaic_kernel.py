@@ -451,7 +451,7 @@ class _Multiplier(NamedTuple):
                 mg.wgmma(x, q, program.ring.at[sizes.stage(first, chunk)].transpose((1, 0)))
 
         zero = mg.layout_cast(jnp.zeros((ROWS, KEYS), jnp.float32), _TILE)
-        (x,) = _accumulate([zero], add, self.program.sizes.interpret)
+        (x,) = _accumulate([zero], add, sizes.interpret)
         self._release(first, self.other_keys)
         return x
 
@@ -483,7 +483,7 @@ class _Multiplier(NamedTuple):
                 for part, chunk in zip(sums, values, strict=True):
                     mg.wgmma(part, weights, chunk)
 
-            acc = _accumulate(acc, add, self.program.sizes.interpret)
+            acc = _accumulate(acc, add, program.sizes.interpret)
         used = self.own_values
         if program.sizes.rotary_dim is None:  # the other's values are nothing to this warpgroup
             self._wait(first, self.other_values)
