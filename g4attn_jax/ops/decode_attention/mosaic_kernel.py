@@ -10,7 +10,7 @@ The queries come before all tiles, behind which they would wait, and like the ou
 all tokens for each chunk: a copy takes a while to be asked for.
 
 More than 64 query rows go to the two blocks of a cluster, half of the tokens to each, and to both
-the middle one of an odd number, which the first writes. Each block loads half of every chunk, for
+the middle one of an odd number, which the second writes. Each block loads half of every chunk, for
 both.
 
 The arithmetic is that of `g4attn_jax.ops.flash_attention.triton`, whose sources apply; that one
@@ -19,6 +19,7 @@ and accurate attention with asynchrony and low-precision" (2024).
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,9 @@ _OTHER_BYTES = 54 * 256
 _LOADER_REGISTERS, _MULTIPLIER_REGISTERS = 40, 232
 _TILE = mg.Layout.WGMMA  # of [64, n] in registers
 _OF_ROWS = _TILE.reduce(1)  # of [64]
+# Bytes of which TMA's addresses in shared memory are multiples (NVIDIA, "CUDA C++ programming
+# guide", tensor memory access); another is CUDA_ERROR_MISALIGNED_ADDRESS, and the process is lost.
+_TMA_ALIGNMENT = 128
 
 
 class Sizes(NamedTuple):
@@ -201,8 +205,8 @@ class _Program(NamedTuple):
         """Chunks, as in shared memory."""
         return self.shared.ring_or_out[0]
 
-    def copies(self, array, split, columns, ref, begin=0, skipped=0):
-        """(part of array, part of ref) of each copy of this block's rows of q or of the output.
+    def copies(self, array, split, columns, ref, tokens, begin=0):
+        """(part of array, part of ref) of each copy of rows of q or of the output.
 
         There is one, but in the interpreter one for each token.
 
@@ -211,19 +215,19 @@ class _Program(NamedTuple):
             split: which.
             columns: indices of its other dimensions.
             ref: [*lines(...), ...].
+            tokens: how many, from this block's first.
             begin: the token of ref that is this block's first.
-            skipped: of this block's tokens, the first, that are not copied.
         """
         sizes, group = self.sizes, self.sizes.shape.group
         first = split * self.inputs.q.shape[0] + self.sequence * sizes.shape.tokens
         first, heads = first + self.first_token, pl.ds(self.head * group, group)
         if not sizes.interpret:
-            count = sizes.tokens - skipped
-            tokens, lines = pl.ds(first + skipped, count), pl.ds(begin + skipped, count)
-            return [(array.at[tokens, heads, *columns], ref.at[lines])]
+            token_bytes = math.prod(ref.shape[1:]) * jnp.dtype(ref.dtype).itemsize
+            assert begin * token_bytes % _TMA_ALIGNMENT == 0, (begin, ref.shape, ref.dtype)
+            return [(array.at[pl.ds(first, tokens), heads, *columns], ref.at[pl.ds(begin, tokens)])]
         return [
             (array.at[first + i, heads, *columns], ref.at[pl.ds((begin + i) * group, group)])
-            for i in range(skipped, sizes.tokens)
+            for i in range(tokens)
         ]
 
     def position(self, token):
@@ -283,7 +287,9 @@ def _load_queries(program):
     sizes, shared, q = program.sizes, program.shared, program.inputs.q
     for chunk in range(sizes.key_chunks):
         columns = (pl.ds(chunk * CHUNK, CHUNK),)
-        for part, lines in program.copies(q, 0, columns, shared.q, chunk * sizes.tokens):
+        for part, lines in program.copies(
+            q, 0, columns, shared.q, sizes.tokens, begin=chunk * sizes.tokens
+        ):
             mg.copy_gmem_to_smem(part, lines, shared.q_loaded)
 
 
@@ -540,28 +546,25 @@ def _store(o, log_sum, multiplier, m, total, acc):
 
     mg.commit_smem()
 
-    def copy(skipped):
+    # From the first token on, where TMA may begin: log_sum has less than its alignment of a token.
+    def copy(tokens):
         for i in range(len(acc)):
             column = pl.multiple_of(warpgroup * (sizes.shape.head_dim // 2) + i * CHUNK, CHUNK)
             columns = (pl.ds(column, CHUNK),)
-            for part, lines in program.copies(
-                o, program.split, columns, out.at[i], skipped=skipped
-            ):
+            for part, lines in program.copies(o, program.split, columns, out.at[i], tokens):
                 mg.copy_smem_to_gmem(lines, part)
 
         @pl.when(warpgroup == 0)
         def _():
-            for part, lines in program.copies(
-                log_sum, program.split, (), shared.log_sum, skipped=skipped
-            ):
+            for part, lines in program.copies(log_sum, program.split, (), shared.log_sum, tokens):
                 mg.copy_smem_to_gmem(lines, part)
 
     in_both = sizes.blocks * sizes.tokens - sizes.shape.tokens
     if in_both:
-        pl.when(program.first_token == 0)(lambda: copy(0))
-        pl.when(program.first_token > 0)(lambda: copy(in_both))
+        pl.when(program.first_token == 0)(lambda: copy(sizes.tokens - in_both))
+        pl.when(program.first_token > 0)(lambda: copy(sizes.tokens))
     else:
-        copy(0)
+        copy(sizes.tokens)
     mg.wait_smem_to_gmem(0, wait_read_only=True)
 
 
