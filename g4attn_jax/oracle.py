@@ -210,10 +210,10 @@ def cached_attention(
         place = np.arange(oldest, last + 1) % (table.shape[1] * page_size)
         slots = table[b, place // page_size] * page_size + place % page_size
         heads = q[b, t].reshape(num_kv_heads, -1, q.shape[3])
-        scores = rounded(scale * np.einsum("kgw,skw->kgs", heads, k[slots]))
+        scores = rounded(scale * (heads @ k[slots].transpose(1, 2, 0)))
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights = rounded(weights / weights.sum(axis=-1, keepdims=True))
-        o[b, t] = np.einsum("kgs,skd->kgd", weights, v[slots])
+        o[b, t] = weights @ v[slots].transpose(1, 0, 2)
     o[np.asarray(positions) == UNPLACED] = np.nan
     return rounded(o).reshape(*q.shape[:3], head_dim)
 

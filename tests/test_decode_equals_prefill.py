@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from g4attn_jax import CompactKVCache, Contiguous, Gemma4Attention, Gemma4Config, KVCache
+from tests.ops.kernel import kernel_of
 from tests.test_attention import K_EQ_V, KV_SHARED
 
 PRESETS = {name: Gemma4Config.preset(name) for name in ("gemma-4-e2b", "gemma-4-12b")}
@@ -70,7 +71,8 @@ def prefill_and_decode(config, layer, form, batch, tokens, implementation):
 
 
 @pytest.mark.parametrize(
-    "implementation", [None, "triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+    "implementation",
+    [None, *kernel_of("qkv_norm_rope_write", "decode_attention", "prefill_attention")],
 )
 @pytest.mark.parametrize(("config", "layer", "form"), CASES)
 def test_past_four_windows(config, layer, form, implementation):
@@ -78,7 +80,7 @@ def test_past_four_windows(config, layer, form, implementation):
     np.testing.assert_allclose(decode, prefill, rtol=0, atol=1e-5)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("qkv_norm_rope_write", "decode_attention", "prefill_attention")
 @pytest.mark.parametrize(("config", "layer", "form"), REAL_CASES)
 def test_real_layers_past_two_windows(config, layer, form):
     prefill, decode = prefill_and_decode(PRESETS[config], layer, form, 1, 2100, "triton")

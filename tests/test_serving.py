@@ -18,6 +18,7 @@ from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, oracle
 from g4attn_jax.cache import CompactKVCache, KVCache
 from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
 from g4attn_jax.page_allocator import OutOfPages, PageAllocator
+from tests.ops.kernel import kernel_of
 from tests.test_attention import COMMON, K_EQ_V, layer_of, weights_of
 
 PLACES, LENGTH, PAGE = 3, 208, 16
@@ -211,7 +212,9 @@ on_every_kind = pytest.mark.parametrize(("layer", "kind", "form"), KINDS)
 
 
 @on_every_kind
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "implementation", ["xla", *kernel_of("qkv_norm_rope_write", "decode_attention")[1:]]
+)
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(drawn=st.lists(operations, min_size=25, max_size=25))
 def test_every_token_is_as_in_its_stream_alone(layer, kind, form, implementation, drawn):

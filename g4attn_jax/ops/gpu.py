@@ -1,4 +1,4 @@
-"""What launches depend on of the GPU that they are for."""
+"""The GPUs that a program is compiled for, and what launches depend on of them."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ class Gpu(NamedTuple):
     """Sizes of a GPU.
 
     Attributes:
-        compute_capability: 8.0 or more.
+        compute_capability: major.minor, as NVIDIA numbers them.
         num_sms: multiprocessors.
         shared_memory: bytes that a program may have.
     """
@@ -19,35 +19,62 @@ class Gpu(NamedTuple):
     shared_memory: int
 
 
-# Compute capability and KiB of shared memory by a word of the name. NVIDIA, "CUDA C++ programming
-# guide", technical specifications per compute capability.
-_BY_NAME = {
-    "A100": (8.0, 163),
+# Compute capability and KiB of shared memory by a word of the name, of GPUs that are only described.
+# NVIDIA, "CUDA C++ programming guide", technical specifications per compute capability.
+_DESCRIBED = {
+    "V100": (7.0, 96),
+    "T4": (7.5, 64),
+    **dict.fromkeys(("A100", "A30"), (8.0, 163)),
+    **dict.fromkeys(("A10", "A40", "A6000"), (8.6, 99)),
+    **dict.fromkeys(("L4", "L40", "L40S"), (8.9, 99)),
     **dict.fromkeys(("H100", "H200", "GH200"), (9.0, 227)),
     **dict.fromkeys(("B200", "GB200"), (10.0, 227)),
     **dict.fromkeys(("B300", "GB300"), (10.3, 227)),
 }
-_ANY_OTHER = (8.6, 99)
+# The least that kernels run on, and the least memory.
+_UNKNOWN_NAME = (8.0, 99)
+# Without a GPU launches are chosen too, for the interpreter.
+_NO_GPU = Gpu(8.6, 132, 99 * 1024)
+
+
+def targets() -> list[tuple[str, Gpu]]:
+    """Name and sizes of each GPU that a program is compiled for.
+
+    The GPUs of this process, under a mesh those of its kind. A mesh of a kind that this process does
+    not have describes a GPU, of which only the name and the multiprocessors are known.
+    """
+    present = [(device.device_kind, _sizes(device)) for device in _devices()]
+    mesh = jax.sharding.get_abstract_mesh().abstract_device
+    if mesh is None or mesh.platform != "gpu":
+        return present
+    of_mesh = [
+        (name, gpu)
+        for name, gpu in present
+        if (name, gpu.num_sms) == (mesh.device_kind, mesh.num_cores)
+    ]
+    return of_mesh or [(mesh.device_kind, _from_name(mesh.device_kind, mesh.num_cores))]
 
 
 def gpu() -> Gpu:
-    """The GPU that a program is compiled for.
+    """What all of `targets` have, or where there is none a GPU of little shared memory."""
+    gpus = [gpu for _, gpu in targets()] or [_NO_GPU]
+    return Gpu(*map(min, zip(*gpus, strict=True)))
 
-    The one that the abstract mesh describes, or the least of the process' GPUs; without one a GPU
-    of the least shared memory.
-    """
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    if target is not None and target.platform == "gpu":
-        known = [_BY_NAME[word] for word in target.device_kind.split() if word in _BY_NAME]
-        compute_capability, kib = known[0] if known else _ANY_OTHER
-        return Gpu(compute_capability, target.num_cores, kib * 1024)
+
+def _devices():
     try:
-        devices = jax.local_devices(backend="cuda")
+        return jax.local_devices(backend="cuda")
     except RuntimeError:
-        compute_capability, kib = _ANY_OTHER
-        return Gpu(compute_capability, 132, kib * 1024)
+        return []
+
+
+def _sizes(device):
     return Gpu(
-        min(float(device.compute_capability) for device in devices),
-        min(device.core_count for device in devices),
-        min(device.shared_memory_per_block_optin for device in devices),
+        float(device.compute_capability), device.core_count, device.shared_memory_per_block_optin
     )
+
+
+def _from_name(name, num_sms):
+    known = [_DESCRIBED[word] for word in name.split() if word in _DESCRIBED]
+    compute_capability, kib = known[0] if known else _UNKNOWN_NAME
+    return Gpu(compute_capability, num_sms, kib * 1024)

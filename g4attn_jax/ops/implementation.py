@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 
 from g4attn_jax.cache import Cache, float8_refusal
+from g4attn_jax.ops.gpu import targets
 
 Implementation = Literal["triton", "xla", "triton_interpret"]
 
@@ -48,16 +49,12 @@ def check_implementation(
 
 def triton_refusal(min_compute_capability: float = MIN_COMPUTE_CAPABILITY) -> str | None:
     """Why Triton kernels cannot run on (or be compiled for) the GPUs of this process, or None."""
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    if target is not None and target.platform == "gpu":
-        return None  # compiling for a GPU described by the mesh
-    try:
-        devices = jax.devices("cuda")
-    except RuntimeError:
+    gpus = targets()
+    if not gpus:
         return f"this process has none (devices: {', '.join(d.device_kind for d in jax.devices())})"
-    for device in devices:
-        if float(device.compute_capability) < min_compute_capability:
-            return f"{device.device_kind} has {device.compute_capability}"
+    for name, gpu in gpus:
+        if gpu.compute_capability < min_compute_capability:
+            return f"{name} has {gpu.compute_capability}"
     return None
 
 
@@ -90,14 +87,6 @@ def for_cache(
     if implementation is None and (refusal or launch_refusal):
         implementation = "xla"
     return {"implementation": implementation, "min_compute_capability": minimum}
-
-
-def apart_if_float8(f: Callable[..., Any], cache: Cache) -> Callable[..., Any]:
-    """`f`, which under `vmap` runs one by one if the cache is float8.
-
-    Each array is one that kernels can address; a batch of them, as one array, may not be.
-    """
-    return f if cache.scale is None else jax.custom_batching.sequential_vmap(f)
 
 
 def differentiable_op(
@@ -192,4 +181,4 @@ def _op(kernel, reference, tangent):
 
 
 def _has_unsupported_gpu(min_compute_capability) -> bool:
-    return jax.default_backend() == "gpu" and triton_refusal(min_compute_capability) is not None
+    return bool(targets()) and triton_refusal(min_compute_capability) is not None

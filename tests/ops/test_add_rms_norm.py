@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from g4attn_jax import ops, oracle
-from tests.ops.test_decode_attention import KERNEL
+from tests.ops.kernel import kernel_of
+
+KERNEL = kernel_of("add_rms_norm")
 
 on_both = pytest.mark.parametrize("implementation", ["xla", *KERNEL])
 on_the_kernel = pytest.mark.parametrize("implementation", KERNEL)

@@ -17,8 +17,9 @@ from g4attn_jax.ops.gpu import Gpu
 from g4attn_jax.ops.matmul_tiles.triton import pad
 from g4attn_jax.ops.prefill_attention.triton import choose_launch as choose_prefill_launch
 from g4attn_jax.oracle import cached_attention as formula
+from tests.ops.kernel import kernel_of
 
-KERNEL = ["triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+KERNEL = kernel_of("decode_attention")
 on_both = pytest.mark.parametrize("implementation", ["xla", *KERNEL])
 on_the_kernel = pytest.mark.parametrize("implementation", KERNEL)
 

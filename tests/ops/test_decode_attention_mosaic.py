@@ -26,9 +26,11 @@ pytestmark = pytest.mark.filterwarnings(
 struct = jax.ShapeDtypeStruct
 H200 = Gpu(9.0, 132, 227 * 1024)
 on_the_kernel = pytest.mark.parametrize(
-    "where", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)]
+    "where", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu("decode_attention"))]
 )
-on_a_gpu = pytest.mark.parametrize("where", [pytest.param("gpu", marks=pytest.mark.gpu)])
+on_a_gpu = pytest.mark.parametrize(
+    "where", [pytest.param("gpu", marks=pytest.mark.gpu("decode_attention"))]
+)
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from g4attn_jax import ops, oracle
 from g4attn_jax.ops.gpu import Gpu
 from g4attn_jax.ops.grouped_matmul import triton
 from g4attn_jax.ops.grouped_matmul.triton import Launch, Sizes, choose_launch
+from tests.ops.kernel import kernel_of
 
-KERNEL = ["triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+KERNEL = kernel_of("grouped_matmul", "grouped_gated_matmul")
 on_both = pytest.mark.parametrize("implementation", ["xla", *KERNEL])
 on_the_kernel = pytest.mark.parametrize("implementation", KERNEL)
 

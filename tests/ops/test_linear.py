@@ -9,7 +9,9 @@ from g4attn_jax import ops
 from g4attn_jax.ops.gpu import Gpu
 from g4attn_jax.ops.implementation import triton_refusal
 from g4attn_jax.ops.linear import triton
-from tests.ops.test_decode_attention import KERNEL
+from tests.ops.kernel import kernel_of
+
+KERNEL = kernel_of("linear")
 
 on_both = pytest.mark.parametrize("implementation", ["xla", *KERNEL])
 on_the_kernel = pytest.mark.parametrize("implementation", KERNEL)

@@ -14,9 +14,10 @@ from g4attn_jax.ops.matmul_tiles.triton import pad
 from g4attn_jax.ops.prefill_attention import cudnn, reference, triton
 from g4attn_jax.ops.prefill_attention.triton import choose_launch
 from g4attn_jax.oracle import cached_attention as formula
+from tests.ops.kernel import kernel_of
 from tests.ops.test_decode_attention import GPUS, case
 
-KERNEL = ["triton_interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+KERNEL = kernel_of("prefill_attention")
 on_both = pytest.mark.parametrize("implementation", ["xla", *KERNEL])
 on_the_kernel = pytest.mark.parametrize("implementation", KERNEL)
 

@@ -5,7 +5,7 @@ import pytest
 from g4attn_jax.commands import cases, check
 
 
-# Thinned for the interpreter; tests/test_gpu.py runs all of it.
+# Thinned for the interpreter; tests/gpu/test_kernels.py runs all of it.
 @pytest.mark.parametrize("implementation", ["xla", "triton_interpret"])
 @pytest.mark.parametrize("case", list(cases.norm_sweep(tokens=(1, 33))), ids=str)
 def test_published_sweep(case, implementation):

@@ -25,7 +25,7 @@ on_every_kind = pytest.mark.parametrize(
 on_both = pytest.mark.parametrize("implementation", RUNS_HERE)
 
 
-# Thinned for the interpreter; tests/test_gpu.py runs all of it.
+# Thinned for the interpreter; tests/gpu/test_kernels.py runs all of it.
 @on_both
 @pytest.mark.parametrize("case", list(prologue_sweep(tokens=(33,))), ids=str)
 def test_sweep(case, implementation):

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from g4attn_jax.ops.batching import apart_if_float8
 from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
 from g4attn_jax.ops.flash_attention.triton import flash_attention
 from g4attn_jax.ops.gpu import Gpu, gpu
 from g4attn_jax.ops.head_norm.triton import iota, load
-from g4attn_jax.ops.implementation import apart_if_float8
 
 _MAX_TILE_BYTES = 80 * 1024
 MAX_SPLITS = 256

@@ -1,9 +1,9 @@
 """Flash attention of a prompt, or a chunk of one, in one launch."""
 
+from g4attn_jax.ops.batching import apart_if_float8
 from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
 from g4attn_jax.ops.flash_attention.triton import flash_attention
 from g4attn_jax.ops.gpu import Gpu, gpu
-from g4attn_jax.ops.implementation import apart_if_float8
 
 # Query rows of a program, keys of a tile, programs that share the columns of values, warps and
 # stages: the fastest on an H200 first, down to what 99 KiB of shared memory hold.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from g4attn_jax.cache import CompactKVCache, KVCache
-from g4attn_jax.ops.implementation import apart_if_float8
+from g4attn_jax.ops.batching import apart_if_float8
 from g4attn_jax.ops.qkv_norm_rope.triton import Inputs, Outputs, norm_rope
 
 

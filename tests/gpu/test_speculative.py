@@ -18,7 +18,9 @@ from tests.test_speculative import (
     use,
 )
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu(
+    "decode_attention", "prefill_attention", "qkv_norm_rope_write", "linear", "add_rms_norm"
+)
 
 
 @pytest.mark.parametrize("name", ["gemma-4-e4b", "gemma-4-31b"])

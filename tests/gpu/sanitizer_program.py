@@ -1,7 +1,13 @@
-"""Launches the kernels on every kind of shape; run under compute-sanitizer by test_gpu.py."""
+"""Launches kernels on every kind of shape; run under compute-sanitizer by test_sanitizer.py.
+
+python -m tests.gpu.sanitizer_program NAME      one of PROGRAMS
+"""
 
 import functools
 import itertools
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +16,6 @@ from g4attn_jax import CompactKVCache, KVCache, ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8, float8_scale
 from g4attn_jax.commands.cases import AttentionCase, NormCase, PrologueCase
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
-
-
-def all_cases():
-    for mode, tokens, d in itertools.product(ProjectionMode, (1, 5, 50, 700), (80, 512)):
-        yield NormCase(mode, 12, 3, d, tokens)
-        yield PrologueCase(mode, KVCache, 12, 3, d, d // 4, tokens)
-        if mode is not ProjectionMode.QKV_FULL:
-            yield PrologueCase(mode, CompactKVCache, 12, 3, d, d // 4, tokens)
-    for form, tokens, d, window in itertools.product(
-        (KVCache, CompactKVCache), (1, 6, 40), (80, 512), (None, 50)
-    ):
-        yield AttentionCase(form, 12, 3, d, d // 4, window, tokens, context=700)
 
 
 def made_on_the_cpu(make):
@@ -51,8 +45,9 @@ def attention_arguments(case):
     q, cache, table, positions = case.arguments()
     contiguous = jax.tree.map(lambda x: x.reshape(len(q), -1, *x.shape[2:]), cache)
     capacity = contiguous.v.shape[1]
-    if case.sliding_window is not None:  # a ring, gone round ten times
-        far = jnp.where(positions >= 0, positions + 10 * capacity, -1)
+    if case.sliding_window is not None:  # a ring, at the last positions of int32
+        turns = (2**31 - 1 - int(positions.max())) // capacity
+        far = jnp.where(positions >= 0, positions + turns * capacity, -1)
         contiguous_or_ring = q, contiguous, None, far
     else:
         contiguous_or_ring = q, contiguous, None, positions
@@ -134,26 +129,87 @@ def launch_decoder(tokens, dtype, implementation="triton"):
     return 4
 
 
-def main():
-    launched = 0
-    for tokens, dtype in itertools.product((1, 17, 32), (jnp.bfloat16, jnp.float32)):
-        launched += launch_decoder(tokens, dtype)
-    for group_sizes, dtype in itertools.product(
-        ([1, 0, 2], [50, 0, 70, 1], [700, 0]), (jnp.bfloat16, jnp.float32)
-    ):
-        launched += launch_grouped(group_sizes, dtype)
-    for form, tokens, window in itertools.product(
-        (KVCache, CompactKVCache), (1, 6, 40), (None, 50)
-    ):
-        launched += launch_attention(AttentionCase(form, 12, 3, 80, 20, window, tokens, 700))
-    for form, tokens in itertools.product((KVCache, CompactKVCache), (6, 12)):
-        launched += launch_verification(AttentionCase(form, 16, 2, 512, 128, None, tokens, 192, 64))
-    for case in all_cases():
-        for arguments in case_arguments(case):
-            jax.block_until_ready(case.run(arguments, "triton"))
-            launched += 1
-    print("launched", launched)
+def launch_case(case):
+    """A norm or the prologue, which writes two caches."""
+    count = 0
+    for arguments in case_arguments(case):
+        jax.block_until_ready(case.run(arguments, "triton"))
+        count += 1
+    return count
 
+
+def launch_norm_rope(case):
+    """The prologue without a cache."""
+    qkv, q_scale, k_scale, cos, sin, *_ = made_on_the_cpu(case.arguments)()
+    k_scale = None if case.mode is ProjectionMode.Q_ONLY else k_scale
+    run = functools.partial(ops.qkv_norm_rope, mode=case.mode, implementation="triton")
+    jax.block_until_ready(run(qkv, q_scale, k_scale, cos, sin))
+    return 1
+
+
+HALF_AND_FLOAT32 = (jnp.bfloat16, jnp.float32)
+GROUP_SIZES = ([1, 0, 2], [50, 0, 70, 1], [700, 0])
+SIZES = tuple(itertools.product((1, 5, 50, 700), (80, 512)))  # tokens, D
+FORMS = (KVCache, CompactKVCache)
+
+
+def products():
+    return sum(itertools.starmap(launch_decoder, itertools.product((1, 17, 32), HALF_AND_FLOAT32)))
+
+
+def grouped():
+    return sum(itertools.starmap(launch_grouped, itertools.product(GROUP_SIZES, HALF_AND_FLOAT32)))
+
+
+def norms():
+    cases = itertools.product((None, *ProjectionMode), SIZES)
+    return sum(launch_case(NormCase(mode, 12, 3, d, tokens)) for mode, (tokens, d) in cases)
+
+
+def prologue():
+    cases = [
+        PrologueCase(mode, form, 12, 3, d, d // 4, tokens)
+        for mode, form, (tokens, d) in itertools.product(ProjectionMode, FORMS, SIZES)
+        if form is KVCache or mode is not ProjectionMode.QKV_FULL
+    ]
+    return sum(map(launch_case, cases)) + sum(
+        launch_norm_rope(case) for case in cases if case.form is KVCache
+    )
+
+
+def attention(*tokens):
+    cases = itertools.product(FORMS, tokens, (80, 512), (None, 50))
+    return sum(
+        launch_attention(AttentionCase(form, 12, 3, d, d // 4, window, t, context=700))
+        for form, t, d, window in cases
+    )
+
+
+def verification():
+    """6 tokens in one block, 9 in two that both have the middle one."""
+    return sum(
+        launch_verification(AttentionCase(form, 16, 2, 512, 128, None, tokens, 192, 64))
+        for form, tokens in itertools.product(FORMS, (6, 9))
+    )
+
+
+class Program(NamedTuple):
+    """What runs in a process of its own."""
+
+    run: Callable[[], int]
+    launches: int
+    ops: tuple[str, ...]
+
+
+PROGRAMS = {
+    "products": Program(products, 24, ("linear", "add_rms_norm")),
+    "grouped": Program(grouped, 12, ("grouped_matmul", "grouped_gated_matmul")),
+    "norms": Program(norms, 32, ("qkv_rms_norm", "q_keqv_rms_norm")),
+    "prologue": Program(prologue, 104, ("qkv_norm_rope_write", "qkv_norm_rope")),
+    "decode": Program(functools.partial(attention, 1, 6), 64, ("decode_attention",)),
+    "verification": Program(verification, 12, ("decode_attention",)),
+    "prefill": Program(functools.partial(attention, 40), 24, ("prefill_attention",)),
+}
 
 if __name__ == "__main__":
-    main()
+    print("launched", PROGRAMS[sys.argv[1]].run())

@@ -11,7 +11,7 @@ from flax import nnx
 from g4attn_jax import Gemma4Config, ops, oracle
 from g4attn_jax.model import Gemma4MoE
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu("grouped_matmul", "grouped_gated_matmul")
 
 CONFIG = Gemma4Config.preset("gemma-4-26b-a4b")
 EMBED, WIDTH = CONFIG.hidden_size, CONFIG.moe_intermediate_size

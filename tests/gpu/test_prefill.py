@@ -11,7 +11,7 @@ from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.ops.decode_attention import reference as dense
 from g4attn_jax.ops.prefill_attention import cudnn
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu("prefill_attention")
 
 ROTARY = 128
 

@@ -1,0 +1,131 @@
+"""Run the GPU tests and keep the evidence.
+
+    python -m tests.gpu             the tests of the ops whose kernels have changed
+    python -m tests.gpu --all       all GPU tests
+    python -m tests.gpu --tables    attention over whole tables of shapes; records nothing
+
+On a machine with an NVIDIA GPU, with the extra `test` installed. Further arguments go to pytest.
+An op is recorded in `tests/gpu_evidence.json` if every one of its tests ran and passed.
+"""
+
+import argparse
+import collections
+import datetime
+import importlib.metadata
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.gpu import evidence, tables
+
+MAX_SECONDS_OF_ALL, MAX_SECONDS_OF_AN_OP, MAX_SECONDS_OF_TABLES = 360, 90, 540
+# More share a GPU's memory, and less than the cores of a common machine with one.
+MAX_PROCESSES = 16
+
+
+class Results:
+    """What pytest reports of each test: outcome, ops and what the test measured."""
+
+    def __init__(self):
+        self.collected, self.outcomes, self.properties = set(), {}, {}
+
+    def pytest_xdist_node_collection_finished(self, node, ids):
+        self.collected.update(ids)
+
+    def pytest_runtest_logreport(self, report):
+        before = self.outcomes.get(report.nodeid)
+        if before is None or (before == "passed" and report.outcome != "passed"):
+            self.outcomes[report.nodeid] = report.outcome
+        self.properties[report.nodeid] = dict(report.user_properties)
+
+    def counts(self, op: str) -> collections.Counter:
+        """Outcomes of the tests of an op. A test whose process died does not say of which op."""
+        return collections.Counter(
+            outcome
+            for test, outcome in self.outcomes.items()
+            if op in self.properties[test].get("ops", (op,))
+        )
+
+    @property
+    def missing(self) -> set[str]:
+        """Tests that were to run and did not."""
+        return self.collected - set(self.outcomes)
+
+
+def machine() -> dict[str, str]:
+    """The GPU, its driver and JAX, of which no process of this command holds anything."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    first = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    gpu, driver = first.split(", ")
+    return {"gpu": gpu, "driver": driver, "jax": importlib.metadata.version("jax")}
+
+
+def run(arguments: list[str], seconds: int, processes: int) -> Results:
+    """Run pytest in processes side by side; those that a test kills are started again."""
+    results = Results()
+    # Each process takes what it needs of the GPU's memory, and few threads for NumPy.
+    os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "2"}
+    options = ["-m", "gpu", "-q", "-n", str(processes), "--dist", "load", "--maxschedchunk", "1"]
+    options += ["--max-worker-restart", "1000", "-p", "no:cacheprovider", "--durations", "25"]
+    signal.signal(signal.SIGALRM, _stop)
+    signal.alarm(seconds)
+    pytest.main([*options, *arguments], plugins=[results])
+    signal.alarm(0)
+    return results
+
+
+def _stop(*_):
+    raise KeyboardInterrupt("out of time")
+
+
+def record(ops: list[str], results: Results) -> list[str]:
+    """Record the ops of which everything passed; returns the others, each with the reason."""
+    about = machine() | {"date": datetime.date.today().isoformat()}
+    refused = []
+    for op in ops:
+        counts = results.counts(op)
+        if results.missing or counts["failed"] or counts["skipped"] or not counts["passed"]:
+            missing = f", {len(results.missing)} tests of any op not run" * bool(results.missing)
+            refused.append(f"{op} is not recorded: {dict(counts)}{missing}")
+        else:
+            evidence.record(op, about | {"passed": counts["passed"]})
+    return refused
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--all", action="store_true", help="all GPU tests")
+    what.add_argument("--tables", action="store_true", help="the whole tables of attention")
+    parser.add_argument("--processes", type=int, default=min(MAX_PROCESSES, os.cpu_count()))
+    options, further = parser.parse_known_args(argv)
+    if shutil.which("nvidia-smi") is None:
+        sys.exit("python -m tests.gpu needs an NVIDIA GPU; this machine has no nvidia-smi")
+    print(*machine().values(), sep=", ", flush=True)
+    if options.tables:
+        arguments = [tables.__file__.replace("tables.py", "test_tables.py"), "--whole-tables"]
+        results = run([*arguments, *further], MAX_SECONDS_OF_TABLES, options.processes)
+        return tables.report(results.outcomes, results.properties, len(results.missing))
+    ops = evidence.op_names() if options.all else list(evidence.stale())
+    if not ops:
+        print("every kernel is as it passed on a GPU")
+        return 0
+    print("ops:", *ops, flush=True)
+    arguments = [] if options.all else ["--gpu-ops", ",".join(ops)]
+    seconds = min(MAX_SECONDS_OF_ALL, MAX_SECONDS_OF_AN_OP * len(ops))
+    results = run([*arguments, *further], seconds, options.processes)
+    refused = record(ops, results)
+    print(*refused, sep="\n")
+    return bool(refused or "failed" in results.outcomes.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

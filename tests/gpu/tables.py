@@ -1,0 +1,179 @@
+"""Tables of attention shapes: all of some sizes, and few in which every two sizes meet."""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from g4attn_jax import ops, oracle
+from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
+from tests.ops.test_decode_attention import case
+
+GROUPS = (1, 2, 4, 8, 16, 32, 64)
+KV_HEADS = (1, 2, 4)
+LAYOUTS = ("contiguous", "paged", "ring")
+HEAD_DIMS = (512, 256)
+SPLITS = (None, 1, 7, 64)
+PREFILL_TOKENS = range(1, 131)
+_PAGE_SIZE, _PAGES, _WINDOW = 64, 8, 200
+# Tokens and heads a group of which two blocks of a cluster have the middle token both.
+ODD_IN_TWO_BLOCKS = ((9, 8), (11, 8), (13, 8), (15, 8), (5, 16), (7, 16), (3, 32))
+# Of weights and outputs in bfloat16, norm-wise.
+MAX_ERROR = 3e-3
+
+
+class Shape(NamedTuple):
+    """A call of `decode_attention`, or of `prefill_attention`, in bfloat16."""
+
+    op: str
+    tokens: int
+    group: int
+    num_kv_heads: int
+    compact: bool
+    layout: str = "contiguous"
+    head_dim: int = 512
+    num_splits: int | None = None
+
+    def __str__(self):
+        """The name of the test."""
+        form = "compact" if self.compact else "separate"
+        splits = "" if self.num_splits is None else f"-splits{self.num_splits}"
+        return (
+            f"T{self.tokens}-G{self.group}-Nkv{self.num_kv_heads}-{form}-{self.layout}-"
+            f"D{self.head_dim}{splits}"
+        )
+
+    @property
+    def window(self) -> int | None:
+        """Of a ring; other layouts keep every token."""
+        return _WINDOW if self.layout == "ring" else None
+
+    def arguments(self) -> tuple:
+        """Four sequences: of several tiles, of two and one to the last slot, and an empty one."""
+        if self.op == "decode_attention":
+            last = [449, 127, 63, -1]
+        else:  # after 70, 57 and no tokens
+            last = [self.tokens + 69, self.tokens + 56, self.tokens - 1, -1]
+        paged = self.layout == "paged"
+        q, *others = case(
+            last,
+            self.tokens,
+            num_kv_heads=self.num_kv_heads,
+            group=self.group,
+            head_dim=self.head_dim,
+            compact=self.compact,
+            pages=_PAGES if paged else None,
+            capacity=None if paged else self._capacity,
+            dtype=jnp.bfloat16,
+            rotary=128,
+            page_size=_PAGE_SIZE,
+        )
+        return q * self.head_dim**-0.5, *others
+
+    @property
+    def _capacity(self):
+        if self.layout == "ring":
+            return -(-(_WINDOW + self.tokens) // _PAGE_SIZE) * _PAGE_SIZE
+        return _PAGE_SIZE * _PAGES
+
+    def error(self) -> float:
+        """Of the op's output against float64, by norms; NaN if padding is not 0."""
+        arguments = self.arguments()
+        further = {} if self.op == "prefill_attention" else {"num_splits": self.num_splits}
+        o = np.asarray(
+            getattr(ops, self.op)(*arguments, sliding_window=self.window, **further), np.float64
+        )
+        if (o[np.asarray(arguments[3]) < 0] != 0).any():
+            return np.nan
+        exact = oracle.cached_attention(*arguments, sliding_window=self.window)
+        return float(np.linalg.norm(o - exact) / np.linalg.norm(exact))
+
+
+def whole_decode() -> Iterator[Shape]:
+    """Every number of tokens, group, number of KV heads and form at head_dim 512; `some_decode`."""
+    tokens = range(1, MAX_DECODE_TOKENS + 1)
+    for t, group, heads, compact in itertools.product(tokens, GROUPS, KV_HEADS, (False, True)):
+        yield Shape("decode_attention", t, group, heads, compact)
+    yield from some_decode()
+
+
+def some_decode() -> Iterator[Shape]:
+    """Shapes in which every two sizes meet, and the odd ones in two blocks over every layout."""
+    tokens = range(1, MAX_DECODE_TOKENS + 1)
+    factors = tokens, GROUPS, KV_HEADS, (False, True), LAYOUTS, HEAD_DIMS, SPLITS
+    shapes = [Shape("decode_attention", *row) for row in pairwise(*factors)]
+    odd = itertools.product(ODD_IN_TWO_BLOCKS, (False, True), LAYOUTS[:2])
+    for i, ((t, group), compact, layout) in enumerate(odd):
+        splits, heads = SPLITS[i % 4], KV_HEADS[i % 3]
+        shapes.append(Shape("decode_attention", t, group, heads, compact, layout, 512, splits))
+    yield from dict.fromkeys(shapes)
+
+
+def whole_prefill() -> Iterator[Shape]:
+    """Every number of tokens and form at head_dim 512, 8 heads a group; `some_prefill`."""
+    for t, compact in itertools.product(PREFILL_TOKENS, (False, True)):
+        yield Shape("prefill_attention", t, 8, KV_HEADS[t % 3], compact)
+    yield from some_prefill()
+
+
+def some_prefill() -> Iterator[Shape]:
+    """Shapes in which every two sizes meet, of tokens around the sizes of tiles."""
+    tokens = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130)
+    factors = tokens, GROUPS, KV_HEADS, (False, True), LAYOUTS, HEAD_DIMS
+    for row in pairwise(*factors):
+        yield Shape("prefill_attention", *row)
+
+
+def pairwise(*factors) -> list[tuple]:
+    """Rows, a value of each factor, in which every two values of two factors meet.
+
+    Each row starts with a pair that has not met; each further value is the one that makes most
+    pairs meet with those that the row has.
+
+    Source: Cohen et al., "The AETG system: an approach to testing based on combinatorial design"
+    (1997), without its random candidates.
+    """
+    columns = range(len(factors))
+    left = dict.fromkeys(
+        ((i, a), (j, b))
+        for i, j in itertools.combinations(columns, 2)
+        for a, b in itertools.product(factors[i], factors[j])
+    )
+    rows = []
+    while left:
+        row = dict(next(iter(left)))
+        for column in columns:
+            if column not in row:
+                row[column] = max(
+                    factors[column],
+                    key=lambda value, column=column: sum(
+                        tuple(sorted(((column, value), other))) in left for other in row.items()
+                    ),
+                )
+        for pair in itertools.combinations(sorted(row.items()), 2):
+            left.pop(pair, None)
+        rows.append(tuple(row[column] for column in columns))
+    return rows
+
+
+def report(outcomes: dict[str, str], properties: dict[str, dict], missing: int) -> int:
+    """Print the largest error of each (tokens, group), or what failed; returns the exit status."""
+    failed = [test for test, outcome in outcomes.items() if outcome != "passed"]
+    for op in ("decode_attention", "prefill_attention"):
+        errors = {}
+        for found in properties.values():
+            if found.get("op") == op:
+                at = found["tokens"], found["group"]
+                errors[at] = max(errors.get(at, 0.0), found["error"])
+        groups = sorted({group for _, group in errors})
+        print(f"{op}: largest error in 1e-3 by tokens and heads a group")
+        print("tokens " + " ".join(f"{group:>5}" for group in groups))
+        for tokens in sorted({t for t, _ in errors}):
+            row = (errors.get((tokens, group)) for group in groups)
+            cells = ("    -" if e is None else f"{1e3 * e:5.2f}" for e in row)
+            print(f"{tokens:>6} " + " ".join(cells))
+    print(*failed, sep="\n")
+    print(f"{len(outcomes)} shapes, {len(failed)} failed, {missing} not run")
+    return bool(failed or missing or not outcomes)
