@@ -20,7 +20,7 @@ import sys
 
 import pytest
 
-from tests.gpu import evidence, tables
+from tests.gpu import evidence
 
 MAX_SECONDS_OF_ALL, MAX_SECONDS_OF_AN_OP, MAX_SECONDS_OF_TABLES = 360, 90, 540
 # More share a GPU's memory, and less than the cores of a common machine with one.
@@ -96,6 +96,27 @@ def record(ops: list[str], results: Results) -> list[str]:
     return refused
 
 
+def report(results: Results) -> int:
+    """Print the largest error of each (tokens, group), or what failed; returns the exit status."""
+    failed = [test for test, outcome in results.outcomes.items() if outcome != "passed"]
+    for op in ("decode_attention", "prefill_attention"):
+        errors = {}
+        for found in results.properties.values():
+            if found.get("op") == op:
+                at = found["tokens"], found["group"]
+                errors[at] = max(errors.get(at, 0.0), found["error"])
+        groups = sorted({group for _, group in errors})
+        print(f"{op}: largest error in 1e-3 by tokens and heads a group")
+        print("tokens " + " ".join(f"{group:>5}" for group in groups))
+        for tokens in sorted({t for t, _ in errors}):
+            row = (errors.get((tokens, group)) for group in groups)
+            cells = ("    -" if e is None else f"{1e3 * e:5.2f}" for e in row)
+            print(f"{tokens:>6} " + " ".join(cells))
+    print(*failed, sep="\n")
+    print(f"{len(results.outcomes)} shapes, {len(failed)} failed, {len(results.missing)} not run")
+    return bool(failed or results.missing or not results.outcomes)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.gpu",
@@ -111,9 +132,8 @@ def main(argv: list[str]) -> int:
         sys.exit("python -m tests.gpu needs an NVIDIA GPU; this machine has no nvidia-smi")
     print(*machine().values(), sep=", ", flush=True)
     if options.tables:
-        arguments = [tables.__file__.replace("tables.py", "test_tables.py"), "--whole-tables"]
-        results = run([*arguments, *further], MAX_SECONDS_OF_TABLES, options.processes)
-        return tables.report(results.outcomes, results.properties, len(results.missing))
+        arguments = ["tests/gpu/test_tables.py", "--whole-tables", *further]
+        return report(run(arguments, MAX_SECONDS_OF_TABLES, options.processes))
     ops = evidence.op_names() if options.all else list(evidence.stale())
     if not ops:
         print("every kernel is as it passed on a GPU")

@@ -156,24 +156,3 @@ def pairwise(*factors) -> list[tuple]:
             left.pop(pair, None)
         rows.append(tuple(row[column] for column in columns))
     return rows
-
-
-def report(outcomes: dict[str, str], properties: dict[str, dict], missing: int) -> int:
-    """Print the largest error of each (tokens, group), or what failed; returns the exit status."""
-    failed = [test for test, outcome in outcomes.items() if outcome != "passed"]
-    for op in ("decode_attention", "prefill_attention"):
-        errors = {}
-        for found in properties.values():
-            if found.get("op") == op:
-                at = found["tokens"], found["group"]
-                errors[at] = max(errors.get(at, 0.0), found["error"])
-        groups = sorted({group for _, group in errors})
-        print(f"{op}: largest error in 1e-3 by tokens and heads a group")
-        print("tokens " + " ".join(f"{group:>5}" for group in groups))
-        for tokens in sorted({t for t, _ in errors}):
-            row = (errors.get((tokens, group)) for group in groups)
-            cells = ("    -" if e is None else f"{1e3 * e:5.2f}" for e in row)
-            print(f"{tokens:>6} " + " ".join(cells))
-    print(*failed, sep="\n")
-    print(f"{len(outcomes)} shapes, {len(failed)} failed, {missing} not run")
-    return bool(failed or missing or not outcomes)
