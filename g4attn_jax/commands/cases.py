@@ -37,17 +37,15 @@ class NormCase:
 
     def arguments(self, dtype=jnp.bfloat16, seed=0) -> list[jax.Array]:
         """Random buffers and scales, of magnitudes as trained ones have."""
-        keys = jax.random.split(jax.random.key(seed), 4)
+        rng = np.random.default_rng(seed)
         m, nq, nkv, d = self.tokens, self.num_q_heads, self.num_kv_heads, self.head_dim
         if self.mode is None:
             shapes = [(m, nq, d), (m, nkv, d)]
         else:
             shapes = [(m, nkv, nq // nkv + self.mode.num_kv_projections, d)]
-        buffers = [
-            3 * jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=False)
-        ]
+        buffers = [_normal(rng, shape, dtype, 3) for shape in shapes]
         # Up to 1.25, so that no result reaches 8, where half an ulp of bfloat16 is above 2e-2.
-        scales = jax.random.uniform(keys[3], (2, d), minval=0.5, maxval=1.25).astype(dtype)
+        scales = jnp.asarray(rng.uniform(0.5, 1.25, (2, d)), dtype)
         return [*buffers, *(scales[:1] if self.mode is ProjectionMode.Q_ONLY else scales)]
 
     def run(self, arguments, implementation):
@@ -97,20 +95,18 @@ class PrologueCase:
 
     def arguments(self, dtype=jnp.bfloat16, seed=0) -> list:
         """Random heads, scales, positions to 262143 and slots, one token in eight without one."""
-        keys = jax.random.split(jax.random.key(seed), 4)
+        rng = np.random.default_rng(seed)
         m, nkv, d = self.tokens, self.num_kv_heads, self.head_dim
         group = self.num_q_heads // nkv
         shape = (m, nkv, group + self.mode.num_kv_projections, d)
-        qkv = 3 * jax.random.normal(keys[0], shape).astype(dtype)
+        qkv = _normal(rng, shape, dtype, 3)
         # Below 1, so that no rotated pair reaches 8, as above.
-        q_scale, k_scale = jax.random.uniform(keys[1], (2, d), minval=0.25, maxval=0.75).astype(
-            dtype
-        )
-        positions = jax.random.randint(keys[2], (m,), 0, 262144)
+        q_scale, k_scale = jnp.asarray(rng.uniform(0.25, 0.75, (2, d)), dtype)
+        positions = jnp.asarray(rng.integers(0, 262144, m), jnp.int32)
         cos, sin = rope_cos_sin(positions, theta=1e6, head_dim=d, rotary_dim=self.rotary_dim)
         num_pages = 2 + 2 * m // self.page_size
-        slots = jax.random.permutation(keys[3], num_pages * self.page_size)[:m]
-        slots = jnp.where(jnp.arange(m) % 8 == 7, -1, slots).astype(jnp.int32)
+        slots = rng.permutation(num_pages * self.page_size)[:m]
+        slots = jnp.asarray(np.where(np.arange(m) % 8 == 7, -1, slots), jnp.int32)
         widths = {"k": d, "v": d}
         if self.form is CompactKVCache:
             widths = {"v": d, "k_rot": self.rotary_dim}
@@ -184,32 +180,25 @@ class AttentionCase:
 
     def arguments(self, dtype=jnp.bfloat16, seed=0) -> list:
         """Queries that give scores of deviation 1, and pages in random order."""
-        keys = jax.random.split(jax.random.key(seed), 4)
+        rng = np.random.default_rng(seed)
         last = np.array([self.context - 1, max(self.tokens, self.context // 3), -1])
         positions = last[:, None] + np.arange(1 - self.tokens, 1)
         positions = jnp.asarray(np.maximum(positions, -1), jnp.int32)
         columns = -(-self.context // self.page_size)
-        table = jax.random.permutation(keys[0], 3 * columns).reshape(3, columns).astype(jnp.int32)
-        held = jnp.arange(columns * self.page_size) <= last[:, None]
-        held = (
-            jnp.zeros((3 * columns, self.page_size), bool)
-            .at[table]
-            .set(held.reshape(3, columns, self.page_size))
-        )
+        table = rng.permutation(3 * columns).reshape(3, columns)
+        held = np.zeros((3 * columns, self.page_size), bool)
+        is_held = np.arange(columns * self.page_size) <= last[:, None]
+        held[table] = is_held.reshape(3, columns, self.page_size)
         widths = [self.head_dim, self.head_dim]
         if self.form is CompactKVCache:
             widths[1] = self.rotary_dim
         arrays = [
-            jnp.where(
-                held[..., None, None],
-                jax.random.normal(key, (*held.shape, self.num_kv_heads, width)),
-                jnp.nan,
-            ).astype(dtype)
-            for key, width in zip(keys[1:3], widths, strict=True)
+            _normal(rng, (*held.shape, self.num_kv_heads, width), dtype, where=held)
+            for width in widths
         ]
         width = sum(part.array.shape[-1] for part in self.form(*arrays).key_parts)
-        q = jax.random.normal(keys[3], (*positions.shape, self.num_q_heads, width))
-        return [(q * width**-0.5).astype(dtype), self.form(*arrays), table, positions]
+        q = _normal(rng, (*positions.shape, self.num_q_heads, width), dtype, width**-0.5)
+        return [q, self.form(*arrays), jnp.asarray(table, jnp.int32), positions]
 
     def run(self, arguments, implementation):
         """The op's output."""
@@ -230,6 +219,17 @@ class AttentionCase:
 
 
 Case = NormCase | PrologueCase | AttentionCase
+
+
+def _normal(rng, shape, dtype, factor=1.0, where=None):
+    """Normal numbers times a factor, NaN outside `where`, which has the first dimensions.
+
+    NumPy's: JAX would compile a program for every shape.
+    """
+    x = factor * rng.standard_normal(shape, np.float32)
+    if where is not None:
+        x[~where] = np.nan
+    return jnp.asarray(x.astype(dtype))
 
 
 def norm_sweep(tokens: Sequence[int] = TOKENS) -> Iterator[NormCase]:

@@ -19,8 +19,8 @@ class Gpu(NamedTuple):
     shared_memory: int
 
 
-# Compute capability and KiB of shared memory by a word of the name, of GPUs that are only described.
-# NVIDIA, "CUDA C++ programming guide", technical specifications per compute capability.
+# Compute capability and KiB of shared memory of described GPUs, by a word of the name. NVIDIA,
+# "CUDA C++ programming guide", technical specifications per compute capability.
 _DESCRIBED = {
     "V100": (7.0, 96),
     "T4": (7.5, 64),
@@ -40,8 +40,8 @@ _NO_GPU = Gpu(8.6, 132, 99 * 1024)
 def targets() -> list[tuple[str, Gpu]]:
     """Name and sizes of each GPU that a program is compiled for.
 
-    The GPUs of this process, under a mesh those of its kind. A mesh of a kind that this process does
-    not have describes a GPU, of which only the name and the multiprocessors are known.
+    The GPUs of this process, under a mesh those of its kind. A mesh of a kind that this process
+    does not have describes a GPU, of which only the name and the multiprocessors are known.
     """
     present = [(device.device_kind, _sizes(device)) for device in _devices()]
     mesh = jax.sharding.get_abstract_mesh().abstract_device

@@ -2,7 +2,8 @@
 
     python -m tests.gpu             the tests of the ops whose kernels have changed
     python -m tests.gpu --all       all GPU tests
-    python -m tests.gpu --tables    attention over whole tables of shapes; records nothing
+    python -m tests.gpu --tables    attention over whole tables of shapes, drafts of every number;
+                                    records nothing
 
 On a machine with an NVIDIA GPU, with the extra `test` installed. Further arguments go to pytest.
 An op is recorded in `tests/gpu_evidence.json` if every one of its tests ran and passed.
@@ -67,8 +68,11 @@ def machine() -> dict[str, str]:
 def run(arguments: list[str], seconds: int, processes: int) -> Results:
     """Run pytest in processes side by side; those that a test kills are started again."""
     results = Results()
-    # Each process takes what it needs of the GPU's memory, and few threads for NumPy.
+    # Each process takes what it needs of the GPU's memory, and few threads for NumPy. XLA does not
+    # try out its own matmuls, as it would in every process, for half of the time.
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "2"}
+    os.environ["XLA_FLAGS"] = flags
     options = ["-m", "gpu", "-q", "-n", str(processes), "--dist", "load", "--maxschedchunk", "1"]
     options += ["--max-worker-restart", "1000", "-p", "no:cacheprovider", "--durations", "25"]
     signal.signal(signal.SIGALRM, _stop)
@@ -132,7 +136,8 @@ def main(argv: list[str]) -> int:
         sys.exit("python -m tests.gpu needs an NVIDIA GPU; this machine has no nvidia-smi")
     print(*machine().values(), sep=", ", flush=True)
     if options.tables:
-        arguments = ["tests/gpu/test_tables.py", "--whole-tables", *further]
+        tests = ["tests/gpu/test_tables.py", "tests/gpu/test_generator.py"]
+        arguments = [*tests, "--whole-tables", *further]
         return report(run(arguments, MAX_SECONDS_OF_TABLES, options.processes))
     ops = evidence.op_names() if options.all else list(evidence.stale())
     if not ops:

@@ -10,6 +10,7 @@ import numpy as np
 from g4attn_jax import ops, oracle
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
 from tests.ops.test_decode_attention import case
+from tests.pairwise import pairwise
 
 GROUPS = (1, 2, 4, 8, 16, 32, 64)
 KV_HEADS = (1, 2, 4)
@@ -124,35 +125,3 @@ def some_prefill() -> Iterator[Shape]:
     factors = tokens, GROUPS, KV_HEADS, (False, True), LAYOUTS, HEAD_DIMS
     for row in pairwise(*factors):
         yield Shape("prefill_attention", *row)
-
-
-def pairwise(*factors) -> list[tuple]:
-    """Rows, a value of each factor, in which every two values of two factors meet.
-
-    Each row starts with a pair that has not met; each further value is the one that makes most
-    pairs meet with those that the row has.
-
-    Source: Cohen et al., "The AETG system: an approach to testing based on combinatorial design"
-    (1997), without its random candidates.
-    """
-    columns = range(len(factors))
-    left = dict.fromkeys(
-        ((i, a), (j, b))
-        for i, j in itertools.combinations(columns, 2)
-        for a, b in itertools.product(factors[i], factors[j])
-    )
-    rows = []
-    while left:
-        row = dict(next(iter(left)))
-        for column in columns:
-            if column not in row:
-                row[column] = max(
-                    factors[column],
-                    key=lambda value, column=column: sum(
-                        tuple(sorted(((column, value), other))) in left for other in row.items()
-                    ),
-                )
-        for pair in itertools.combinations(sorted(row.items()), 2):
-            left.pop(pair, None)
-        rows.append(tuple(row[column] for column in columns))
-    return rows

@@ -115,8 +115,11 @@ def judge(name, prompts, answers):
 )  # fmt: skip
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", Gemma4Config.preset_names())
-def test_drafts_of_every_size(name, batch, monkeypatch):
-    """1 to 8 drafts, some accepted, some refused, and the assistant's own."""
+def test_drafts_of_every_size(name, batch, monkeypatch, request):
+    """Some accepted, some refused, and the assistant's own; 1 to 8 with `--whole-tables`."""
+    sizes = Gemma4Config.preset_names()
+    first = 1 + (sizes.index(name) + 2 * batch) % 4
+    whole = request.config.getoption("whole_tables")
     decoder, assistant = models_of(name)
     prompts, options = PROMPTS[:batch], {"capacity": CAPACITY, "chunk_tokens": 16}
     plain = Generator(decoder, **options)(prompts, NEW)
@@ -124,7 +127,7 @@ def test_drafts_of_every_size(name, batch, monkeypatch):
     follows = np.zeros((batch, CAPACITY), np.int32)
     for row, prompt, answer in zip(follows, prompts, plain, strict=True):
         row[len(prompt) - 1 :][:NEW] = answer
-    for draft_tokens in range(1, 9):
+    for draft_tokens in range(1, 9) if whole else (first, first + 4):
         kinds = np.resize([RIGHT] * (draft_tokens + 2) + [WRONG, RIGHT, OWN], follows.shape)
         rule = Guided(follows, kinds.astype(np.int32))
         monkeypatch.setattr(generation, "_rule", lambda *_, rule=rule: rule)

@@ -255,7 +255,7 @@ def test_decode_of_real_layers_uses_the_kernel(preset, layer):
         assert row.attention_launches in (1, 2)
 
 
-@on_a_gpu("qkv_norm_rope_write", "decode_attention")
+@on_a_gpu("qkv_norm_rope_write", "decode_attention", slow=True)
 @pytest.mark.parametrize("form", [KVCache, CompactKVCache])
 def test_ten_thousand_donated_steps_take_no_memory(form):
     config = Gemma4Config.preset("gemma-4-12b")

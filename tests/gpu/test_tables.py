@@ -13,7 +13,7 @@ TABLES = {
 def pytest_generate_tests(metafunc):
     for name in TABLES.keys() & set(metafunc.fixturenames):
         shapes = TABLES[name][metafunc.config.getoption("whole_tables")]()
-        metafunc.parametrize(name, shapes, ids=str)
+        metafunc.parametrize(name, list(shapes), ids=str)
 
 
 def judge(shape, record_property):

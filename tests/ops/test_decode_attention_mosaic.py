@@ -14,6 +14,7 @@ from g4attn_jax.ops.gpu import Gpu
 from g4attn_jax.oracle import cached_attention as formula
 from tests import gpu_target
 from tests.ops.test_decode_attention import case
+from tests.pairwise import pairwise
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("Mosaic GPU of JAX 0.10 has other names", allow_module_level=True)
@@ -81,13 +82,19 @@ def test_against_float64(last, tokens, group, compact, sizes, num_splits, attend
     np.testing.assert_array_equal(np.asarray(o)[np.asarray(arguments[3]) < 0], 0)
 
 
+SIZES = (3, 8), (6, 8), (8, 8), (11, 8), (16, 8), (2, 16), (5, 16), (8, 16), (2, 32), (2, 64)
+
+
 @on_a_gpu
-@pytest.mark.parametrize("num_splits", [None, 1, 2, 7, 64])
-@pytest.mark.parametrize("sizes", [{"capacity": 1024}, {"pages": 16}], ids=str)
-@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "group"),
-    [(3, 8), (6, 8), (8, 8), (11, 8), (16, 8), (2, 16), (5, 16), (8, 16), (2, 32), (2, 64)],
+    ("tokens", "group", "compact", "sizes", "num_splits"),
+    [
+        (*size, *others)
+        for size, *others in pairwise(
+            SIZES, (False, True), ({"capacity": 1024}, {"pages": 16}), (None, 1, 2, 7, 64)
+        )
+    ],
+    ids=str,
 )
 def test_long_sequences(tokens, group, compact, sizes, num_splits, attend):
     last = [1023, 639, 640, -1, 70, 1000]
