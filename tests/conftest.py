@@ -22,7 +22,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--whole-tables", action="store_true", help="all shapes of tests/gpu/tables.py"
     )
-    parser.addoption("--fuzz-seconds", type=float, default=15, help="of each fuzz test on a GPU")
+    parser.addoption("--fuzz-seconds", type=float, default=10, help="of each fuzz test on a GPU")
     parser.addoption("--fuzz-seed", type=int, help="of the fuzz tests; None: another every time")
 
 

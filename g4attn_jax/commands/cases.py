@@ -224,9 +224,10 @@ Case = NormCase | PrologueCase | AttentionCase
 def _normal(rng, shape, dtype, factor=1.0, where=None):
     """Normal numbers times a factor, NaN outside `where`, which has the first dimensions.
 
-    NumPy's: JAX would compile a program for every shape.
+    NumPy's, as JAX would compile a program for every shape; without 0, which has no relative error.
     """
-    x = factor * rng.standard_normal(shape, np.float32)
+    x = rng.standard_normal(shape, np.float32)
+    x = factor * np.where(x == 0, np.float32(1), x)
     if where is not None:
         x[~where] = np.nan
     return jnp.asarray(x.astype(dtype))

@@ -18,7 +18,7 @@ LAYOUTS = ("contiguous", "paged", "ring")
 HEAD_DIMS = (512, 256)
 SPLITS = (None, 1, 7, 64)
 PREFILL_TOKENS = range(1, 131)
-_PAGE_SIZE, _PAGES, _WINDOW = 64, 8, 200
+_PAGE_SIZE, _PAGES, _WINDOW = 64, 16, 200
 # Tokens and heads a group of which two blocks of a cluster have the middle token both.
 ODD_IN_TWO_BLOCKS = ((9, 8), (11, 8), (13, 8), (15, 8), (5, 16), (7, 16), (3, 32))
 # Of weights and outputs in bfloat16, norm-wise.
@@ -52,9 +52,9 @@ class Shape(NamedTuple):
         return _WINDOW if self.layout == "ring" else None
 
     def arguments(self) -> tuple:
-        """Four sequences: of several tiles, of two and one to the last slot, and an empty one."""
+        """Four sequences: one that is full, one within a tile, one of a tile, an empty one."""
         if self.op == "decode_attention":
-            last = [449, 127, 63, -1]
+            last = [1023, 449, 63, -1]
         else:  # after 70, 57 and no tokens
             last = [self.tokens + 69, self.tokens + 56, self.tokens - 1, -1]
         paged = self.layout == "paged"
@@ -121,7 +121,7 @@ def whole_prefill() -> Iterator[Shape]:
 
 def some_prefill() -> Iterator[Shape]:
     """Shapes in which every two sizes meet, of tokens around the sizes of tiles."""
-    tokens = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130)
+    tokens = (1, 16, 17, 33, 64, 65, 129, 130)
     factors = tokens, GROUPS, KV_HEADS, (False, True), LAYOUTS, HEAD_DIMS
     for row in pairwise(*factors):
         yield Shape("prefill_attention", *row)

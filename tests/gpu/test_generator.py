@@ -109,17 +109,28 @@ def judge(name, prompts, answers):
     assert gap[made].max() <= 2 * np.abs(usual - exact)[made].max()
 
 
+def pytest_generate_tests(metafunc):
+    """Of each size one or three sequences and two numbers of drafts; with `--whole-tables` all."""
+    some = [
+        ("gemma-4-e2b", 1, (1, 5)),
+        ("gemma-4-e4b", 3, (2, 6)),
+        ("gemma-4-12b", 1, (3, 7)),
+        ("gemma-4-26b-a4b", 3, (4, 8)),
+        ("gemma-4-31b", 3, (5, 8)),
+    ]
+    assert {name for name, *_ in some} == set(Gemma4Config.preset_names())
+    if metafunc.config.getoption("whole_tables"):
+        some = [(name, batch, range(1, 9)) for name, *_ in some for batch in (1, 3)]
+    ids = [f"{name}-{batch}" for name, batch, _ in some]
+    metafunc.parametrize(("name", "batch", "numbers_of_drafts"), some, ids=ids)
+
+
 @pytest.mark.gpu(
     "decode_attention", "prefill_attention", "qkv_norm_rope_write", "linear", "add_rms_norm",
     "grouped_matmul", "grouped_gated_matmul", slow=True,
 )  # fmt: skip
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", Gemma4Config.preset_names())
-def test_drafts_of_every_size(name, batch, monkeypatch, request):
-    """Some accepted, some refused, and the assistant's own; 1 to 8 with `--whole-tables`."""
-    sizes = Gemma4Config.preset_names()
-    first = 1 + (sizes.index(name) + 2 * batch) % 4
-    whole = request.config.getoption("whole_tables")
+def test_drafts_of_every_size(name, batch, numbers_of_drafts, monkeypatch):
+    """Some drafts are accepted, some refused, and some are the assistant's own."""
     decoder, assistant = models_of(name)
     prompts, options = PROMPTS[:batch], {"capacity": CAPACITY, "chunk_tokens": 16}
     plain = Generator(decoder, **options)(prompts, NEW)
@@ -127,7 +138,7 @@ def test_drafts_of_every_size(name, batch, monkeypatch, request):
     follows = np.zeros((batch, CAPACITY), np.int32)
     for row, prompt, answer in zip(follows, prompts, plain, strict=True):
         row[len(prompt) - 1 :][:NEW] = answer
-    for draft_tokens in range(1, 9) if whole else (first, first + 4):
+    for draft_tokens in numbers_of_drafts:
         kinds = np.resize([RIGHT] * (draft_tokens + 2) + [WRONG, RIGHT, OWN], follows.shape)
         rule = Guided(follows, kinds.astype(np.int32))
         monkeypatch.setattr(generation, "_rule", lambda *_, rule=rule: rule)
