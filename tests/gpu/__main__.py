@@ -34,14 +34,21 @@ class Results:
     def __init__(self):
         self.collected, self.outcomes, self.properties = set(), {}, {}
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self):
+        """All tests are over: to end the processes takes a while, and is not to be interrupted."""
+        signal.alarm(0)
+
     def pytest_xdist_node_collection_finished(self, node, ids):
         self.collected.update(ids)
 
     def pytest_runtest_logreport(self, report):
-        before = self.outcomes.get(report.nodeid)
-        if before is None or (before == "passed" and report.outcome != "passed"):
-            self.outcomes[report.nodeid] = report.outcome
         self.properties[report.nodeid] = dict(report.user_properties)
+        # A test has passed when it has run, and nothing before or after was wrong.
+        if report.outcome != "passed":
+            self.outcomes[report.nodeid] = report.outcome
+        elif report.when == "call":
+            self.outcomes.setdefault(report.nodeid, "passed")
 
     def counts(self, op: str) -> collections.Counter:
         """Outcomes of the tests of an op. A test whose process died does not say of which op."""
@@ -78,7 +85,6 @@ def run(arguments: list[str], seconds: int, processes: int) -> Results:
     signal.signal(signal.SIGALRM, _stop)
     signal.alarm(seconds)
     pytest.main([*options, *arguments], plugins=[results])
-    signal.alarm(0)
     return results
 
 

@@ -102,7 +102,7 @@ def whole_decode() -> Iterator[Shape]:
 
 def some_decode() -> Iterator[Shape]:
     """Shapes in which every two sizes meet, and the odd ones in two blocks over every layout."""
-    tokens = range(1, MAX_DECODE_TOKENS + 1)
+    tokens = (1, 2, 3, 4, 5, 6, 8, 9, 11, 15, 16)
     factors = tokens, GROUPS, KV_HEADS, (False, True), LAYOUTS, HEAD_DIMS, SPLITS
     shapes = [Shape("decode_attention", *row) for row in pairwise(*factors)]
     odd = itertools.product(ODD_IN_TWO_BLOCKS, (False, True), LAYOUTS[:2])

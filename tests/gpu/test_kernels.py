@@ -235,7 +235,7 @@ def test_golden_through_the_kernel(model, layer, layout, form):
     assert np.linalg.norm(ours) <= np.linalg.norm(theirs)
 
 
-@on_a_gpu(*LAYER)
+@on_a_gpu("qkv_norm_rope_write")
 @pytest.mark.parametrize(("model", "layer", "layout", "form"), LAYOUTS_AND_FORMS)
 def test_golden_in_float32(model, layer, layout, form):
     with jax.default_matmul_precision("highest"):

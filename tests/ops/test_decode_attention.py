@@ -200,11 +200,20 @@ def test_windows_begin_anywhere_in_a_tile(oldest, sizes, implementation):
 
 
 @on_the_kernel
-@pytest.mark.parametrize("sizes", [{"capacity": 64}, {"pages": 4}], ids=str)
-@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"capacity": 128},
+        {"pages": 8},
+        # Programs of 64 rows have a tile even if there is none for their split.
+        {"capacity": 128, "tokens": 16, "group": 4, "dtype": jnp.bfloat16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_splits", [1, 3, 256])
 def test_the_last_positions_of_int32(num_splits, sizes, implementation):
     """Tiles go past them; here without the 2^31 tokens before."""
-    q, cache, table, positions = case([319], tokens=3, **sizes)
+    q, cache, table, positions = case([383], **{"tokens": 3} | sizes)
     near, far = (
         jax.jit(
             lambda positions: ops.decode_attention(
@@ -217,7 +226,7 @@ def test_the_last_positions_of_int32(num_splits, sizes, implementation):
                 implementation=implementation,
             )
         )(positions + shift)
-        for shift in (0, 2**31 - 320)
+        for shift in (0, 2**31 - 384)
     )
     assert np.isfinite(near).all()
     np.testing.assert_allclose(far, near, atol=2e-6)

@@ -1,6 +1,7 @@
 """The kernel for several tokens on Hopper: in JAX's interpreter of Mosaic GPU, and on a GPU."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.export
@@ -18,7 +19,7 @@ from tests.ops.test_decode_attention import case
 if jax.__version_info__ < (0, 11):
     pytest.skip("Mosaic GPU of JAX 0.10 has other names", allow_module_level=True)
 
-from g4attn_jax.ops.decode_attention import mosaic
+from g4attn_jax.ops.decode_attention import mosaic, mosaic_kernel
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:invalid value encountered in matmul:RuntimeWarning"  # of NaN in unwritten slots
@@ -163,6 +164,16 @@ def test_warpgroups_wait_for_each_other(compact, tokens, monkeypatch):
     )
     assert error(o, arguments) < 3e-3
     assert not gpu_callbacks.get_races().races_found
+
+
+def test_a_copy_that_tma_does_not_take_is_refused_when_traced():
+    """A token of log_sum is 32 bytes of 8 heads; on a GPU a copy from the second is a fault."""
+    sizes = SimpleNamespace(shape=SimpleNamespace(tokens=9, group=8), interpret=False)
+    inputs = SimpleNamespace(q=struct((18, 8, 512), jnp.bfloat16))
+    program = mosaic_kernel._Program(inputs, None, sizes, 0, 0, 0, 0)
+    log_sum = SimpleNamespace(shape=(8, 8), dtype=jnp.float32)
+    with pytest.raises(AssertionError):
+        program.copies(None, 0, (), log_sum, 4, begin=1)
 
 
 def verify_step(dtype=jnp.bfloat16, form=KVCache, tokens=6, group=8, head_dim=512, **other):
