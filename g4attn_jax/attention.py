@@ -260,16 +260,16 @@ class Gemma4Attention(nnx.Module):
         return ops.qkv_norm_rope_write(*heads, plan.slots, cache, **constants)
 
     def _attend(self, q, cache, plan, implementation):
+        arguments = q, cache, plan.layout.pages(), plan.placed()
+        constants = {
+            "sliding_window": self.spec.sliding_window,
+            "implementation": implementation,
+        }
+        if plan.segment_ids is not None:
+            return ops.prefill_attention(*arguments, segment_ids=plan.segment_ids, **constants)
         is_step = q.shape[1] <= MAX_DECODE_TOKENS
         attend = ops.decode_attention if is_step else ops.prefill_attention
-        return attend(
-            q,
-            cache,
-            plan.layout.pages(),
-            plan.placed(),
-            sliding_window=self.spec.sliding_window,
-            implementation=implementation,
-        )
+        return attend(*arguments, **constants)
 
     def _check_hidden(self, x):
         if x.ndim != 3 or x.shape[-1] != self.hidden_size:

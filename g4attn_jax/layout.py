@@ -239,6 +239,18 @@ class LayerType(NamedTuple):
         return cls(spec.head_dim, spec.rotary_dim, spec.rope_theta, spec.sliding_window)
 
 
+class SegmentIds(NamedTuple):
+    """Which of several sequences in one row a token is of: it sees keys of its own id alone.
+
+    Attributes:
+        query: int32 [B, T], of the new tokens.
+        key: int32 [B, C], of the token in each slot.
+    """
+
+    query: Int[Array, "B T"]
+    key: Int[Array, "B C"]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
@@ -250,6 +262,7 @@ class StepPlan:
         sin: float32 [B, T, R/2].
         slots: int32 [B, T], where the tokens go in every cache; -1 is nowhere.
         layout: of every cache.
+        segment_ids: of rows with several sequences; None: a row has one.
         layer_type: the layers that the plan is for.
     """
 
@@ -258,6 +271,7 @@ class StepPlan:
     sin: Float[Array, "B T R/2"]
     slots: Int[Array, "B T"]
     layout: Layout
+    segment_ids: SegmentIds | None
     layer_type: LayerType = dataclasses.field(metadata={"static": True})
 
     @property
@@ -308,7 +322,12 @@ def key_positions(positions: Int[Array, "B T"], layout: Layout) -> Int[Array, "B
     return jnp.where(jnp.repeat(pages >= 0, layout.page_size, axis=1), newest, -1)
 
 
-def plan_step(spec: AttentionSpec, positions: Int[Array, "B T"], layout: Layout) -> StepPlan:
+def plan_step(
+    spec: AttentionSpec,
+    positions: Int[Array, "B T"],
+    layout: Layout,
+    segment_ids: SegmentIds | None = None,
+) -> StepPlan:
     """Everything of a step that depends on positions and layout, for all layers like `spec`.
 
     Args:
@@ -316,6 +335,7 @@ def plan_step(spec: AttentionSpec, positions: Int[Array, "B T"], layout: Layout)
         positions: integer [B, T], where the new tokens are. -1 marks padding. Sequences may be at
             different positions.
         layout: of the caches.
+        segment_ids: of rows with several sequences, one after another; None: a row has one.
 
     Raises:
         ValueError: an argument has the wrong shape or dtype, a ring is too small for T tokens, a
@@ -344,7 +364,7 @@ def plan_step(spec: AttentionSpec, positions: Int[Array, "B T"], layout: Layout)
     cos, sin = rope_cos_sin(
         int32, theta=spec.rope_theta, head_dim=spec.head_dim, rotary_dim=spec.rotary_dim
     )
-    return StepPlan(int32, cos, sin, slots, layout, LayerType.of(spec))
+    return StepPlan(int32, cos, sin, slots, layout, segment_ids, LayerType.of(spec))
 
 
 def check_layout(layout: Layout) -> None:

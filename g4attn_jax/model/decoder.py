@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from g4attn_jax import ops
 from g4attn_jax.cache import Cache, KVCache
 from g4attn_jax.config import Gemma4Config
-from g4attn_jax.layout import Layout, plan_step
+from g4attn_jax.layout import Contiguous, Layout, SegmentIds, plan_step
 from g4attn_jax.model.embedding import embed, per_layer_inputs
 from g4attn_jax.model.layer import Gemma4DecoderLayer
 from g4attn_jax.ops.head_norm.reference import rms_norm
@@ -25,7 +26,7 @@ class Gemma4Decoder(nnx.Module):
         h = rms(x) * norm
         logits = c tanh(h embed_tokens^T / c)     c: final_logit_softcapping, 30
 
-    A step is a pure function of parameters, tokens, positions and caches; after `nnx.split` also to
+    A call is a pure function of parameters, tokens, positions and caches; after `nnx.split` also to
     JAX. Letters: B batch, T new tokens, V vocabulary, E embed, L layers, P width of the per-layer
     embeddings (PLE: E2B and E4B), Vp their vocabulary.
 
@@ -122,6 +123,16 @@ class Gemma4Decoder(nnx.Module):
             )
         return caches
 
+    @overload
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        logits_at: Int[Array, "B n"] | None = None,
+    ) -> Float[Array, "B n V"]: ...
+
+    @overload
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -130,26 +141,44 @@ class Gemma4Decoder(nnx.Module):
         layouts: Mapping[str, Layout],
         *,
         logits_at: Int[Array, "B n"] | None = None,
-    ) -> tuple[Float[Array, "B n V"], dict[int, Cache]]:
-        """One step: T new tokens of every sequence, a prompt, a part of one, or one each.
+    ) -> tuple[Float[Array, "B n V"], dict[int, Cache]]: ...
+
+    def __call__(
+        self, tokens, positions=None, caches=None, layouts=None, *, segment_ids=None, logits_at=None
+    ):
+        """Logits of whole sequences; or, with caches, of one step of T new tokens of each.
+
+            logits = decoder(tokens)                                        can be differentiated
+            logits, caches = decoder(tokens, positions, caches, layouts)    cannot
 
         Args:
-            tokens: integer [B, T].
+            tokens: integer [B, T]. Without caches each row is a sequence from its beginning, with
+                `segment_ids` several.
             positions: integer [B, T], where they are in their sequences. -1 marks padding: nothing
-                is written, and its logits mean nothing.
+                is written, and its logits mean nothing. With caches alone.
             caches: from `init_caches` or an earlier step. Donate them to a jitted step to update
-                them in place.
-            layouts: that they were made with, or with another page table.
+                them in place. None: there are none.
+            layouts: that the caches were made with, or with another page table.
+            segment_ids: integer [B, T], of sequences packed into one row, as for training: tokens
+                see those of their own id alone. Tokens of one id stand side by side; 0 marks
+                padding, whose logits mean nothing. Without caches alone; XLA computes attention.
             logits_at: integer [B, n], the indices into T whose logits are wanted; None is all. A
                 prompt wants one, a part of a prompt none ([B, 0]).
 
         Returns:
-            (logits, caches): float32 [B, n, V], and the updated caches.
+            Float32 [B, n, V]; with caches (logits, caches), the latter updated.
 
         Raises:
             ValueError: an argument has the wrong shape or dtype, a cache or layout is missing, or
                 as `plan_step` raises.
+            NotImplementedError: segment_ids are given to a model whose implementation is a kernel.
         """
+        if caches is None:
+            return self.logits(
+                self._whole_sequences(tokens, positions, layouts, segment_ids, logits_at)
+            )
+        if segment_ids is not None:
+            raise ValueError("segment_ids are given with caches; accepted: without caches")
         h, caches = self.hidden(tokens, positions, caches, layouts, logits_at=logits_at)
         return self.logits(h), caches
 
@@ -162,7 +191,7 @@ class Gemma4Decoder(nnx.Module):
         *,
         logits_at: Int[Array, "B n"] | None = None,
     ) -> tuple[Float[Array, "B n E"], dict[int, Cache]]:
-        """`__call__` without the head.
+        """`__call__` with caches and without the head.
 
         Returns:
             (hidden, caches): final hidden states after the norm, [B, n, E] in `dtype`, and the
@@ -170,18 +199,44 @@ class Gemma4Decoder(nnx.Module):
         """
         self._check_step(tokens, positions, caches, logits_at)
         self._check_layer_types("layouts", layouts)
-        plans = {
+        plans = self._plans(positions, layouts)
+        return self._hidden(tokens, plans, dict(caches), logits_at)
+
+    def _whole_sequences(self, tokens, positions, layouts, segment_ids, at):
+        """Final hidden states of sequences that begin here, whose keys and values nobody keeps."""
+        for name, given in (("positions", positions), ("layouts", layouts)):
+            if given is not None:
+                raise ValueError(f"{name} is given and caches is not; accepted: both, or neither")
+        _check_integers("tokens", tokens)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if segment_ids is not None:
+            _check_integers("segment_ids", segment_ids, tokens.shape)
+            ids = jnp.asarray(segment_ids, jnp.int32)
+            # Rotations depend on distances alone, so a sequence may begin anywhere in its row.
+            positions, segment_ids = jnp.where(ids == 0, -1, positions), SegmentIds(ids, ids)
+        self._check_at(tokens, at)
+        layouts = dict.fromkeys(self.config.layer_types, Contiguous(*tokens.shape))
+        plans = self._plans(positions, layouts, segment_ids)
+        return self._hidden(tokens, plans, dict.fromkeys(self._producers()), at)[0]
+
+    def _plans(self, positions, layouts, segment_ids=None):
+        """What the layers of each type share in this step."""
+        return {
             layer_type: plan_step(
                 self.config.attention_spec(self.config.layer_types.index(layer_type)),
                 positions,
                 layouts[layer_type],
+                segment_ids,
             )
             for layer_type in sorted(set(self.config.layer_types))
         }
+
+    def _hidden(self, tokens, plans, caches, logits_at):
+        """Final hidden states, and the caches; one that is None its layer makes."""
         x, per_layer = self._embed(jnp.asarray(tokens))
         h = rms_norm(x, self.layers[0].input_norm[...], eps=self.config.rms_norm_eps)
         shared_from = self._producers().stop
-        x, h, caches = self._run(self.layers[:shared_from], x, h, per_layer, plans, dict(caches))
+        x, h, caches = self._run(self.layers[:shared_from], x, h, per_layer, plans, caches)
         if logits_at is not None:
             # KV-shared layers write nothing that other tokens read, so these tokens are enough.
             x, h = _select(x, logits_at), _select(h, logits_at)
@@ -239,28 +294,28 @@ class Gemma4Decoder(nnx.Module):
         return range(self.config.num_hidden_layers - self.config.num_kv_shared_layers)
 
     def _check_step(self, tokens, positions, caches, at):
-        for name, array in (("tokens", tokens), ("positions", positions)):
-            if not hasattr(array, "shape") or array.ndim != 2:
-                raise ValueError(f"{name} is {array!r}; accepted: an integer array [B, T]")
-        if not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens has dtype {tokens.dtype}; accepted: an integer")
+        _check_integers("tokens", tokens)
+        if not hasattr(positions, "shape") or positions.ndim != 2:
+            raise ValueError(f"positions is {positions!r}; accepted: an integer array [B, T]")
         if tokens.shape != positions.shape:
             raise ValueError(
                 f"positions has shape {positions.shape}; with tokens of shape {tokens.shape} it "
                 f"must be {tokens.shape}"
             )
-        if at is not None:
-            if at.ndim != 2 or at.shape[0] != tokens.shape[0]:
-                raise ValueError(
-                    f"logits_at has shape {at.shape}; accepted: [{tokens.shape[0]}, n]"
-                )
-            if not jnp.issubdtype(at.dtype, jnp.integer):
-                raise ValueError(f"logits_at has dtype {at.dtype}; accepted: an integer")
+        self._check_at(tokens, at)
         if caches.keys() != set(self._producers()):
             raise ValueError(
                 f"caches has layers {sorted(caches)}; accepted: those of init_caches, "
                 f"{self._producers().start} to {self._producers().stop - 1}"
             )
+
+    def _check_at(self, tokens, at):
+        if at is None:
+            return
+        if at.ndim != 2 or at.shape[0] != tokens.shape[0]:
+            raise ValueError(f"logits_at has shape {at.shape}; accepted: [{tokens.shape[0]}, n]")
+        if not jnp.issubdtype(at.dtype, jnp.integer):
+            raise ValueError(f"logits_at has dtype {at.dtype}; accepted: an integer")
 
     def _check_layer_types(self, name, given, *, all_needed=True):
         """Refuses a dict by layer type that lacks one or has what is none."""
@@ -283,4 +338,18 @@ def _select_plan(plan, at):
     fields = {
         name: _select(getattr(plan, name), at) for name in ("positions", "cos", "sin", "slots")
     }
+    if plan.segment_ids is not None:
+        query = _select(plan.segment_ids.query, at)
+        fields["segment_ids"] = plan.segment_ids._replace(query=query)
     return dataclasses.replace(plan, **fields)
+
+
+def _check_integers(name, array, shape=None):
+    """Refuses what is no integer array [B, T], of a shape that is known if one is given."""
+    if not hasattr(array, "shape") or array.ndim != 2:
+        raise ValueError(f"{name} is {array!r}; accepted: an integer array [B, T]")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} has dtype {array.dtype}; accepted: an integer")
+    if 0 in array.shape or shape not in (None, array.shape):
+        accepted = "[B, T], neither 0" if shape is None else shape
+        raise ValueError(f"{name} has shape {array.shape}; accepted: {accepted}")

@@ -93,7 +93,7 @@ class Gemma4DecoderLayer(nnx.Module):
         x: Float[Array, "B T E"],
         h: Float[Array, "B T E"],
         plan: StepPlan,
-        cache: Cache,
+        cache: Cache | None,
         next_norm: Float[Array, " E"],
         *,
         k_scale: Float[Array, " D"] | None = None,
@@ -105,7 +105,7 @@ class Gemma4DecoderLayer(nnx.Module):
             x: [B, T, E], the residual stream.
             h: [B, T, E], rms(x) * input_norm.
             plan: from `plan_step`, for the layer's type.
-            cache: of layer `attention.spec.kv_layer`.
+            cache: of layer `attention.spec.kv_layer`; None: the layer makes one of these tokens.
             next_norm: [E], `input_norm` of the next layer, after the last one the model's norm.
             k_scale: of the cache's layer if it is another one, else None.
             per_layer_input: [B, T, P] with PLE, else None.

@@ -9,7 +9,7 @@ import numpy as np
 
 from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache, KVCache
 from g4attn_jax.config import ProjectionMode
-from g4attn_jax.layout import UNPLACED, check_page_table
+from g4attn_jax.layout import UNPLACED, SegmentIds, check_page_table
 from g4attn_jax.page_allocator import check_page_size
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -149,6 +149,29 @@ def check_attention(
     check_count("sliding_window", sliding_window)
     check_number("scale", scale)
     _check_addresses(q, cache, page_table, positions, sliding_window)
+
+
+def check_segment_ids(
+    segment_ids: SegmentIds, q: jax.Array, cache: Cache, page_table: jax.Array | None
+) -> None:
+    """Refuses segment ids that do not go with the other arguments of `prefill_attention`.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    if not isinstance(segment_ids, SegmentIds):
+        raise ValueError(
+            f"segment_ids is a {type(segment_ids).__name__}; accepted: SegmentIds, or None"
+        )
+    columns = 1 if page_table is None else page_table.shape[1]
+    shapes = {"query": q.shape[:2], "key": (q.shape[0], columns * cache.v.shape[1])}
+    for name, wanted in shapes.items():
+        array = getattr(segment_ids, name)
+        shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+        if shape != wanted or dtype != "int32":
+            raise ValueError(
+                f"segment_ids.{name} has shape {shape} and dtype {dtype}; accepted: int32 {wanted}"
+            )
 
 
 def _check_query(q, cache, max_tokens):

@@ -5,6 +5,7 @@ import functools
 from jaxtyping import Array, Float, Int
 
 from g4attn_jax.cache import Cache
+from g4attn_jax.layout import SegmentIds
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.flash_attention.launch import launch_refusal
 from g4attn_jax.ops.implementation import Implementation, differentiable_op, for_cache
@@ -36,6 +37,7 @@ def prefill_attention(
     *,
     sliding_window: int | None = None,
     scale: float = 1.0,
+    segment_ids: SegmentIds | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T Nq D"]:
     """softmax(scale q k^T + mask) v over the cache, which holds the new tokens already.
@@ -57,6 +59,8 @@ def prefill_attention(
             slot. The others must have been written, and so must what lies between them.
         sliding_window: keys that a token sees, its own included; None: all.
         scale: of the scores; 1 in Gemma 4.
+        segment_ids: int32 [B, T] and [B, C], with which a token sees only keys of its own id: a row
+            has several sequences, as packed for training. XLA computes it. None: a row has one.
         implementation: None (on an NVIDIA GPU of compute capability 8.0 or higher the kernel, or
             cuDNN for a prompt of 4096 tokens or more from position 0 in a contiguous `KVCache` of
             bfloat16 or float16 with a head_dim that it takes: up to 256, on 8.x 128; else XLA),
@@ -70,7 +74,8 @@ def prefill_attention(
             known does not exist.
         NotImplementedError: "triton" was demanded and there is no supported GPU, or not one with
             the shared memory for such heads (for some of 512 in float32 99 KiB are too little), or
-            it cannot address a float8 array of 2^31 to 2^32 elements. None takes XLA then.
+            it cannot address a float8 array of 2^31 to 2^32 elements; None takes XLA then. Or a
+            kernel was demanded with segment_ids.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al.,
     "FlashAttention: fast and memory-efficient exact attention with IO-awareness" (2022).
@@ -78,13 +83,22 @@ def prefill_attention(
     checks.check_attention(
         q, cache, page_table, positions, sliding_window=sliding_window, scale=scale
     )
+    constants = {"sliding_window": sliding_window, "scale": scale}
+    if segment_ids is not None:
+        checks.check_segment_ids(segment_ids, q, cache, page_table)
+        if implementation not in (None, "xla"):
+            raise NotImplementedError(
+                f"implementation is {implementation!r}; with segment_ids accepted: None, 'xla'"
+            )
+        return reference.prefill_attention(
+            q, cache, page_table, positions, segment_ids, use_cudnn=False, **constants
+        )
     return _op(
         q,
         cache,
         page_table,
         positions,
-        sliding_window=sliding_window,
-        scale=scale,
+        **constants,
         use_cudnn=implementation is None,
         **for_cache(implementation, cache, launch_refusal(q, cache)),
     )

@@ -14,7 +14,9 @@ _BLOCK_TOKENS = 128
 _BLOCK_SLOTS = 512
 
 
-def prefill_attention(q, cache, page_table, positions, *, sliding_window, scale, use_cudnn):
+def prefill_attention(
+    q, cache, page_table, positions, segment_ids=None, *, sliding_window, scale, use_cudnn
+):
     """See `g4attn_jax.ops.prefill_attention`; `use_cudnn` is for CUDA.
 
     What no token sees may be anything. For a derivative nothing is kept of a block of tokens but
@@ -27,10 +29,12 @@ def prefill_attention(q, cache, page_table, positions, *, sliding_window, scale,
         cache=cache,
         layout=layout,
         held=key_positions(positions, layout),
+        key_ids=None if segment_ids is None else segment_ids.key,
         sliding_window=sliding_window,
         scale=scale,
     )
-    blocks = _blocks(q, 0), _blocks(positions, -1)
+    query_ids = None if segment_ids is None else _blocks(segment_ids.query, 0)
+    blocks = _blocks(q, 0), _blocks(positions, -1), query_ids
     o = lax.map(jax.checkpoint(lambda block: attend(*block)), blocks)
     return jnp.moveaxis(o, 0, 1).reshape(o.shape[1], -1, *o.shape[3:])[:, :tokens]
 
@@ -43,8 +47,14 @@ def _blocks(x, padding):
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
-def _attend(q, positions, *, cache, layout, held, sliding_window, scale):
-    """A block of tokens over the whole cache; `held` [B, C] are the positions in its slots."""
+def _attend(q, positions, query_ids, *, cache, layout, held, key_ids, sliding_window, scale):
+    """A block of tokens over the whole cache.
+
+    Args:
+        query_ids: [B, T], the segments of the tokens; None: a row has one.
+        held: [B, C], the positions in the slots.
+        key_ids: [B, C], the segments in the slots; None: a row has one.
+    """
     batch, tokens, num_q_heads, width = q.shape
     num_kv_heads, head_dim = cache.v.shape[2:]
     q = q.reshape(batch, tokens, num_kv_heads, -1, width)
@@ -82,6 +92,9 @@ def _attend(q, positions, *, cache, layout, held, sliding_window, scale):
         visible = (key >= 0) & (key <= query)
         if sliding_window is not None:
             visible &= key > query - sliding_window
+        if key_ids is not None:
+            key_id = lax.dynamic_slice_in_dim(key_ids, first, size, axis=1)
+            visible &= query_ids[..., None] == key_id[:, None]
         carry = lax.cond(
             visible.any(), functools.partial(attend, first, visible), lambda carry: carry, carry
         )
