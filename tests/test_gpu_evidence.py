@@ -2,6 +2,8 @@
 
 import ast
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -183,3 +185,25 @@ def test_runs_of_other_modules_are_forgotten(copy):
     copy("linear/triton.py", "_MAX_PARTS = 8", "_MAX_PARTS = 4")
     evidence.record("linear", RUN)
     assert evidence.read()["linear"]["runs"] == [RUN]
+
+
+def test_a_process_without_a_gpu_is_replaced(tmp_path):
+    """After a fault nothing runs on the GPU in the same process: the next test has another."""
+    (tmp_path / "test_fault.py").write_text(
+        "import os, pathlib\n"
+        "def process():\n"
+        "    with open(pathlib.Path(__file__).parent / 'processes', 'a') as file:\n"
+        "        print(os.getpid(), file=file)\n"
+        "def test_before(): process()\n"
+        "def test_fault():\n"
+        "    process()\n"
+        "    raise RuntimeError('INTERNAL: CUDA_ERROR_MISALIGNED_ADDRESS: misaligned address')\n"
+        "def test_after(): process()\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-n", "1", "--max-worker-restart", "9", "-p"]
+    command += ["tests.conftest", "-p", "no:cacheprovider", str(tmp_path)]
+    result = subprocess.run(command, cwd=evidence.ROOT, capture_output=True, text=True)
+    assert "1 failed, 2 passed" in result.stdout, result.stdout
+    assert "CUDA_ERROR_MISALIGNED_ADDRESS" in result.stderr
+    before, fault, after = (tmp_path / "processes").read_text().split()
+    assert before == fault != after
