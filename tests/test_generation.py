@@ -1,5 +1,6 @@
 """Generation against Hugging Face's greedy tokens, against itself, and against probabilities."""
 
+import dataclasses
 import functools
 import itertools
 from pathlib import Path
@@ -254,6 +255,44 @@ def test_sampling_parameters_compile_nothing(compiled):
     assert len(compiled) == 1
 
 
+def test_suppressed_tokens_compile_nothing(compiled):
+    generator = Generator(small_model(), capacity=LENGTH)
+    for sampling, key in ((Sampling(), None), (DRAWN, jax.random.key(0))):
+        suppressing = functools.partial(dataclasses.replace, sampling)
+        generator(prompts_of(20), 5, sampling=suppressing(suppress_tokens=[3]), key=key)
+        compiled.clear()
+        generator(prompts_of(20), 5, sampling=suppressing(suppress_tokens=[4, 5, 6]), key=key)
+        assert not compiled
+
+
+def test_suppressed_tokens_are_not_made():
+    """The best of the others follows: what a model makes whose table lacks the tokens."""
+    prompts, generator = prompts_of(PROMPT, 3), small_generator()
+    plain = generator(prompts, 12)
+    suppressed = {answer[0] for answer in plain}
+    answers = generator(prompts, 12, sampling=Sampling(suppress_tokens=suppressed))
+    assert not suppressed & set(itertools.chain(*answers))
+    expected = greedily(small_model(), prompts[1], 4, suppressed)
+    assert answers[1][:4] == expected
+
+
+def greedily(decoder, prompt, new_tokens, suppressed):
+    """One token after the other, from the logits of the whole sequence."""
+    tokens = list(prompt)
+    for _ in range(new_tokens):
+        logits = np.array(logits_of(decoder, tokens)[-1])
+        logits[list(suppressed)] = -np.inf
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+def logits_of(decoder, tokens):
+    """[n, V], of a sequence in one step."""
+    layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(1, len(tokens)))
+    positions = np.arange(len(tokens))[None]
+    return decoder(np.array([tokens]), positions, decoder.init_caches(layouts), layouts)[0][0]
+
+
 def test_weights_that_are_placed_compile_nothing_more(compiled):
     """As of a sharded model: then everything that comes out of a program is placed too."""
     graph, params = nnx.split(small_model())
@@ -345,6 +384,11 @@ def test_a_prompt_may_fill_the_capacity():
         ({"stop_tokens": None}, "stop_tokens is None; accepted: a sequence of tokens"),
         ({"on_tokens": 5}, "on_tokens is 5; accepted: a function, or None"),
         ({"sampling": 0.5}, "sampling is a float; accepted: Sampling"),
+        (
+            {"sampling": Sampling(suppress_tokens=[128])},
+            "suppress_tokens has 128; accepted: tokens 0 to 127",
+        ),
+        ({"log_probs": 1}, "log_probs is 1; accepted: True or False"),
         ({"sampling": DRAWN}, "key is None; accepted with a temperature above 0: one of jax.ran"),
         ({"sampling": DRAWN, "key": 3}, "key is 3; accepted"),
         (

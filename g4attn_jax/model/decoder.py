@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -12,7 +13,7 @@ from g4attn_jax import ops
 from g4attn_jax.cache import Cache, KVCache
 from g4attn_jax.config import Gemma4Config
 from g4attn_jax.layout import Layout, plan_step
-from g4attn_jax.model.embedding import embed, per_layer_inputs
+from g4attn_jax.model.embedding import embed, num_embedded_tokens, per_layer_inputs
 from g4attn_jax.model.layer import Gemma4DecoderLayer
 from g4attn_jax.ops.head_norm.reference import rms_norm
 
@@ -134,7 +135,8 @@ class Gemma4Decoder(nnx.Module):
         """One step: T new tokens of every sequence, a prompt, a part of one, or one each.
 
         Args:
-            tokens: integer [B, T].
+            tokens: integer [B, T]. Those that are known, not traced by `jax.jit`, are checked; a
+                traced one that the model cannot read makes its sequence NaN.
             positions: integer [B, T], where they are in their sequences. -1 marks padding: nothing
                 is written, and its logits mean nothing.
             caches: from `init_caches` or an earlier step. Donate them to a jitted step to update
@@ -147,8 +149,8 @@ class Gemma4Decoder(nnx.Module):
             (logits, caches): float32 [B, n, V], and the updated caches.
 
         Raises:
-            ValueError: an argument has the wrong shape or dtype, a cache or layout is missing, or
-                as `plan_step` raises.
+            ValueError: an argument has the wrong shape or dtype, a token is none that the model can
+                read, a cache or layout is missing, or as `plan_step` raises.
         """
         h, caches = self.hidden(tokens, positions, caches, layouts, logits_at=logits_at)
         return self.logits(h), caches
@@ -249,6 +251,7 @@ class Gemma4Decoder(nnx.Module):
                 f"positions has shape {positions.shape}; with tokens of shape {tokens.shape} it "
                 f"must be {tokens.shape}"
             )
+        self._check_known_tokens(tokens, positions)
         if at is not None:
             if at.ndim != 2 or at.shape[0] != tokens.shape[0]:
                 raise ValueError(
@@ -262,6 +265,22 @@ class Gemma4Decoder(nnx.Module):
                 f"{self._producers().start} to {self._producers().stop - 1}"
             )
 
+    def _check_known_tokens(self, tokens, positions):
+        """Refuses tokens without an embedding, unless they are traced or known to be padding."""
+        if not _is_known(tokens):
+            return
+        tokens, accepted = np.asarray(tokens), num_embedded_tokens(self.config)
+        wrong = (tokens < 0) | (tokens >= accepted)
+        if wrong.any() and _is_known(positions):
+            wrong &= np.asarray(positions) >= 0
+        if wrong.any():
+            reason = ""
+            if accepted < self.config.vocab_size:
+                reason = f"; vocab_size_per_layer_input is {accepted}"
+            raise ValueError(
+                f"tokens has {tokens[wrong][0]}; accepted: tokens 0 to {accepted - 1}{reason}"
+            )
+
     def _check_layer_types(self, name, given, *, all_needed=True):
         """Refuses a dict by layer type that lacks one or has what is none."""
         types = sorted(set(self.config.layer_types))
@@ -271,6 +290,12 @@ class Gemma4Decoder(nnx.Module):
         surplus = [key for key in given if key not in ("sliding_attention", "full_attention")]
         if surplus:
             raise ValueError(f"{name} has {surplus[0]!r}; accepted: {', '.join(types)}")
+
+
+def _is_known(array):
+    """Whether the numbers of an array are to be had here: neither traced nor of other hosts."""
+    is_traced = isinstance(array, jax.core.Tracer)
+    return not is_traced and getattr(array, "is_fully_addressable", True)
 
 
 def _select(array, at):
