@@ -388,6 +388,10 @@ def test_a_prompt_may_fill_the_capacity():
             {"sampling": Sampling(suppress_tokens=[128])},
             "suppress_tokens has 128; accepted: tokens 0 to 127",
         ),
+        (
+            {"sampling": Sampling(suppress_tokens=range(128))},
+            "suppress_tokens has all 128 tokens; accepted: all but one, or fewer",
+        ),
         ({"log_probs": 1}, "log_probs is 1; accepted: True or False"),
         ({"sampling": DRAWN}, "key is None; accepted with a temperature above 0: one of jax.ran"),
         ({"sampling": DRAWN, "key": 3}, "key is 3; accepted"),

@@ -169,13 +169,6 @@ def test_a_drawn_rule_never_accepts_a_suppressed_draft():
     assert 0 not in np.asarray(tokens)
 
 
-def test_suppressing_everything_is_refused():
-    with pytest.raises(ValueError, match="suppress_tokens has all tokens; accepted: all but one"):
-        generation._rule(Sampling(suppress_tokens=range(4)), None, 1, 4)
-    with pytest.raises(ValueError, match="suppress_tokens has 4; accepted: tokens 0 to 3"):
-        generation._rule(Sampling(suppress_tokens=[4]), None, 1, 4)
-
-
 def test_suppressed_tokens_are_held_as_a_tuple_of_integers():
     held = Sampling(suppress_tokens=np.array([5, 2])).suppress_tokens
     assert held == (5, 2)

@@ -311,10 +311,9 @@ class Generator:
 
 
 def _rule(sampling: Sampling, key: PRNGKeyArray | None, batch: int, vocab_size: int) -> Rule:
-    suppressed = _mask_of("suppress_tokens", sampling.suppress_tokens, vocab_size)
-    if suppressed.all():
-        raise ValueError("suppress_tokens has all tokens; accepted: all but one, or fewer")
-    suppressed = suppressed if sampling.suppress_tokens else None
+    suppressed = None
+    if sampling.suppress_tokens:
+        suppressed = _mask_of("suppress_tokens", sampling.suppress_tokens, vocab_size)
     # Lower ones are 0 in float32, or are on some devices.
     if sampling.temperature < np.finfo(np.float32).tiny:
         return Greedy(suppressed)

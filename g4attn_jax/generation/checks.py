@@ -6,6 +6,7 @@ import numpy as np
 
 from g4attn_jax.cache import FLOAT8
 from g4attn_jax.config import Gemma4Config
+from g4attn_jax.generation.prompts import check_tokens
 from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.embedding import num_embedded_tokens
 from g4attn_jax.model.sampling import Sampling
@@ -16,13 +17,19 @@ _DRAFT_TOKENS = 4
 
 
 def check_choices(sampling: Sampling, config: Gemma4Config) -> None:
-    """Refuses a sampling that could choose a token which the model cannot read next.
+    """Refuses a sampling that leaves no token, or one which the model cannot read next.
 
     Raises:
-        ValueError: it is no `Sampling`, or does not suppress a token without a per-layer embedding.
+        ValueError: it is no `Sampling`, suppresses what is no token or all of them, or does not
+            suppress a token without a per-layer embedding.
     """
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling is a {type(sampling).__name__}; accepted: Sampling")
+    suppressed = check_tokens("suppress_tokens", sampling.suppress_tokens, config.vocab_size)
+    if np.unique(suppressed).size == config.vocab_size:
+        raise ValueError(
+            f"suppress_tokens has all {config.vocab_size} tokens; accepted: all but one, or fewer"
+        )
     embedded, vocab_size = num_embedded_tokens(config), config.vocab_size
     allowed = set(range(embedded, vocab_size)).difference(sampling.suppress_tokens)
     if allowed:
