@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import itertools
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -186,6 +188,46 @@ def test_a_stop_token_ends_its_sequence_alone():
     prompts = prompts_of(PROMPT, PROMPT)
     answers = generator_of()(prompts, 64, stop_tokens=[stop, 127], on_tokens=on_tokens)
     assert answers == seen == cut
+
+
+def test_a_directory_gives_sampling_and_stop_tokens_unless_a_call_does(tmp_path):
+    first, second = follows(PROMPT, PROMPT)
+    prompts, name = prompts_of(PROMPT, PROMPT), "gemma-4-e2b"
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / name / file, tmp_path)
+    fields = {"suppress_tokens": [second[0]], "eos_token_id": first[0], "num_beams": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    options = {"capacity": LENGTH, "dtype": jnp.float32}
+    with pytest.warns(UserWarning, match="not followed: num_beams 3"):
+        generator = Generator.from_hf(tmp_path, **options)
+    assert generator.sampling == Sampling(suppress_tokens=[second[0]])
+    assert generator.stop_tokens == (first[0],)
+    expected = generator_of()(
+        prompts, 6, sampling=generator.sampling, stop_tokens=generator.stop_tokens
+    )
+    assert generator(prompts, 6) == expected
+    assert generator(prompts, 6, sampling=Sampling(), stop_tokens=()) == [first[:6], second[:6]]
+    fields = {"do_sample": True, "temperature": 0.7, "top_k": 64, "top_p": 0.95}
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    generator = Generator.from_hf(tmp_path, **options, stop_tokens=[5])
+    assert (generator.sampling, generator.stop_tokens) == (Sampling(0.7, 64, 0.95), (5,))
+    with pytest.raises(ValueError, match="key is None; accepted with a temperature above 0"):
+        generator(prompts, 6)
+
+
+def test_a_directory_of_an_assistant():
+    name = "gemma-4-e4b"
+    generator = Generator.from_hf(
+        GOLDEN / name,
+        capacity=LENGTH,
+        dtype=jnp.float32,
+        assistant=GOLDEN.parent / "golden_assistant" / name,
+        draft_tokens=2,
+        stop_tokens=(),
+    )
+    assert generator.draft_tokens == 2
+    prompts = prompts_of(PROMPT, PROMPT, name=name)
+    assert generator(prompts, 12) == [row[:12] for row in follows(PROMPT, PROMPT, name=name)]
 
 
 def test_nothing_is_done_after_all_have_stopped():
@@ -381,7 +423,6 @@ def test_a_prompt_may_fill_the_capacity():
         ),
         ({"stop_tokens": [128]}, "stop_tokens has 128; accepted: tokens 0 to 127"),
         ({"stop_tokens": 5}, "stop_tokens is 5; accepted: a sequence of tokens"),
-        ({"stop_tokens": None}, "stop_tokens is None; accepted: a sequence of tokens"),
         ({"on_tokens": 5}, "on_tokens is 5; accepted: a function, or None"),
         ({"sampling": 0.5}, "sampling is a float; accepted: Sampling"),
         (
@@ -418,6 +459,9 @@ def test_calls_that_make_no_sense(changes, message):
         ({"forms": [1]}, r"forms is \[1\]; accepted: a dict by layer type, or None"),
         ({"forms": {"full": KVCache}}, "forms has 'full'; accepted: full_attention, sliding"),
         ({"forms": {"full_attention": CompactKVCache}}, "CompactKVCache holds one projection"),
+        ({"sampling": None}, "sampling is a NoneType; accepted: Sampling"),
+        ({"stop_tokens": None}, "stop_tokens is None; accepted: a sequence of tokens"),
+        ({"stop_tokens": [128]}, "stop_tokens has 128; accepted: tokens 0 to 127"),
         ({"cache_dtype": jnp.int8}, "cache_dtype is int8; accepted: float32 or float8_e4m3fn"),
         ({"cache_dtype": "foo"}, "cache_dtype is 'foo'; accepted: float32 or float8_e4m3fn"),
     ],

@@ -1,8 +1,11 @@
 """From prompts to the tokens that follow them."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, overload
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, Self, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +13,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, PRNGKeyArray
 
+from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import Cache, CompactKVCache
+from g4attn_jax.checkpoint import load_assistant, load_hf
 from g4attn_jax.config import Gemma4Config, ProjectionMode
 from g4attn_jax.generation.checks import (
     check_assistant,
     check_cache_dtype,
     check_choices,
     check_number,
+    check_sampling,
     check_weights,
 )
 from g4attn_jax.generation.programs import MAX_SLOTS, MAX_STEPS, Programs, Sequences
@@ -28,6 +34,7 @@ from g4attn_jax.generation.prompts import (
     chunks,
     following,
 )
+from g4attn_jax.generation.settings import GenerationSettings
 from g4attn_jax.model.acceptance import Drawn, Greedy, Rule
 from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.decoder import Gemma4Decoder
@@ -71,6 +78,8 @@ class Generator:
         capacity: the most tokens of a prompt and what follows it.
         chunk_tokens: the most tokens of a prompt in one chunk.
         draft_tokens: the most drafts in a step; 0 without an assistant.
+        sampling: of calls that are given none.
+        stop_tokens: of calls that are given none.
     """
 
     def __init__(
@@ -83,6 +92,8 @@ class Generator:
         chunk_tokens: int = 512,
         assistant: Gemma4Assistant | None = None,
         draft_tokens: int | None = None,
+        sampling: Sampling = _GREEDY,
+        stop_tokens: Iterable[int] = (),
     ):
         """Takes the weights that the models have now; compiles nothing yet.
 
@@ -96,6 +107,8 @@ class Generator:
                 better, and take memory for activations and rings.
             assistant: drafts tokens; None: one token a step.
             draft_tokens: with an assistant the most drafts in a step, 1 to 8; 4 if left out.
+            sampling: of calls that are given none.
+            stop_tokens: of calls that are given none.
 
         Raises:
             ValueError: an argument is none that is accepted, the assistant is not one for this
@@ -113,6 +126,9 @@ class Generator:
         self.capacity, self.chunk_tokens = int(capacity), int(chunk_tokens)
         self.draft_tokens = check_assistant(decoder, assistant, draft_tokens)
         self._config, self._dtype = decoder.config, decoder.dtype
+        check_sampling(sampling)
+        self.sampling = sampling
+        self.stop_tokens = tuple(_checked_tokens("stop_tokens", stop_tokens, self._config).tolist())
         graph, params = nnx.split((decoder, assistant))
         # In variables of its own: those of the models may be set to other weights.
         self._params = jax.tree.map(lambda weight: weight, params)
@@ -136,14 +152,62 @@ class Generator:
             programs.decode, static_argnames="with_log_probs", donate_argnames="caches"
         )
 
+    @classmethod
+    def from_hf(
+        cls,
+        directory: str | PathLike,
+        *,
+        capacity: int,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        assistant: str | PathLike | None = None,
+        **options: Any,
+    ) -> Self:
+        """A generator from a directory of Hugging Face's format.
+
+            generator = Generator.from_hf("DIR", capacity=4096)
+
+        Calls choose tokens, and end sequences, as the directory says unless they are told
+        otherwise, see `GenerationSettings.from_hf`. Where it says that tokens are drawn, as those
+        of published chat models do, calls need a key.
+
+        Args:
+            directory: of the decoder.
+            capacity: the most tokens of a prompt and what follows it.
+            dtype: of weights and activations.
+            assistant: directory of an assistant that drafts tokens, or None.
+            options: of the constructor; sampling and stop_tokens replace the directory's.
+
+        Raises:
+            ValueError: as `Gemma4Config.from_hf`, `GenerationSettings.from_hf`, `load_hf`,
+                `load_assistant` and the constructor raise.
+
+        Warns:
+            UserWarning: the directory asks for what is not followed here; the fields are named.
+        """
+        config = Gemma4Config.from_hf(Path(directory) / "config.json")
+        settings = GenerationSettings.from_hf(directory, config.vocab_size)
+        if settings.not_followed:
+            warnings.warn(
+                f"{directory} has settings of generation that are not followed: "
+                + ", ".join(f"{name} {value!r}" for name, value in settings.not_followed.items()),
+                stacklevel=2,
+            )
+        drafts = None
+        if assistant is not None:
+            of_assistant = AssistantConfig.from_hf(Path(assistant) / "config.json")
+            drafts = _loaded(load_assistant, assistant, Gemma4Assistant, of_assistant, dtype)
+        decoder = _loaded(load_hf, directory, Gemma4Decoder, config, dtype)
+        defaults = {"sampling": settings.sampling, "stop_tokens": settings.stop_tokens}
+        return cls(decoder, capacity=capacity, assistant=drafts, **defaults | options)
+
     @overload
     def __call__(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
-        sampling: Sampling = ...,
-        stop_tokens: Iterable[int] = ...,
+        sampling: Sampling | None = ...,
+        stop_tokens: Iterable[int] | None = ...,
         key: PRNGKeyArray | None = ...,
         on_tokens: Callable[[list[list[int]]], Any] | None = ...,
         on_drafts: Callable[[DraftStatistics], Any] | None = ...,
@@ -156,8 +220,8 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
-        sampling: Sampling = ...,
-        stop_tokens: Iterable[int] = ...,
+        sampling: Sampling | None = ...,
+        stop_tokens: Iterable[int] | None = ...,
         key: PRNGKeyArray | None = ...,
         on_tokens: Callable[[list[list[int]]], Any] | None = ...,
         on_drafts: Callable[[DraftStatistics], Any] | None = ...,
@@ -169,8 +233,8 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
-        sampling: Sampling = _GREEDY,
-        stop_tokens: Iterable[int] = (),
+        sampling: Sampling | None = None,
+        stop_tokens: Iterable[int] | None = None,
         key: PRNGKeyArray | None = None,
         on_tokens: Callable[[list[list[int]]], Any] | None = None,
         on_drafts: Callable[[DraftStatistics], Any] | None = None,
@@ -181,8 +245,9 @@ class Generator:
         Args:
             prompts: one sequence of tokens or more, of any lengths but 0.
             max_new_tokens: the most that follow a prompt.
-            sampling: greedy unless told otherwise.
-            stop_tokens: each ends the sequence that makes it, and is the last of it.
+            sampling: None: the generator's, which is greedy unless told otherwise.
+            stop_tokens: each ends the sequence that makes it, and is the last of it. None: the
+                generator's.
             key: of `jax.random`, needed unless sampling is greedy, of impl threefry2x32: one, from
                 which sequence b draws as from `jax.random.fold_in(key, b)`, or one of each
                 sequence, [B]. The token that follows position p is drawn with the sequence's key,
@@ -210,7 +275,10 @@ class Generator:
         prompts = self._check_prompts(
             prompts, self.capacity - max_new_tokens, "this capacity and max_new_tokens"
         )
-        stops = _mask_of("stop_tokens", stop_tokens, self._config.vocab_size)
+        sampling = self.sampling if sampling is None else sampling
+        stop_tokens = self.stop_tokens if stop_tokens is None else stop_tokens
+        stop_tokens = _checked_tokens("stop_tokens", stop_tokens, self._config)
+        stops = _mask_of(stop_tokens, self._config.vocab_size)
         for name, called in (("on_tokens", on_tokens), ("on_drafts", on_drafts)):
             if called is not None and not callable(called):
                 raise ValueError(f"{name} is {called!r}; accepted: a function, or None")
@@ -313,7 +381,7 @@ class Generator:
 def _rule(sampling: Sampling, key: PRNGKeyArray | None, batch: int, vocab_size: int) -> Rule:
     suppressed = None
     if sampling.suppress_tokens:
-        suppressed = _mask_of("suppress_tokens", sampling.suppress_tokens, vocab_size)
+        suppressed = _mask_of(list(sampling.suppress_tokens), vocab_size)
     # Lower ones are 0 in float32, or are on some devices.
     if sampling.temperature < np.finfo(np.float32).tiny:
         return Greedy(suppressed)
@@ -336,9 +404,21 @@ def _rule(sampling: Sampling, key: PRNGKeyArray | None, batch: int, vocab_size: 
     )
 
 
-def _mask_of(name: str, tokens: Iterable[int], vocab_size: int) -> Bool[np.ndarray, " V"]:
+def _loaded(load, directory, model, config, dtype):
+    """A model with the weights of a directory."""
+    abstract = nnx.eval_shape(
+        lambda: model(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    )
+    return load(directory, abstract)[0]
+
+
+def _checked_tokens(name, tokens, config):
+    return check_tokens(name, as_list(name, tokens, "a sequence of tokens"), config.vocab_size)
+
+
+def _mask_of(tokens: Sequence[int], vocab_size: int) -> Bool[np.ndarray, " V"]:
     mask = np.zeros(vocab_size, bool)
-    mask[check_tokens(name, as_list(name, tokens, "a sequence of tokens"), vocab_size)] = True
+    mask[tokens] = True
     return mask
 
 

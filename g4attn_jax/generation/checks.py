@@ -16,6 +16,12 @@ from g4attn_jax.speculative import check_draft_tokens
 _DRAFT_TOKENS = 4
 
 
+def check_sampling(sampling: Sampling) -> None:
+    """Refuses what is no `Sampling`."""
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling is a {type(sampling).__name__}; accepted: Sampling")
+
+
 def check_choices(sampling: Sampling, config: Gemma4Config) -> None:
     """Refuses a sampling that leaves no token, or one which the model cannot read next.
 
@@ -23,8 +29,7 @@ def check_choices(sampling: Sampling, config: Gemma4Config) -> None:
         ValueError: it is no `Sampling`, suppresses what is no token or all of them, or does not
             suppress a token without a per-layer embedding.
     """
-    if not isinstance(sampling, Sampling):
-        raise ValueError(f"sampling is a {type(sampling).__name__}; accepted: Sampling")
+    check_sampling(sampling)
     suppressed = check_tokens("suppress_tokens", sampling.suppress_tokens, config.vocab_size)
     if np.unique(suppressed).size == config.vocab_size:
         raise ValueError(
