@@ -122,8 +122,9 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
         type=float,
-        default=0.0,
-        help="0 takes the most likely token, more draws one (default: %(default)s)",
+        help="0 takes the most likely token, more draws one; if this, --top-k, --top-p or "
+        "--suppress-token-ids is left out, it is that of the checkpoint's generation_config.json, "
+        "else 0 or none",
     )
     parser.add_argument(
         "--top-k",
@@ -155,6 +156,12 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         type=_seed,
         default=0,
         help="of random weights, a random prompt and sampling, below 2^32 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--suppress-token-ids",
+        type=_stop_list,
+        metavar="I,J,...",
+        help="tokens that are never chosen; '' is none",
     )
     parser.add_argument(
         "--stop-token-ids",

@@ -34,6 +34,7 @@ from g4attn_jax.model.acceptance import Rule
 from g4attn_jax.model.assistant import Gemma4Assistant, last_caches
 from g4attn_jax.model.decoder import Gemma4Decoder
 from g4attn_jax.model.embedding import embed
+from g4attn_jax.model.sampling import token_log_probs
 
 # What is tested; attention would take up to 15 (`ops.decode_attention.MAX_DECODE_TOKENS`).
 MAX_DRAFT_TOKENS = 8
@@ -49,12 +50,16 @@ class Verified(NamedTuple):
         hidden: [B, E], the target's final hidden state of the token before the last new one, from
             which the next group drafts.
         caches: the target's.
+        log_probs: float32 [B, k + 1], log-probability of each new token under the target's own
+            distribution, before suppression, temperature and filters; numbers beside a token -1
+            mean nothing. None unless they were wanted.
     """
 
     tokens: Int[Array, "B k+1"]
     num_accepted: Int[Array, " B"]
     hidden: Float[Array, "B E"]
     caches: dict[int, Cache]
+    log_probs: Float[Array, "B k+1"] | None = None
 
 
 class DraftStatistics(NamedTuple):
@@ -149,6 +154,8 @@ def verify(
     caches: Mapping[int, Cache],
     layouts: Mapping[str, Layout],
     rule: Rule,
+    *,
+    with_log_probs: bool = False,
 ) -> Verified:
     """One step of the target: the last token of each sequence and its drafts. k may be 0.
 
@@ -163,6 +170,7 @@ def verify(
         caches: of all tokens before. Donate them to a jitted step to update them in place.
         layouts: that they were made with.
         rule: that the drafts were made with.
+        with_log_probs: whether `Verified.log_probs` is wanted.
 
     Raises:
         ValueError: an argument has the wrong shape or dtype, or as `Gemma4Decoder` raises.
@@ -178,7 +186,8 @@ def verify(
         caches,
         layouts,
     )
-    num_accepted, last = rule.accept(decoder.logits(hidden), drafts, evidence, num_drafts, position)
+    logits = decoder.logits(hidden)
+    num_accepted, last = rule.accept(logits, drafts, evidence, num_drafts, position)
     drafts_and_last = jnp.pad(drafts, ((0, 0), (0, 1)))
     count = num_accepted[:, None]
     tokens = jnp.where(index < count, drafts_and_last, jnp.where(index == count, last[:, None], -1))
@@ -187,6 +196,7 @@ def verify(
         num_accepted=jnp.where(goes_on[:, 0], num_accepted, 0),
         hidden=jnp.take_along_axis(hidden, count[..., None], axis=1)[:, 0],
         caches=caches,
+        log_probs=token_log_probs(logits, tokens) if with_log_probs else None,
     )
 
 

@@ -14,11 +14,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from g4attn_jax import Gemma4Config, Gemma4Decoder, Generator
+from g4attn_jax import Gemma4Config, Gemma4Decoder, Generator, Sampling
 from g4attn_jax.__main__ import main
 from g4attn_jax.checkpoint import load_hf
 from g4attn_jax.commands import generate as generation
-from g4attn_jax.commands.generate import _eos_tokens, _Text
+from g4attn_jax.commands.generate import _Text
 
 GOLDEN = Path(__file__).parent / "golden_model"
 ASSISTANTS = Path(__file__).parent / "golden_assistant"
@@ -169,16 +169,81 @@ def test_no_token_stops_if_none_is_given(checkpoint, planned):
     assert list(planned(*arguments, "--stop-token-ids", "").stop_tokens) == []
 
 
-def test_where_a_checkpoint_says_how_text_ends(checkpoint, tmp_path):
-    assert list(_eos_tokens(checkpoint, 128)) == [1, 126]
+PUBLISHED = {"do_sample": True, "temperature": 0.7, "top_k": 64, "top_p": 0.95}
+PUBLISHED |= {"suppress_tokens": [5, 6], "eos_token_id": [1, 106]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sampling", "stops", "taken"),
+    [
+        (
+            (),
+            Sampling(0.7, 64, 0.95, (5, 6)),
+            [1, 106],
+            "do_sample true, temperature 0.7, top_k 64, top_p 0.95, suppress_tokens [5, 6], "
+            "eos_token_id [1, 106]",
+        ),
+        (
+            ("--temperature", 0),
+            Sampling(0, 64, 0.95, (5, 6)),
+            [1, 106],
+            "suppress_tokens [5, 6], eos_token_id [1, 106]",
+        ),
+        (
+            ("--top-k", 3, "--stop-token-ids", ""),
+            Sampling(0.7, 3, 0.95, (5, 6)),
+            [],
+            "do_sample true, temperature 0.7, top_p 0.95, suppress_tokens [5, 6]",
+        ),
+        (
+            ("--temperature", 2, "--top-p", 1, "--suppress-token-ids", "7"),
+            Sampling(2, 64, 1, (7,)),
+            [1, 106],
+            "top_k 64, eos_token_id [1, 106]",
+        ),
+        (
+            ("--suppress-token-ids", ""),
+            Sampling(0.7, 64, 0.95),
+            [1, 106],
+            "do_sample true, temperature 0.7, top_k 64, top_p 0.95, eos_token_id [1, 106]",
+        ),
+    ],
+)
+def test_a_checkpoints_settings_unless_flags_override(
+    flags, sampling, stops, taken, checkpoint, tmp_path, planned
+):
     shutil.copy(checkpoint / "config.json", tmp_path)
-    assert list(_eos_tokens(tmp_path, 128)) == [1]
-    text = json.loads((tmp_path / "config.json").read_text())
-    for fields in ({"text_config": text}, {"text_config": text, "eos_token_id": None}):
-        (tmp_path / "config.json").write_text(json.dumps(fields))
-        assert list(_eos_tokens(tmp_path, 128)) == [1]
-    (tmp_path / "config.json").write_text("{}")
-    assert list(_eos_tokens(tmp_path, 128)) == []
+    (tmp_path / "generation_config.json").write_text(json.dumps(PUBLISHED))
+    job = planned("--checkpoint", tmp_path, "--token-ids", "1,2", *flags)
+    assert (job.sampling, list(job.stop_tokens)) == (sampling, stops)
+    assert job.taken == f"taken from {tmp_path}: {taken}"
+
+
+def test_what_is_taken_and_what_is_not_followed_is_said(checkpoint, follows, tmp_path, capsys):
+    """A suppressed token is not made: without it the answer begins with that one."""
+    directory = shutil.copytree(checkpoint, tmp_path / "settings")
+    first = follows[0][0]
+    fields = {"suppress_tokens": [first], "repetition_penalty": 1.2, "num_beams": 1}
+    (directory / "generation_config.json").write_text(json.dumps(fields))
+    arguments = ("--checkpoint", directory, "--token-ids", joined(TOKENS[0, :PROMPT]))
+    output, error = generate(capsys, *arguments, "--max-new-tokens", 3)
+    assert first not in tokens_of(output)[0]
+    assert error.splitlines()[:2] == [
+        f"taken from {directory}: suppress_tokens [{first}], eos_token_id [1]",
+        f"not followed of {directory}: repetition_penalty 1.2",
+    ]
+
+
+def test_tokens_without_a_per_layer_embedding(checkpoint, tmp_path, capsys, planned):
+    config = json.loads((GOLDEN / "gemma-4-e2b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size_per_layer_input": 100}))
+    given = ("--random-weights", "--config", tmp_path / "config.json")
+    assert "--suppress-token-ids: sampling could choose 100, which" in refusal(capsys, *given)
+    given += ("--suppress-token-ids", joined(range(100, 128)))
+    assert "prompts[0] has 120, which has no per-layer" in refusal(
+        capsys, *given, "--token-ids", "5,120"
+    )
+    assert max(planned(*given, "--prompt-len", 500).prompts[0]) == 99
 
 
 @pytest.mark.parametrize(
@@ -286,6 +351,10 @@ def test_a_bad_checkpoint_of_an_assistant_is_explained(checkpoint, tmp_path, cap
         (
             ["--random-weights", "--config", "31b", "--stop-token-ids", "262144"],
             "--stop-token-ids has 262144; accepted: tokens 0 to 262143",
+        ),
+        (
+            ["--random-weights", "--config", "31b", "--suppress-token-ids", "262144"],
+            "--suppress-token-ids has 262144; accepted: tokens 0 to 262143",
         ),
         (
             ["--random-weights", "--config", "31b", "--temperature", "-1"],

@@ -1,7 +1,10 @@
 """Generation against Hugging Face's greedy tokens, against itself, and against probabilities."""
 
+import dataclasses
 import functools
 import itertools
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -187,6 +190,46 @@ def test_a_stop_token_ends_its_sequence_alone():
     assert answers == seen == cut
 
 
+def test_a_directory_gives_sampling_and_stop_tokens_unless_a_call_does(tmp_path):
+    first, second = follows(PROMPT, PROMPT)
+    prompts, name = prompts_of(PROMPT, PROMPT), "gemma-4-e2b"
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / name / file, tmp_path)
+    fields = {"suppress_tokens": [second[0]], "eos_token_id": first[0], "num_beams": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    options = {"capacity": LENGTH, "dtype": jnp.float32}
+    with pytest.warns(UserWarning, match="not followed: num_beams 3"):
+        generator = Generator.from_hf(tmp_path, **options)
+    assert generator.sampling == Sampling(suppress_tokens=[second[0]])
+    assert generator.stop_tokens == (first[0],)
+    expected = generator_of()(
+        prompts, 6, sampling=generator.sampling, stop_tokens=generator.stop_tokens
+    )
+    assert generator(prompts, 6) == expected
+    assert generator(prompts, 6, sampling=Sampling(), stop_tokens=()) == [first[:6], second[:6]]
+    fields = {"do_sample": True, "temperature": 0.7, "top_k": 64, "top_p": 0.95}
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    generator = Generator.from_hf(tmp_path, **options, stop_tokens=[5])
+    assert (generator.sampling, generator.stop_tokens) == (Sampling(0.7, 64, 0.95), (5,))
+    with pytest.raises(ValueError, match="key is None; accepted with a temperature above 0"):
+        generator(prompts, 6)
+
+
+def test_a_directory_of_an_assistant():
+    name = "gemma-4-e4b"
+    generator = Generator.from_hf(
+        GOLDEN / name,
+        capacity=LENGTH,
+        dtype=jnp.float32,
+        assistant=GOLDEN.parent / "golden_assistant" / name,
+        draft_tokens=2,
+        stop_tokens=(),
+    )
+    assert generator.draft_tokens == 2
+    prompts = prompts_of(PROMPT, PROMPT, name=name)
+    assert generator(prompts, 12) == [row[:12] for row in follows(PROMPT, PROMPT, name=name)]
+
+
 def test_nothing_is_done_after_all_have_stopped():
     first, second = follows(PROMPT, PROMPT)
     assert first[1] not in (first[0], second[0]) and second[1] not in (first[0], second[0])
@@ -252,6 +295,44 @@ def test_sampling_parameters_compile_nothing(compiled):
     assert not compiled
     generator(prompts_of(20), 5)
     assert len(compiled) == 1
+
+
+def test_suppressed_tokens_compile_nothing(compiled):
+    generator = Generator(small_model(), capacity=LENGTH)
+    for sampling, key in ((Sampling(), None), (DRAWN, jax.random.key(0))):
+        suppressing = functools.partial(dataclasses.replace, sampling)
+        generator(prompts_of(20), 5, sampling=suppressing(suppress_tokens=[3]), key=key)
+        compiled.clear()
+        generator(prompts_of(20), 5, sampling=suppressing(suppress_tokens=[4, 5, 6]), key=key)
+        assert not compiled
+
+
+def test_suppressed_tokens_are_not_made():
+    """The best of the others follows: what a model makes whose table lacks the tokens."""
+    prompts, generator = prompts_of(PROMPT, 3), small_generator()
+    plain = generator(prompts, 12)
+    suppressed = {answer[0] for answer in plain}
+    answers = generator(prompts, 12, sampling=Sampling(suppress_tokens=suppressed))
+    assert not suppressed & set(itertools.chain(*answers))
+    expected = greedily(small_model(), prompts[1], 4, suppressed)
+    assert answers[1][:4] == expected
+
+
+def greedily(decoder, prompt, new_tokens, suppressed):
+    """One token after the other, from the logits of the whole sequence."""
+    tokens = list(prompt)
+    for _ in range(new_tokens):
+        logits = np.array(logits_of(decoder, tokens)[-1])
+        logits[list(suppressed)] = -np.inf
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+def logits_of(decoder, tokens):
+    """[n, V], of a sequence in one step."""
+    layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(1, len(tokens)))
+    positions = np.arange(len(tokens))[None]
+    return decoder(np.array([tokens]), positions, decoder.init_caches(layouts), layouts)[0][0]
 
 
 def test_weights_that_are_placed_compile_nothing_more(compiled):
@@ -342,9 +423,17 @@ def test_a_prompt_may_fill_the_capacity():
         ),
         ({"stop_tokens": [128]}, "stop_tokens has 128; accepted: tokens 0 to 127"),
         ({"stop_tokens": 5}, "stop_tokens is 5; accepted: a sequence of tokens"),
-        ({"stop_tokens": None}, "stop_tokens is None; accepted: a sequence of tokens"),
         ({"on_tokens": 5}, "on_tokens is 5; accepted: a function, or None"),
         ({"sampling": 0.5}, "sampling is a float; accepted: Sampling"),
+        (
+            {"sampling": Sampling(suppress_tokens=[128])},
+            "suppress_tokens has 128; accepted: tokens 0 to 127",
+        ),
+        (
+            {"sampling": Sampling(suppress_tokens=range(128))},
+            "suppress_tokens has all 128 tokens; accepted: all but one, or fewer",
+        ),
+        ({"log_probs": 1}, "log_probs is 1; accepted: True or False"),
         ({"sampling": DRAWN}, "key is None; accepted with a temperature above 0: one of jax.ran"),
         ({"sampling": DRAWN, "key": 3}, "key is 3; accepted"),
         (
@@ -370,6 +459,9 @@ def test_calls_that_make_no_sense(changes, message):
         ({"forms": [1]}, r"forms is \[1\]; accepted: a dict by layer type, or None"),
         ({"forms": {"full": KVCache}}, "forms has 'full'; accepted: full_attention, sliding"),
         ({"forms": {"full_attention": CompactKVCache}}, "CompactKVCache holds one projection"),
+        ({"sampling": None}, "sampling is a NoneType; accepted: Sampling"),
+        ({"stop_tokens": None}, "stop_tokens is None; accepted: a sequence of tokens"),
+        ({"stop_tokens": [128]}, "stop_tokens has 128; accepted: tokens 0 to 127"),
         ({"cache_dtype": jnp.int8}, "cache_dtype is int8; accepted: float32 or float8_e4m3fn"),
         ({"cache_dtype": "foo"}, "cache_dtype is 'foo'; accepted: float32 or float8_e4m3fn"),
     ],

@@ -319,7 +319,10 @@ def test_a_token_that_is_none_is_loud():
     decoder, _ = model_of("gemma-4-e2b")
     layouts = layouts_of("contiguous", decoder.config)
     tokens = np.array([[5, 128], [5, 6]])  # the last of 128 is 127
-    logits, _ = decoder(tokens, positions_to(2), decoder.init_caches(layouts), layouts)
+    step = tokens, positions_to(2), decoder.init_caches(layouts)
+    with pytest.raises(ValueError, match="tokens has 128; accepted: tokens 0 to 127"):
+        decoder(*step, layouts)
+    logits, _ = jax.jit(lambda *step: decoder(*step, layouts))(*step)
     assert np.isnan(logits[0, 1]).all() and np.isfinite(logits[1]).all()
 
 

@@ -44,13 +44,15 @@ def next_tokens(rule, logits, position):
 jitted = jax.jit(next_tokens)
 
 
-def rule_of(keys, temperature=1.0, top_k=None, top_p=None):
+def rule_of(keys, temperature=1.0, top_k=None, top_p=None, suppress_tokens=()):
     """With numbers as `Generator` gives them."""
+    suppressed = np.isin(np.arange(len(LOGITS)), suppress_tokens) if suppress_tokens else None
     return Drawn(
         temperature=np.float32(temperature),
         top_k=None if top_k is None else np.int32(top_k),
         top_p=None if top_p is None else np.float32(top_p),
         keys=keys,
+        suppressed=suppressed,
     )
 
 
@@ -127,6 +129,51 @@ def test_draws_only_what_the_filters_keep(logits, top_k, top_p, seed):
     possible = set(logits[expected > 0])
     tokens = draw(logits, 64, seed, top_k=top_k, top_p=top_p)
     assert {logits[token] for token in tokens} <= possible
+
+
+@pytest.mark.parametrize("top_k", [None, 3, 99])
+@pytest.mark.parametrize("top_p", [None, 0.6])
+def test_suppressed_tokens_are_left_out_before_the_filters(top_k, top_p):
+    """The two likeliest: top-k and top-p count the others alone."""
+    others = LOGITS.copy()
+    others[[0, 3]] = -np.inf
+    tokens = draw(LOGITS, top_k=top_k, top_p=top_p, suppress_tokens=(3, 0))
+    assert_drawn_from(tokens, distribution(others, 1.0, top_k, top_p))
+
+
+def test_a_greedy_rule_suppresses_in_drafts_and_choices():
+    """A draft that is suppressed goes, though it is the target's likeliest token."""
+    rule = generation._rule(Sampling(suppress_tokens=[0, 3]), None, 1, len(LOGITS))
+    position = np.zeros(1, np.int32)
+    assert rule.draft(LOGITS[None], position)[0].tolist() == [6]
+    logits = np.tile(LOGITS, (1, 3, 1))
+    for draft, accepted in ((0, 0), (6, 2)):
+        drafts = np.full((1, 2), draft, np.int32)
+        of_step = logits, drafts, None, np.full(1, 2, np.int32), position
+        num_accepted, token = rule.accept(*of_step)
+        assert (num_accepted.tolist(), token.tolist()) == ([accepted], [6])
+
+
+def test_a_drawn_rule_never_accepts_a_suppressed_draft():
+    """Made by something that does not know of it, and surely."""
+    batch = 256
+    rule = rule_of(keys_of(batch), suppress_tokens=(0,))
+    position = np.zeros(batch, np.int32)
+    assert 0 not in np.asarray(rule.draft(np.tile(LOGITS, (batch, 1)), position)[0])
+    drafts, certain = np.zeros((batch, 1), np.int32), np.eye(len(LOGITS), dtype=np.float32)[0]
+    evidence = np.tile(certain, (batch, 1, 1))
+    logits = np.tile(LOGITS, (batch, 2, 1))
+    of_step = logits, drafts, evidence, np.ones(batch, np.int32), position
+    num_accepted, tokens = rule.accept(*of_step)
+    assert not num_accepted.any()
+    assert 0 not in np.asarray(tokens)
+
+
+def test_suppressed_tokens_are_held_as_a_tuple_of_integers():
+    held = Sampling(suppress_tokens=np.array([5, 2])).suppress_tokens
+    assert held == (5, 2)
+    assert {type(token) for token in held} == {int}
+    assert hash(Sampling(suppress_tokens=[5, 2])) == hash(Sampling(suppress_tokens=(5, 2)))
 
 
 def test_equal_logits_are_kept_together():
@@ -233,6 +280,11 @@ def test_numbers_that_are_accepted(accepted, numbers):
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"top_p": np.nan}, "top_p is nan"),
         ({"top_p": np.ones(2)}, "top_p is array"),
+        ({"suppress_tokens": 5}, "suppress_tokens is 5; accepted: a sequence of tokens, integers"),
+        ({"suppress_tokens": None}, "suppress_tokens is None"),
+        ({"suppress_tokens": [1, -1]}, r"suppress_tokens is \[1, -1\]"),
+        ({"suppress_tokens": [True]}, r"suppress_tokens is \[True\]"),
+        ({"suppress_tokens": "ab"}, "suppress_tokens is 'ab'"),
     ],
 )
 @pytest.mark.filterwarnings("error")

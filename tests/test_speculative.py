@@ -390,6 +390,7 @@ def distribution(logits, sampling):
     """[V, V], of what follows each token, in float64."""
     rows = []
     for row in logits.astype(np.float64) / sampling.temperature:
+        row[list(sampling.suppress_tokens)] = -np.inf
         order = np.argsort(-row)
         if sampling.top_k is not None:
             row[order[sampling.top_k :]] = -np.inf
@@ -463,7 +464,14 @@ def drawn_from_chains(sampling, same_chain=False):
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(1.0), Sampling(0.6), Sampling(1.5, top_k=3), Sampling(1.0, top_k=3, top_p=0.8)],
+    [
+        Sampling(1.0),
+        Sampling(0.6),
+        Sampling(1.5, top_k=3),
+        Sampling(1.0, top_k=3, top_p=0.8),
+        Sampling(1.0, suppress_tokens=[1]),
+        Sampling(1.2, top_k=2, suppress_tokens=[3]),
+    ],
 )
 def test_drawn_tokens_are_the_targets(sampling):
     """Three tokens together, so that what one is drawn with says nothing of the next."""
@@ -519,6 +527,18 @@ def test_64_bit_numbers_change_nothing():
         generator = Generator(target_of(name), capacity=CAPACITY, assistant=assistant_of(name))
         answers = generator(prompts_of(name), 8)
     assert answers == [answer[:8] for answer in plain_of(name)]
+
+
+def test_suppressed_tokens_are_suppressed_with_an_assistant_too():
+    name = "gemma-4-e4b"
+    prompts, plain = prompts_of(name), plain_of(name)
+    suppressed = {answer[0] for answer in plain}
+    sampling = Sampling(suppress_tokens=suppressed)
+    expected = Generator(target_of(name), capacity=CAPACITY, chunk_tokens=16)(
+        prompts, 64, sampling=sampling
+    )
+    assert not suppressed & set(itertools.chain(*expected))
+    assert generator_of(name)(prompts, 64, sampling=sampling) == expected
 
 
 def test_more_room_than_drafts():

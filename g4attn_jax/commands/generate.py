@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ from g4attn_jax.checkpoint import CheckpointError, load_assistant, load_hf
 from g4attn_jax.commands.decode import load_config
 from g4attn_jax.config import Gemma4Config
 from g4attn_jax.generation import Generator
+from g4attn_jax.generation.checks import check_choices
 from g4attn_jax.generation.programs import MAX_SLOTS
-from g4attn_jax.generation.prompts import check_tokens
-from g4attn_jax.json_file import read_object
+from g4attn_jax.generation.prompts import check_embedded, check_tokens
+from g4attn_jax.generation.settings import GenerationSettings
 from g4attn_jax.model import Gemma4Assistant, Gemma4Decoder
+from g4attn_jax.model.embedding import num_embedded_tokens
 from g4attn_jax.model.sampling import Sampling
 from g4attn_jax.speculative import DraftStatistics, check_draft_tokens
 
@@ -44,6 +47,7 @@ class Job:
         capacity: slots of each sequence.
         sampling: of the tokens.
         stop_tokens: that end a sequence.
+        taken: what the checkpoint's files said of the last two, in words; empty if nothing.
         seed: of random weights and of sampling.
     """
 
@@ -57,6 +61,7 @@ class Job:
     capacity: int
     sampling: Sampling
     stop_tokens: Sequence[int]
+    taken: str
     seed: int
 
 
@@ -72,6 +77,10 @@ def plan(args: argparse.Namespace) -> Job:
     else:
         config, tokenizer = _checkpoint_config(args), _tokenizer(args)
     prompts = _prompts(args, config, tokenizer)
+    settings = GenerationSettings()
+    if args.checkpoint is not None:
+        settings = GenerationSettings.from_hf(args.checkpoint, config.vocab_size)
+    sampling = _sampling(args, settings, config)
     job = Job(
         config=config,
         checkpoint=args.checkpoint,
@@ -81,8 +90,9 @@ def plan(args: argparse.Namespace) -> Job:
         prompts=prompts,
         max_new_tokens=args.max_new_tokens,
         capacity=_capacity(prompts, args.max_new_tokens),
-        sampling=_sampling(args),
-        stop_tokens=_stop_tokens(args, config.vocab_size),
+        sampling=sampling,
+        stop_tokens=_stop_tokens(args, settings, config.vocab_size),
+        taken=_taken(args, settings, sampling),
         seed=args.seed,
     )
     _check_assistant(job)
@@ -96,6 +106,8 @@ def generate(job: Job) -> None:
     single prompt as it is made, and the tokens. Standard error has what it took. Generation runs
     once for a token beforehand, so that no time is one of compiling.
     """
+    if job.taken:
+        print(job.taken, file=sys.stderr)
     # The smaller model first: what is wrong with it is said soon.
     assistant = _assistant(job)
     generator = Generator(
@@ -269,13 +281,42 @@ def _checkpoint_config(args):
     return config
 
 
-def _sampling(args):
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    filters = [name for name in ("top_k", "top_p") if getattr(args, name) is not None]
-    if filters and not args.temperature:
+def _sampling(args, settings, config):
+    """The checkpoint's, with what is given instead."""
+    names = ("temperature", "top_k", "top_p")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.suppress_token_ids is not None:
+        name = "--suppress-token-ids"
+        given["suppress_tokens"] = check_tokens(name, args.suppress_token_ids, config.vocab_size)
+    sampling = dataclasses.replace(settings.sampling, **given)
+    filters = [name for name in ("top_k", "top_p") if name in given]
+    if filters and not sampling.temperature:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in filters)
         raise ValueError(f"{names} without a --temperature above 0 would change nothing")
+    try:
+        check_choices(sampling, config)
+    except ValueError as error:
+        raise ValueError(f"--suppress-token-ids: {error}") from error
     return sampling
+
+
+def _taken(args, settings, sampling):
+    """What the checkpoint's files say and no flag overrides, and what of them is not followed."""
+    overridden = {
+        "do_sample": args.temperature is not None,
+        "temperature": args.temperature is not None,
+        "top_k": args.top_k is not None or not sampling.temperature,
+        "top_p": args.top_p is not None or not sampling.temperature,
+        "suppress_tokens": args.suppress_token_ids is not None,
+        "eos_token_id": args.stop_token_ids is not None,
+    }
+    taken = {name: value for name, value in settings.taken.items() if not overridden[name]}
+    lines = []
+    for words, fields in (("taken from", taken), ("not followed of", settings.not_followed)):
+        if fields:
+            listed = ", ".join(f"{name} {json.dumps(value)}" for name, value in fields.items())
+            lines.append(f"{words} {args.checkpoint}: {listed}")
+    return "\n".join(lines)
 
 
 def _capacity(prompts, max_new_tokens):
@@ -316,26 +357,10 @@ def _read_tokenizer(tokenizer_class, path):
     return tokenizer
 
 
-def _stop_tokens(args, vocab_size):
+def _stop_tokens(args, settings, vocab_size):
     if args.stop_token_ids is not None:
         return check_tokens("--stop-token-ids", args.stop_token_ids, vocab_size)
-    return [] if args.checkpoint is None else _eos_tokens(args.checkpoint, vocab_size)
-
-
-def _eos_tokens(checkpoint, vocab_size):
-    for name in ("generation_config.json", "config.json"):
-        path = checkpoint / name
-        if not path.is_file():
-            continue
-        fields = read_object(path)
-        text = fields.get("text_config", {})
-        if not isinstance(text, dict):
-            raise ValueError(f"text_config of {path} is {text!r}; accepted: an object")
-        for found in (fields.get("eos_token_id"), text.get("eos_token_id")):
-            if found is not None:
-                tokens = found if isinstance(found, list) else [found]
-                return check_tokens(f"eos_token_id of {path}", tokens, vocab_size)
-    return []
+    return settings.stop_tokens
 
 
 def _prompts(args, config, tokenizer):
@@ -350,6 +375,7 @@ def _prompts(args, config, tokenizer):
                 raise ValueError(f"--prompt is {given!r}, which has no tokens")
         prompts.append(check_tokens(name, tokens, config.vocab_size))
     if prompts:
+        check_embedded(prompts, num_embedded_tokens(config))
         return prompts
     if args.checkpoint is not None:
         raise ValueError("--checkpoint needs --prompt or --token-ids")
@@ -361,7 +387,7 @@ def _prompts(args, config, tokenizer):
                 f"--prompt-len is {length} and --max-new-tokens {args.max_new_tokens}; accepted: "
                 f"{MAX_SLOTS} together"
             )
-    return [np.random.default_rng(args.seed).integers(config.vocab_size, size=length)]
+    return [np.random.default_rng(args.seed).integers(num_embedded_tokens(config), size=length)]
 
 
 def _texts(args):

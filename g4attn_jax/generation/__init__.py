@@ -1,28 +1,48 @@
 """From prompts to the tokens that follow them."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, Self, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Bool, PRNGKeyArray
 
-from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache
+from g4attn_jax.assistant_config import AssistantConfig
+from g4attn_jax.cache import Cache, CompactKVCache
+from g4attn_jax.checkpoint import load_assistant, load_hf
 from g4attn_jax.config import Gemma4Config, ProjectionMode
+from g4attn_jax.generation.checks import (
+    check_assistant,
+    check_cache_dtype,
+    check_choices,
+    check_number,
+    check_sampling,
+    check_weights,
+)
 from g4attn_jax.generation.programs import MAX_SLOTS, MAX_STEPS, Programs, Sequences
-from g4attn_jax.generation.prompts import as_list, check_prompts, check_tokens, chunks
+from g4attn_jax.generation.prompts import (
+    as_list,
+    check_embedded,
+    check_prompts,
+    check_tokens,
+    chunks,
+    following,
+)
+from g4attn_jax.generation.settings import GenerationSettings
 from g4attn_jax.model.acceptance import Drawn, Greedy, Rule
 from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.decoder import Gemma4Decoder
+from g4attn_jax.model.embedding import num_embedded_tokens
 from g4attn_jax.model.sampling import Sampling
-from g4attn_jax.speculative import DraftStatistics, check_draft_tokens
+from g4attn_jax.speculative import DraftStatistics
 
 _GREEDY = Sampling()
-# Drafts in a step unless told otherwise: what `bench/speculative.py` measures.
-_DRAFT_TOKENS = 4
 
 
 class Generator:
@@ -41,8 +61,8 @@ class Generator:
     Programs are compiled where they are first needed, for a number of sequences: one for each size
     of chunk, which is `chunk_tokens` and for the rest of a prompt a power of two of 16 or more; one
     for the steps, greedy or not, with or without top-k and top-p. Prompts of another length in the
-    same sizes, another max_new_tokens, other stop tokens, keys and sampling parameters compile
-    nothing.
+    same sizes, another max_new_tokens, other stop tokens, other suppressed tokens, keys and
+    sampling parameters compile nothing.
 
     With an assistant a step is a group of `g4attn_jax.speculative`: the assistant drafts tokens,
     the decoder reads all of them at once, and a sequence gets 1 to draft_tokens + 1 tokens. The
@@ -58,6 +78,8 @@ class Generator:
         capacity: the most tokens of a prompt and what follows it.
         chunk_tokens: the most tokens of a prompt in one chunk.
         draft_tokens: the most drafts in a step; 0 without an assistant.
+        sampling: of calls that are given none.
+        stop_tokens: of calls that are given none.
     """
 
     def __init__(
@@ -70,6 +92,8 @@ class Generator:
         chunk_tokens: int = 512,
         assistant: Gemma4Assistant | None = None,
         draft_tokens: int | None = None,
+        sampling: Sampling = _GREEDY,
+        stop_tokens: Iterable[int] = (),
     ):
         """Takes the weights that the models have now; compiles nothing yet.
 
@@ -83,6 +107,8 @@ class Generator:
                 better, and take memory for activations and rings.
             assistant: drafts tokens; None: one token a step.
             draft_tokens: with an assistant the most drafts in a step, 1 to 8; 4 if left out.
+            sampling: of calls that are given none.
+            stop_tokens: of calls that are given none.
 
         Raises:
             ValueError: an argument is none that is accepted, the assistant is not one for this
@@ -91,16 +117,18 @@ class Generator:
         """
         if not isinstance(decoder, Gemma4Decoder):
             raise ValueError(f"decoder is a {type(decoder).__name__}; accepted: Gemma4Decoder")
-        _check_number("capacity", capacity, MAX_SLOTS)
-        _check_number("chunk_tokens", chunk_tokens, MAX_SLOTS)
+        check_number("capacity", capacity, MAX_SLOTS)
+        check_number("chunk_tokens", chunk_tokens, MAX_SLOTS)
         if forms is not None and not isinstance(forms, Mapping):
             raise ValueError(f"forms is {forms!r}; accepted: a dict by layer type, or None")
         if cache_dtype is not None:
-            _check_cache_dtype(cache_dtype, decoder)
+            check_cache_dtype(cache_dtype, decoder)
         self.capacity, self.chunk_tokens = int(capacity), int(chunk_tokens)
-        self.draft_tokens = _check_assistant(decoder, assistant, draft_tokens)
-        self._vocab_size = decoder.config.vocab_size
-        self._hidden_size, self._dtype = decoder.config.hidden_size, decoder.dtype
+        self.draft_tokens = check_assistant(decoder, assistant, draft_tokens)
+        self._config, self._dtype = decoder.config, decoder.dtype
+        check_sampling(sampling)
+        self.sampling = sampling
+        self.stop_tokens = tuple(_checked_tokens("stop_tokens", stop_tokens, self._config).tolist())
         graph, params = nnx.split((decoder, assistant))
         # In variables of its own: those of the models may be set to other weights.
         self._params = jax.tree.map(lambda weight: weight, params)
@@ -119,26 +147,107 @@ class Generator:
             programs.empty_caches, static_argnames="batch", keep_unused=True
         )
         self._prefill = jax.jit(programs.prefill, donate_argnames="caches")
-        self._decode = jax.jit(programs.decode, donate_argnames="caches")
+        self._score = jax.jit(programs.score, donate_argnames="caches")
+        self._decode = jax.jit(
+            programs.decode, static_argnames="with_log_probs", donate_argnames="caches"
+        )
+
+    @classmethod
+    def from_hf(
+        cls,
+        directory: str | PathLike,
+        *,
+        capacity: int,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        assistant: str | PathLike | None = None,
+        **options: Any,
+    ) -> Self:
+        """A generator from a directory of Hugging Face's format.
+
+            generator = Generator.from_hf("DIR", capacity=4096)
+
+        Calls choose tokens, and end sequences, as the directory says unless they are told
+        otherwise, see `GenerationSettings.from_hf`. Where it says that tokens are drawn, as those
+        of published chat models do, calls need a key.
+
+        Args:
+            directory: of the decoder.
+            capacity: the most tokens of a prompt and what follows it.
+            dtype: of weights and activations.
+            assistant: directory of an assistant that drafts tokens, or None.
+            options: of the constructor; sampling and stop_tokens replace the directory's.
+
+        Raises:
+            ValueError: as `Gemma4Config.from_hf`, `GenerationSettings.from_hf`, `load_hf`,
+                `load_assistant` and the constructor raise.
+
+        Warns:
+            UserWarning: the directory asks for what is not followed here; the fields are named.
+        """
+        config = Gemma4Config.from_hf(Path(directory) / "config.json")
+        settings = GenerationSettings.from_hf(directory, config.vocab_size)
+        if settings.not_followed:
+            warnings.warn(
+                f"{directory} has settings of generation that are not followed: "
+                + ", ".join(f"{name} {value!r}" for name, value in settings.not_followed.items()),
+                stacklevel=2,
+            )
+        drafts = None
+        if assistant is not None:
+            of_assistant = AssistantConfig.from_hf(Path(assistant) / "config.json")
+            drafts = _loaded(load_assistant, assistant, Gemma4Assistant, of_assistant, dtype)
+        decoder = _loaded(load_hf, directory, Gemma4Decoder, config, dtype)
+        defaults = {"sampling": settings.sampling, "stop_tokens": settings.stop_tokens}
+        return cls(decoder, capacity=capacity, assistant=drafts, **defaults | options)
+
+    @overload
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling | None = ...,
+        stop_tokens: Iterable[int] | None = ...,
+        key: PRNGKeyArray | None = ...,
+        on_tokens: Callable[[list[list[int]]], Any] | None = ...,
+        on_drafts: Callable[[DraftStatistics], Any] | None = ...,
+        log_probs: Literal[False] = ...,
+    ) -> list[list[int]]: ...
+
+    @overload
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling | None = ...,
+        stop_tokens: Iterable[int] | None = ...,
+        key: PRNGKeyArray | None = ...,
+        on_tokens: Callable[[list[list[int]]], Any] | None = ...,
+        on_drafts: Callable[[DraftStatistics], Any] | None = ...,
+        log_probs: Literal[True],
+    ) -> tuple[list[list[int]], list[list[float]]]: ...
 
     def __call__(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
-        sampling: Sampling = _GREEDY,
-        stop_tokens: Iterable[int] = (),
+        sampling: Sampling | None = None,
+        stop_tokens: Iterable[int] | None = None,
         key: PRNGKeyArray | None = None,
         on_tokens: Callable[[list[list[int]]], Any] | None = None,
         on_drafts: Callable[[DraftStatistics], Any] | None = None,
-    ) -> list[list[int]]:
+        log_probs: bool = False,
+    ) -> list[list[int]] | tuple[list[list[int]], list[list[float]]]:
         """The tokens that follow each prompt.
 
         Args:
             prompts: one sequence of tokens or more, of any lengths but 0.
             max_new_tokens: the most that follow a prompt.
-            sampling: greedy unless told otherwise.
-            stop_tokens: each ends the sequence that makes it, and is the last of it.
+            sampling: None: the generator's, which is greedy unless told otherwise.
+            stop_tokens: each ends the sequence that makes it, and is the last of it. None: the
+                generator's.
             key: of `jax.random`, needed unless sampling is greedy, of impl threefry2x32: one, from
                 which sequence b draws as from `jax.random.fold_in(key, b)`, or one of each
                 sequence, [B]. The token that follows position p is drawn with the sequence's key,
@@ -147,32 +256,38 @@ class Generator:
             on_tokens: called with the new tokens of each sequence, several times; together they are
                 what is returned.
             on_drafts: called at the end with what became of the drafts; with an assistant alone.
+            log_probs: whether log-probabilities are returned too; a program of its own.
 
         Returns:
             The new tokens of each prompt: `max_new_tokens`, or as many as end with a stop token.
+            With log_probs (tokens, log-probabilities): those of the new tokens, each given what is
+            before it, under the decoder's own distribution as `score` has it: before temperature,
+            filters and suppressed tokens, and of the decoder with an assistant too.
 
         Raises:
-            ValueError: there is no prompt, or one is empty, has what is no token of the model, or
-                does not fit into `capacity` together with max_new_tokens; or another argument is
-                none that is accepted, or the models have no weights. The message names it.
+            ValueError: there is no prompt, or one is empty, has what is no token that the model can
+                read, or does not fit into `capacity` together with max_new_tokens; or sampling
+                could choose a token that the model cannot read; or another argument is none that is
+                accepted, or the models have no weights. The message names it.
         """
-        _check_weights(self._params)
+        check_weights(self._params)
         max_new_tokens = self._check_new_tokens(max_new_tokens)
-        prompts = check_prompts(prompts, self._vocab_size, self.capacity - max_new_tokens)
-        if len(prompts) * self.capacity > MAX_SLOTS:
-            raise ValueError(
-                f"prompts has {len(prompts)}; accepted with capacity {self.capacity}: up to "
-                f"{MAX_SLOTS // self.capacity}"
-            )
-        stops = np.zeros(self._vocab_size, bool)
-        stop_tokens = as_list("stop_tokens", stop_tokens, "a sequence of tokens")
-        stops[check_tokens("stop_tokens", stop_tokens, self._vocab_size)] = True
+        prompts = self._check_prompts(
+            prompts, self.capacity - max_new_tokens, "this capacity and max_new_tokens"
+        )
+        sampling = self.sampling if sampling is None else sampling
+        stop_tokens = self.stop_tokens if stop_tokens is None else stop_tokens
+        stop_tokens = _checked_tokens("stop_tokens", stop_tokens, self._config)
+        stops = _mask_of(stop_tokens, self._config.vocab_size)
         for name, called in (("on_tokens", on_tokens), ("on_drafts", on_drafts)):
             if called is not None and not callable(called):
                 raise ValueError(f"{name} is {called!r}; accepted: a function, or None")
         if on_drafts is not None and not self.draft_tokens:
             raise ValueError("on_drafts is given; accepted with an assistant alone")
-        rule = _rule(sampling, key, len(prompts), self._vocab_size)
+        if not isinstance(log_probs, bool):
+            raise ValueError(f"log_probs is {log_probs!r}; accepted: True or False")
+        check_choices(sampling, self._config)
+        rule = _rule(sampling, key, len(prompts), self._config.vocab_size)
 
         caches = self._empty_caches(self._params, batch=len(prompts))
         for tokens, positions in chunks(prompts, self.chunk_tokens):
@@ -180,24 +295,70 @@ class Generator:
         begin = np.asarray([prompt.size - 1 for prompt in prompts], np.int32)
         end = begin + np.int32(max_new_tokens)
         sequences = self._sequences(prompts)
-        answers, steps = [[] for _ in prompts], 1
+        answers, scores, steps = [[] for _ in prompts], [[] for _ in prompts], 1
         while (sequences.position >= 0).any():
-            (made, sequences), caches = self._decode(
-                self._params, sequences, caches, begin, end, np.int32(steps), stops, rule
+            of_steps, caches = self._decode(
+                *(self._params, sequences, caches, begin, end, np.int32(steps), stops, rule),
+                with_log_probs=log_probs,
             )
-            made, sequences = jax.device_get((made, sequences))
+            made, made_scores, sequences = jax.device_get(of_steps)
             new = [row[row >= 0].tolist() for row in made]
             for answer, tokens in zip(answers, new, strict=True):
                 answer += tokens
+            if log_probs:
+                for score, row, tokens in zip(scores, made_scores, made, strict=True):
+                    score += row[tokens >= 0].tolist()
             if on_tokens is not None:
                 on_tokens(new)
             steps = min(2 * steps, MAX_STEPS)
         if on_drafts is not None:
             on_drafts(sequences.statistics)
+        return (answers, scores) if log_probs else answers
+
+    def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities of the tokens of each prompt, each given those before it.
+
+            score of token i = log(softmax(logits after tokens 0 ... i - 1))[token i]
+
+        The distribution is the decoder's own, in float32, after its softcapping and without
+        temperature, filters and suppressed tokens. Prompts go through the decoder in chunks, and
+        logits of 128 tokens are held at a time. Programs are compiled for a number of sequences,
+        one for each size of chunk, as those of a call are.
+
+        Args:
+            prompts: one sequence of tokens or more, of any lengths but 0, up to `capacity`.
+
+        Returns:
+            n - 1 numbers for each prompt of n tokens: none for the first, which follows nothing.
+
+        Raises:
+            ValueError: as a call raises for its prompts.
+        """
+        check_weights(self._params)
+        prompts = self._check_prompts(prompts, self.capacity, "this capacity")
+        caches, parts = self._empty_caches(self._params, batch=len(prompts)), []
+        for tokens, positions in chunks(prompts, self.chunk_tokens):
+            follow = following(prompts, positions)
+            scores, caches = self._score(self._params, tokens, positions, follow, caches)
+            parts.append((scores, positions >= 0))
+        answers = [[] for _ in prompts]
+        for scores, is_token in jax.device_get(parts):
+            for answer, row, is_of_prompt in zip(answers, scores, is_token, strict=True):
+                answer += row[is_of_prompt].tolist()
         return answers
 
+    def _check_prompts(self, prompts, max_length, what):
+        prompts = check_prompts(prompts, self._config.vocab_size, max_length, what)
+        check_embedded(prompts, num_embedded_tokens(self._config))
+        if len(prompts) * self.capacity > MAX_SLOTS:
+            raise ValueError(
+                f"prompts has {len(prompts)}; accepted with capacity {self.capacity}: up to "
+                f"{MAX_SLOTS // self.capacity}"
+            )
+        return prompts
+
     def _check_new_tokens(self, max_new_tokens):
-        _check_number("max_new_tokens", max_new_tokens)
+        check_number("max_new_tokens", max_new_tokens)
         if max_new_tokens >= self.capacity:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens}; accepted with capacity {self.capacity}: up "
@@ -209,7 +370,7 @@ class Generator:
         """Before the first step; NumPy's, as the device gets them back between steps."""
         batch, hidden, statistics = len(prompts), None, None
         if self.draft_tokens:
-            hidden = np.zeros((batch, self._hidden_size), self._dtype)
+            hidden = np.zeros((batch, self._config.hidden_size), self._dtype)
             counts = (np.zeros(batch, np.int32) for _ in DraftStatistics._fields)
             statistics = DraftStatistics(*counts)
         token = np.asarray([prompt[-1] for prompt in prompts], np.int32)
@@ -218,11 +379,12 @@ class Generator:
 
 
 def _rule(sampling: Sampling, key: PRNGKeyArray | None, batch: int, vocab_size: int) -> Rule:
-    if not isinstance(sampling, Sampling):
-        raise ValueError(f"sampling is a {type(sampling).__name__}; accepted: Sampling")
+    suppressed = None
+    if sampling.suppress_tokens:
+        suppressed = _mask_of(list(sampling.suppress_tokens), vocab_size)
     # Lower ones are 0 in float32, or are on some devices.
     if sampling.temperature < np.finfo(np.float32).tiny:
-        return Greedy()
+        return Greedy(suppressed)
     is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     impl = str(jax.random.key_impl(key)) if is_key else None
     # Other generators draw for a batch of keys from the first of them.
@@ -238,7 +400,26 @@ def _rule(sampling: Sampling, key: PRNGKeyArray | None, batch: int, vocab_size: 
         top_k=None if sampling.top_k is None else np.int32(min(sampling.top_k, vocab_size)),
         top_p=None if sampling.top_p is None else np.float32(sampling.top_p),
         keys=keys,
+        suppressed=suppressed,
     )
+
+
+def _loaded(load, directory, model, config, dtype):
+    """A model with the weights of a directory."""
+    abstract = nnx.eval_shape(
+        lambda: model(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    )
+    return load(directory, abstract)[0]
+
+
+def _checked_tokens(name, tokens, config):
+    return check_tokens(name, as_list(name, tokens, "a sequence of tokens"), config.vocab_size)
+
+
+def _mask_of(tokens: Sequence[int], vocab_size: int) -> Bool[np.ndarray, " V"]:
+    mask = np.zeros(vocab_size, bool)
+    mask[tokens] = True
+    return mask
 
 
 def _default_forms(config: Gemma4Config) -> dict[str, type[Cache]]:
@@ -246,51 +427,3 @@ def _default_forms(config: Gemma4Config) -> dict[str, type[Cache]]:
     if any(spec.mode is ProjectionMode.QK_ONLY and spec.rotary_dim for spec in specs):
         return {"full_attention": CompactKVCache}
     return {}
-
-
-def _check_assistant(decoder, assistant, draft_tokens):
-    """The number of drafts."""
-    if assistant is None:
-        if draft_tokens is not None:
-            raise ValueError(f"draft_tokens is {draft_tokens!r}; accepted with an assistant alone")
-        return 0
-    if not isinstance(assistant, Gemma4Assistant):
-        raise ValueError(
-            f"assistant is a {type(assistant).__name__}; accepted: Gemma4Assistant, or None"
-        )
-    try:
-        assistant.config.check_target(decoder.config)
-    except ValueError as error:
-        raise ValueError(f"assistant was made for another decoder: {error}") from error
-    if assistant.dtype != decoder.dtype:
-        raise ValueError(f"assistant has dtype {assistant.dtype}; the decoder has {decoder.dtype}")
-    if draft_tokens is None:
-        return _DRAFT_TOKENS
-    check_draft_tokens(draft_tokens)
-    return int(draft_tokens)
-
-
-def _check_cache_dtype(cache_dtype, decoder):
-    accepted = decoder.dtype, FLOAT8
-    refusal = f"accepted: {accepted[0]} or {accepted[1]}"
-    try:
-        dtype = jnp.dtype(cache_dtype)
-    except TypeError as error:
-        raise ValueError(f"cache_dtype is {cache_dtype!r}; {refusal}") from error
-    if dtype not in accepted:
-        raise ValueError(f"cache_dtype is {dtype}; {refusal}")
-
-
-def _check_weights(params):
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-        raise ValueError(
-            "the decoder or the assistant is abstract; accepted: models with weights, as the new "
-            "ones that load_hf and load_assistant return"
-        )
-
-
-def _check_number(name, number, most=None):
-    is_int = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
-    if not is_int or number < 1 or (most is not None and number > most):
-        accepted = "or more" if most is None else f"to {most}"
-        raise ValueError(f"{name} is {number!r}; accepted: an integer of 1 {accepted}")

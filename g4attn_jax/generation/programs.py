@@ -12,12 +12,15 @@ from jaxtyping import Array, Bool, Float, Int
 from g4attn_jax.cache import Cache
 from g4attn_jax.layout import Contiguous, Layout, Ring
 from g4attn_jax.model.acceptance import Rule
+from g4attn_jax.model.sampling import token_log_probs
 from g4attn_jax.speculative import DraftStatistics, Verified, draft, verify
 
 # The most steps between two looks of the host, during which the device has nothing to do.
 MAX_STEPS = 32
 # The most slots of all sequences together, which are numbered in int32; see `g4attn_jax.layout`.
 MAX_SLOTS = 2**31 - 1
+# Tokens whose logits are held at a time: float32 of a vocabulary of 262144 are 128 MiB.
+_ROWS_OF_LOGITS = 128
 
 
 class Sequences(NamedTuple):
@@ -110,6 +113,8 @@ class Programs:
         steps: Int[Array, ""],
         stops: Bool[Array, " V"],
         rule: Rule,
+        *,
+        with_log_probs: bool = False,
     ):
         """Up to `steps` steps, fewer if all sequences stop.
 
@@ -122,20 +127,22 @@ class Programs:
             steps: up to 32.
             stops: which tokens end a sequence.
             rule: how tokens are chosen.
+            with_log_probs: whether log-probabilities are wanted.
 
         Returns:
-            ((made, sequences), caches): made [B, 32, k + 1], the new tokens of each step, -1 where
-            there is none; the others as above.
+            ((made, log_probs, sequences), caches): made [B, 32, k + 1], the new tokens of each
+            step, -1 where there is none; log_probs float32 [B, 32, k + 1], of these tokens as in
+            `Verified`, or None; the others as above.
         """
         batch = sequences.token.shape[0]
         layouts = self._layouts(batch)
 
         def goes_on(carry):
-            step, _, sequences, _ = carry
+            step, _, _, sequences, _ = carry
             return (step < steps) & (sequences.position >= 0).any()
 
         def one(carry):
-            step, made, sequences, caches = carry
+            step, made, log_probs, sequences, caches = carry
             # On a CPU, XLA converts bfloat16 weights to float32 for a matmul. Without the barrier
             # it does so before the loop, and holds all of them.
             weights, sequences = jax.lax.optimization_barrier((params, sequences))
@@ -150,16 +157,50 @@ class Programs:
             # The first step has no hidden state to draft from; tokens past the end have no room.
             room = jnp.where(position > begin, end - position - 1, 0)
             num_drafts = jnp.clip(room, 0, self.draft_tokens)
+            of_drafts = drafts, evidence, num_drafts
             verified = verify(
-                decoder, token, position, drafts, evidence, num_drafts, caches, layouts, rule
+                *(decoder, token, position, *of_drafts, caches, layouts, rule),
+                with_log_probs=with_log_probs,
             )
             new, sequences = sequences.advance(verified, num_drafts, end, stops)
-            return step + 1, made.at[:, step].set(new), sequences, verified.caches
+            made = made.at[:, step].set(new)
+            if with_log_probs:
+                log_probs = log_probs.at[:, step].set(verified.log_probs)
+            return step + 1, made, log_probs, sequences, verified.caches
 
         made = jnp.full((batch, MAX_STEPS, self.draft_tokens + 1), -1, jnp.int32)
-        start = jnp.int32(0), made, sequences, caches
-        _, made, sequences, caches = jax.lax.while_loop(goes_on, one, start)
-        return (made, sequences), caches
+        log_probs = jnp.zeros(made.shape, jnp.float32) if with_log_probs else None
+        start = jnp.int32(0), made, log_probs, sequences, caches
+        _, *of_steps, caches = jax.lax.while_loop(goes_on, one, start)
+        return tuple(of_steps), caches
+
+    def score(
+        self,
+        params: nnx.State,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        following: Int[Array, "B T"],
+        caches: dict[int, Cache],
+    ) -> tuple[Float[Array, "B T"], dict[int, Cache]]:
+        """The log-probability of the token that follows each one of a chunk, and the caches.
+
+        Logits are made of a few tokens at a time, `_ROWS_OF_LOGITS`.
+        """
+        decoder, _ = nnx.merge(self.graph, params)
+        layouts = self._layouts(tokens.shape[0])
+        hidden, caches = decoder.hidden(tokens, positions, caches, layouts)
+        rows = min(_ROWS_OF_LOGITS, tokens.size)
+        padding = -tokens.size % rows
+        hidden = jnp.pad(hidden.reshape(tokens.size, -1), ((0, padding), (0, 0)))
+        of_rows = hidden.reshape(-1, rows, hidden.shape[-1])
+        following_of_rows = jnp.pad(following.reshape(-1), (0, padding)).reshape(-1, rows)
+
+        def one(part):
+            hidden, following = part
+            return token_log_probs(decoder.logits(hidden[None])[0], following)
+
+        scores = jax.lax.map(one, (of_rows, following_of_rows)).reshape(-1)
+        return scores[: tokens.size].reshape(tokens.shape), caches
 
     def _layouts(self, batch: int) -> dict[str, Layout]:
         full = Contiguous(batch, self.capacity)

@@ -26,8 +26,19 @@ def chunks(
         begin += size
 
 
-def check_prompts(prompts, vocab_size, max_length):
-    """Each as int32 [n]."""
+def following(
+    prompts: Sequence[Int[np.ndarray, " length"]], positions: Int[np.ndarray, "B T"]
+) -> Int[np.ndarray, "B T"]:
+    """The token after each position of a chunk; 0 where the chunk has padding."""
+    tokens = np.zeros_like(positions)
+    for row, prompt in enumerate(prompts):
+        is_token = positions[row] >= 0
+        tokens[row, is_token] = prompt[positions[row, is_token] + 1]
+    return tokens
+
+
+def check_prompts(prompts, vocab_size, max_length, limits="this capacity and max_new_tokens"):
+    """Each as int32 [n]; `limits` says what max_length was made of."""
     prompts = as_list("prompts", prompts, "sequences of tokens")
     if not prompts:
         raise ValueError("prompts is empty; accepted: one prompt or more")
@@ -39,11 +50,22 @@ def check_prompts(prompts, vocab_size, max_length):
             raise ValueError(f"{name} is empty; accepted: one token or more")
         if tokens.size > max_length:
             raise ValueError(
-                f"{name} has {tokens.size} tokens; accepted with this capacity and max_new_tokens: "
-                f"up to {max_length}"
+                f"{name} has {tokens.size} tokens; accepted with {limits}: up to {max_length}"
             )
         checked.append(tokens)
     return checked
+
+
+def check_embedded(prompts, num_embedded):
+    """Refuses tokens of the vocabulary that have no per-layer embedding."""
+    for index, prompt in enumerate(prompts):
+        wrong = prompt >= num_embedded
+        if wrong.any():
+            raise ValueError(
+                f"prompts[{index}] has {prompt[wrong][0]}, which has no per-layer embedding; "
+                f"accepted with vocab_size_per_layer_input {num_embedded}: tokens 0 to "
+                f"{num_embedded - 1}"
+            )
 
 
 def check_tokens(name, tokens, vocab_size):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from g4attn_jax.model.sampling import scaled_logits
+from g4attn_jax.model.sampling import scaled_logits, without_suppressed
 
 # Folded into a sequence's key they are the keys of its drafts and of their acceptance. No position
 # is as large, so neither is the key of a token.
@@ -60,17 +60,28 @@ class Rule(Protocol):
 
 
 class Greedy(NamedTuple):
-    """The likeliest token; drafts stay as long as each is the target's likeliest."""
+    """The likeliest token; drafts stay as long as each is the target's likeliest.
+
+    Attributes:
+        suppressed: [V], tokens that are neither drafted nor chosen; None is none, and known to be
+            when compiling.
+    """
+
+    suppressed: Bool[Array, " V"] | None = None
 
     def draft(self, logits, position):
         """The likeliest token, the first of several, and no evidence."""
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
+        return self._best(logits), None
 
     def accept(self, logits, drafts, evidence, num_drafts, position):
         """As many drafts as equal the likeliest tokens, and the likeliest token after them."""
-        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        best = self._best(logits)
         num_accepted = _count_first(drafts == best[:, :-1], num_drafts)
         return num_accepted, _row(best, num_accepted)
+
+    def _best(self, logits):
+        logits = without_suppressed(logits, self.suppressed)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 class Drawn(NamedTuple):
@@ -90,6 +101,8 @@ class Drawn(NamedTuple):
         top_p: as top_k.
         keys: [B], of the sequences, of impl threefry2x32: others draw for all of them by the
             first.
+        suppressed: [V], tokens of probability 0 in p and q; None is none, and known to be when
+            compiling.
 
     Source: Leviathan et al., "Fast inference from transformers via speculative decoding" (2023).
     """
@@ -98,6 +111,7 @@ class Drawn(NamedTuple):
     top_k: Int[Array, ""] | None
     top_p: Float[Array, ""] | None
     keys: PRNGKeyArray
+    suppressed: Bool[Array, " V"] | None = None
 
     def draft(self, logits, position):
         """A token drawn from q, and q [B, V]."""
@@ -125,6 +139,7 @@ class Drawn(NamedTuple):
         return num_accepted, _draw(_fold(self.keys, position + num_accepted), scaled)
 
     def _scaled(self, logits):
+        logits = without_suppressed(logits, self.suppressed)
         return scaled_logits(logits, self.temperature, self.top_k, self.top_p)
 
     def _stream(self, number):

@@ -6,6 +6,7 @@ from typing import overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -13,7 +14,7 @@ from g4attn_jax import ops
 from g4attn_jax.cache import Cache, KVCache
 from g4attn_jax.config import Gemma4Config
 from g4attn_jax.layout import Contiguous, Layout, SegmentIds, plan_step
-from g4attn_jax.model.embedding import embed, per_layer_inputs
+from g4attn_jax.model.embedding import embed, num_embedded_tokens, per_layer_inputs
 from g4attn_jax.model.layer import Gemma4DecoderLayer
 from g4attn_jax.ops.head_norm.reference import rms_norm
 
@@ -153,7 +154,8 @@ class Gemma4Decoder(nnx.Module):
 
         Args:
             tokens: integer [B, T]. Without caches each row is a sequence from its beginning, with
-                `segment_ids` several.
+                `segment_ids` several. Those that are known, not traced by `jax.jit`, are checked; a
+                traced one that the model cannot read makes its sequence NaN.
             positions: integer [B, T], where they are in their sequences. -1 marks padding: nothing
                 is written, and its logits mean nothing. With caches alone.
             caches: from `init_caches` or an earlier step. Donate them to a jitted step to update
@@ -169,8 +171,8 @@ class Gemma4Decoder(nnx.Module):
             Float32 [B, n, V]; with caches (logits, caches), the latter updated.
 
         Raises:
-            ValueError: an argument has the wrong shape or dtype, a cache or layout is missing, or
-                as `plan_step` raises.
+            ValueError: an argument has the wrong shape or dtype, a token is none that the model can
+                read, a cache or layout is missing, or as `plan_step` raises.
             NotImplementedError: segment_ids are given to a model whose implementation is a kernel.
         """
         if caches is None:
@@ -214,6 +216,7 @@ class Gemma4Decoder(nnx.Module):
             ids = jnp.asarray(segment_ids, jnp.int32)
             # Rotations depend on distances alone, so a sequence may begin anywhere in its row.
             positions, segment_ids = jnp.where(ids == 0, -1, positions), SegmentIds(ids, ids)
+        self._check_known_tokens(tokens, positions)
         self._check_at(tokens, at)
         layouts = dict.fromkeys(self.config.layer_types, Contiguous(*tokens.shape))
         plans = self._plans(positions, layouts, segment_ids)
@@ -302,6 +305,7 @@ class Gemma4Decoder(nnx.Module):
                 f"positions has shape {positions.shape}; with tokens of shape {tokens.shape} it "
                 f"must be {tokens.shape}"
             )
+        self._check_known_tokens(tokens, positions)
         self._check_at(tokens, at)
         if caches.keys() != set(self._producers()):
             raise ValueError(
@@ -317,6 +321,22 @@ class Gemma4Decoder(nnx.Module):
         if not jnp.issubdtype(at.dtype, jnp.integer):
             raise ValueError(f"logits_at has dtype {at.dtype}; accepted: an integer")
 
+    def _check_known_tokens(self, tokens, positions):
+        """Refuses tokens without an embedding, unless they are traced or known to be padding."""
+        if not _is_known(tokens):
+            return
+        tokens, accepted = np.asarray(tokens), num_embedded_tokens(self.config)
+        wrong = (tokens < 0) | (tokens >= accepted)
+        if wrong.any() and _is_known(positions):
+            wrong &= np.asarray(positions) >= 0
+        if wrong.any():
+            reason = ""
+            if accepted < self.config.vocab_size:
+                reason = f"; vocab_size_per_layer_input is {accepted}"
+            raise ValueError(
+                f"tokens has {tokens[wrong][0]}; accepted: tokens 0 to {accepted - 1}{reason}"
+            )
+
     def _check_layer_types(self, name, given, *, all_needed=True):
         """Refuses a dict by layer type that lacks one or has what is none."""
         types = sorted(set(self.config.layer_types))
@@ -326,6 +346,12 @@ class Gemma4Decoder(nnx.Module):
         surplus = [key for key in given if key not in ("sliding_attention", "full_attention")]
         if surplus:
             raise ValueError(f"{name} has {surplus[0]!r}; accepted: {', '.join(types)}")
+
+
+def _is_known(array):
+    """Whether the numbers of an array are to be had here: neither traced nor of other hosts."""
+    is_traced = isinstance(array, jax.core.Tracer)
+    return not is_traced and getattr(array, "is_fully_addressable", True)
 
 
 def _select(array, at):

@@ -5,7 +5,20 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from g4attn_jax.config import Gemma4Config
 from g4attn_jax.ops.head_norm.reference import rms_norm
+
+
+def num_embedded_tokens(config: Gemma4Config) -> int:
+    """Number of tokens that a decoder can read: the first so many of the vocabulary.
+
+    A token from `vocab_size_per_layer_input` on has no per-layer embedding. The model can choose
+    it, but not read it: `embed` makes NaN of it, and `Gemma4ForCausalLM` of Hugging Face
+    transformers 5.24 raises an IndexError.
+    """
+    if config.hidden_size_per_layer_input:
+        return min(config.vocab_size, config.vocab_size_per_layer_input)
+    return config.vocab_size
 
 
 def embed(table: Float[Array, "V *width"], tokens: Int[Array, "B T"]) -> Float[Array, "B T *width"]:

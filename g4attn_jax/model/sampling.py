@@ -6,7 +6,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 _BITS = 32
 
@@ -25,11 +25,11 @@ _PARAMETERS = {
 class Sampling:
     """How tokens are drawn. As it is, the most likely one is taken.
 
-        p = softmax(logits / temperature)
+        p = softmax(logits / temperature), of tokens that are not suppressed
         p = p of the tokens that fewer than top_k others exceed, over their sum
         p = p of the tokens that others with less than top_p in all exceed, over their sum
 
-    The filters and their order are those of `generate` in Hugging Face transformers 5.23. Equally
+    The filters and their order are those of `generate` in Hugging Face transformers 5.24. Equally
     likely tokens are kept or dropped together (there top-p splits them as sorting leaves them), and
     those of logit -inf are never drawn.
 
@@ -38,6 +38,7 @@ class Sampling:
             several.
         top_k: 1 or more; None, or the size of the vocabulary or more, is off.
         top_p: above 0, at most 1; None, or 1, is off.
+        suppress_tokens: never chosen, greedily neither; any iterable of tokens, held as a tuple.
 
     Raises:
         ValueError: an argument is none that is accepted.
@@ -46,8 +47,10 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "suppress_tokens", _tokens(self.suppress_tokens))
         for name, (kind, accepted, is_accepted) in _PARAMETERS.items():
             value = getattr(self, name)
             if value is None and name != "temperature":
@@ -57,6 +60,43 @@ class Sampling:
             is_kind = isinstance(number, kind) and not isinstance(number, bool)
             if not is_kind or not is_accepted(number):
                 raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+
+
+def _tokens(given):
+    refusal = f"suppress_tokens is {given!r}; accepted: a sequence of tokens, integers of 0 or more"
+    try:
+        tokens = tuple(given)
+    except TypeError as error:
+        raise ValueError(refusal) from error
+    for token in tokens:
+        is_integer = isinstance(token, numbers.Integral) and not isinstance(token, bool)
+        if not is_integer or token < 0:
+            raise ValueError(refusal)
+    return tuple(map(int, tokens))
+
+
+def without_suppressed(
+    logits: Float[Array, "*batch V"], suppressed: Bool[Array, " V"] | None
+) -> Float[Array, "*batch V"]:
+    """Logits that are -inf for suppressed tokens; None suppresses none.
+
+    Source: `SuppressTokensLogitsProcessor` of Hugging Face transformers 5.24, which runs before
+    temperature, top-k and top-p.
+    """
+    return logits if suppressed is None else jnp.where(suppressed, -jnp.inf, logits)
+
+
+def token_log_probs(
+    logits: Float[Array, "*batch V"], tokens: Int[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """log(softmax(logits)) of one token of each row, without an array of all of them.
+
+        logits[token] - log(sum(exp(logits)))
+
+    A negative token stands for none: its number means nothing.
+    """
+    of_token = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
+    return of_token - jax.nn.logsumexp(logits, axis=-1)
 
 
 def scaled_logits(
