@@ -17,14 +17,22 @@ from tokenizers.processors import TemplateProcessing
 from g4attn_jax import Gemma4Config, Gemma4Decoder, Generator
 from g4attn_jax.__main__ import main
 from g4attn_jax.checkpoint import load_hf
+from g4attn_jax.commands import compilation_cache
 from g4attn_jax.commands import generate as generation
-from g4attn_jax.commands.generate import _eos_tokens, _Text
+from g4attn_jax.commands.answers import Text
+from g4attn_jax.commands.generate import _eos_tokens
 
 GOLDEN = Path(__file__).parent / "golden_model"
 ASSISTANTS = Path(__file__).parent / "golden_assistant"
 NAME = "gemma-4-31b"
 TOKENS = np.load(GOLDEN / NAME / "golden.npz")["tokens"]
 PROMPT = 24
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    """The process of the tests compiles without it, and leaves none in the user's directory."""
+    monkeypatch.setattr(compilation_cache, "use", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +138,12 @@ def test_characters_of_several_tokens_are_printed_whole(checkpoint):
     vocab = {f"<0x{[*word, 0xE3][i]:02X}>" if i < 3 else f"w{i}": i for i in range(128)}
     tokenizer.model = WordLevel(vocab, unk_token="w3")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    text = _Text(tokenizer)
+    text = Text(tokenizer)
     assert [text.after([0]), text.after([1]), text.after([0, 1, 5])] == ["", "é", "éw5"]
     # A byte that is no character is left out: `DecodeStream` fails at what follows it.
     assert [text.after([0, 1, 2]), text.after([5, 6])] == ["é", "w5w6"]
     with pytest.raises(TypeError):
-        _Text("no tokenizer").after([5])
+        Text("no tokenizer").after([5])
 
 
 def test_prompts_are_read_as_they_are(checkpoint, planned, tmp_path):
