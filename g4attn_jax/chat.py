@@ -235,6 +235,7 @@ def _environment():
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = _now
     environment.globals["namespace"] = _namespace_class()
+    environment.globals["dict"] = _Dict()
     return environment
 
 
@@ -257,6 +258,16 @@ def _raise(message):
 
 def _now(form):
     return datetime.datetime.now().strftime(form)
+
+
+class _Dict:
+    """`dict` in a template: makes objects, and has no methods that would change others."""
+
+    def __call__(self, *args, **kwargs):
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args):
+        return dict.fromkeys(*args)
 
 
 def _generation_tag():

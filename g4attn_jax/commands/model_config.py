@@ -58,7 +58,7 @@ def _checkpoint_config(args):
     if not path.is_file():
         raise ValueError(f"--checkpoint is {args.checkpoint}; there is no {path}")
     if not args.prompts:
-        raise ValueError("--checkpoint needs --prompt or --token-ids")
+        raise ValueError("--checkpoint needs --prompt, --prompt-file, --messages or --token-ids")
     try:
         config = Gemma4Config.from_hf(path)
         config.check_decoder()
