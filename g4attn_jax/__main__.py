@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         parser, args = _parse(argv)
         try:
             run = _RUNNERS[args.command](args)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             _refuse(parser, error)
         return _run(parser, run)
     except KeyboardInterrupt:

@@ -120,7 +120,14 @@ def _files(directory):
     paths = {"default": directory / "chat_template.jinja"}
     for path in sorted(directory.glob("additional_chat_templates/*.jinja")):
         paths[path.stem] = path
-    return {name: path.read_text("utf-8") for name, path in paths.items() if path.is_file()}
+    return {name: _source_text(path) for name, path in paths.items() if path.is_file()}
+
+
+def _source_text(path):
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def _listed(given, path):
@@ -210,6 +217,8 @@ def _compiled(source):
         raise ValueError(
             f"the chat template is none, in line {error.lineno}: {error.message}"
         ) from error
+    except SyntaxError as error:  # of the Python that Jinja2 made of it, as a break outside a loop
+        raise ValueError(f"the chat template is none: {error.msg}") from error
 
 
 def _environment():

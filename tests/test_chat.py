@@ -143,10 +143,18 @@ def test_other_messages_are_refused(arguments, message, template):
 def test_templates_that_are_none():
     with pytest.raises(ValueError, match="the chat template is none, in line 2: "):
         ChatTemplate({"default": "x\n{% if %}"}).render(USER)
+    with pytest.raises(ValueError, match="the chat template is none: 'break' outside loop"):
+        ChatTemplate({"default": "{% break %}"}).render(USER)
     with pytest.raises(
         ValueError, match="the chat templates are rag, x; needed: one named default"
     ):
         ChatTemplate({"x": "", "rag": ""}).render(USER)
+
+
+def test_a_template_that_is_no_text(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8: "):
+        ChatTemplate.from_hf(tmp_path)
 
 
 def test_the_package_that_it_needs_is_named(monkeypatch):

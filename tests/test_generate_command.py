@@ -455,6 +455,16 @@ def test_bad_chats_are_explained(arguments, message, chat, tmp_path, capsys):
     assert message.format(tmp_path) in refusal(capsys, "--checkpoint", chat, *arguments)
 
 
+@pytest.mark.parametrize("stage", ["plan", "generate"])
+def test_files_that_cannot_be_read_are_explained(stage, checkpoint, capsys, monkeypatch):
+    def refused(*arguments):
+        raise PermissionError(13, "Permission denied", "a file")
+
+    monkeypatch.setattr(generation, stage, refused)
+    message = refusal(capsys, "--checkpoint", checkpoint, "--token-ids", "1")
+    assert message == "g4attn-jax generate: error: [Errno 13] Permission denied: 'a file'"
+
+
 def test_what_chats_need(chat, checkpoint, tmp_path, capsys, monkeypatch):
     given = ("--prompt", "w5", "--chat")
     message = refusal(capsys, "--checkpoint", checkpoint, *given)
