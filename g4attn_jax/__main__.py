@@ -1,73 +1,180 @@
-"""`python -m g4attn_jax generate`, `decode` and `check`."""
+"""Gemma 4 on a terminal: generate from prompts, run real layers, check the kernels."""
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-from g4attn_jax.checkpoint import CheckpointError
-from g4attn_jax.commands import generate as generation
-from g4attn_jax.commands.check import check
-from g4attn_jax.commands.decode import decode, plan
+# Nothing here imports JAX, which takes seconds: `--help` and wrong arguments are to answer at once.
+from g4attn_jax.commands import compilation_cache
+from g4attn_jax.commands.layers import plan as plan_layers
+from g4attn_jax.commands.memory import OutOfMemory, explained
+from g4attn_jax.commands.model_config import generate_config
+from g4attn_jax.commands.prompts import prompt_type, read_messages, read_text
+from g4attn_jax.config import Gemma4Config
+
+_INTERRUPTED = 130  # as a shell reports a command that Ctrl-C has ended
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; 0 if all passed, 1 if something failed, 2 for bad arguments."""
-    parser = argparse.ArgumentParser(prog="python -m g4attn_jax", description=__doc__)
+    """Runs a command.
+
+    Returns:
+        0 if all passed, 1 if something failed or memory ran out, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with 2, after the usage of the command and what is wrong with the arguments or
+            with what they name; with 0 after help.
+    """
+    try:
+        parser, args = _parse(argv)
+        try:
+            run = _RUNNERS[args.command](args)
+        except (ValueError, OSError) as error:
+            _refuse(parser, error)
+        return _run(parser, run)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _run(parser: argparse.ArgumentParser, run: Callable[[], int]) -> int:
+    # It imports JAX, as everything does that has come this far.
+    from g4attn_jax.checkpoint import CheckpointError
+
+    try:
+        with explained():
+            return run()
+    except OutOfMemory as error:
+        print(f"{parser.prog}: error: out of memory: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Who reads the output has had enough; Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (CheckpointError, OSError) as error:
+        _refuse(parser, error)
+
+
+def _refuse(parser: argparse.ArgumentParser, error: Exception) -> NoReturn:
+    """Ends with status 2; the last line of standard error is the reason."""
+    parser.error(" ".join(str(error).split()))
+
+
+def _parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """(parser of the command, arguments)."""
+    parser = argparse.ArgumentParser(prog="g4attn-jax", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    generating = commands.add_parser(
+        "generate", help="continue prompts with a checkpoint, or with random weights"
+    )
+    _add_generate_arguments(generating)
     decoding = commands.add_parser(
         "decode",
         help="prefill and decode real layers, check every step, print a row a layer",
     )
-    decoding.add_argument(
+    _add_decode_arguments(decoding)
+    checking = commands.add_parser(
+        "check", help="compare every kernel with a float64 oracle, on this device"
+    )
+    checking.add_argument(
+        "--all",
+        action="store_true",
+        help="the whole equivalence sweep published with the original kernel; if left out, one "
+        "case of every op, mode, form of cache and head dim",
+    )
+    for command in commands.choices.values():
+        command.add_argument(
+            "--no-compilation-cache",
+            action="store_true",
+            help="compile everything again; if left out, compiled programs are kept in "
+            "$XDG_CACHE_HOME/g4attn-jax or ~/.cache/g4attn-jax",
+        )
+    args, unknown = parser.parse_known_args(argv)
+    command = commands.choices[args.command]
+    if unknown:
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return command, args
+
+
+def _start_jax(args: argparse.Namespace) -> None:
+    if not args.no_compilation_cache:
+        compilation_cache.use()
+
+
+def _check(args: argparse.Namespace) -> Callable[[], int]:
+    _start_jax(args)
+    from g4attn_jax.commands.check import check
+
+    return lambda: 1 if check(args.all) else 0
+
+
+def _decode(args: argparse.Namespace) -> Callable[[], int]:
+    jobs = plan_layers(args.config, args.layers)
+    _start_jax(args)
+    from g4attn_jax.commands.decode import decode
+
+    sizes = {"batch": args.batch, "prompt_len": args.prompt_len, "steps": args.steps}
+    return lambda: 1 if decode(jobs, **sizes) else 0
+
+
+def _generate(args: argparse.Namespace) -> Callable[[], int]:
+    _check_generate_arguments(args)
+    config = generate_config(args)
+    _start_jax(args)
+    from g4attn_jax.commands import generate
+
+    job = generate.plan(args, config)
+
+    def run():
+        generate.generate(job)
+        return 0
+
+    return run
+
+
+_RUNNERS = {"check": _check, "decode": _decode, "generate": _generate}
+
+
+def _check_generate_arguments(args: argparse.Namespace) -> None:
+    """Refuses options that need another one, which is not given."""
+    if args.assistant is None and args.draft_tokens is not None:
+        raise ValueError("--draft-tokens needs --assistant")
+    if args.system is not None and not args.chat:
+        raise ValueError("--system needs --chat")
+    if args.chat and not any(p.option in ("--prompt", "--prompt-file") for p in args.prompts):
+        raise ValueError("--chat needs --prompt or --prompt-file")
+
+
+def _add_decode_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--config",
         nargs="+",
         default=["gemma-4-e2b", "gemma-4-12b"],
         metavar="PATH_OR_PRESET",
-        help="config.json files, their directories, or names of published models (default: "
-        "gemma-4-e2b gemma-4-12b)",
+        help="config.json files, their directories, or names of published models, which are "
+        f"{', '.join(Gemma4Config.preset_names())} (default: gemma-4-e2b gemma-4-12b)",
     )
-    decoding.add_argument(
+    parser.add_argument(
         "--layers",
         type=_int_list,
         metavar="I,J,...",
         help="layer indices, separated by commas; the first of every kind if left out",
     )
-    decoding.add_argument(
+    parser.add_argument(
         "--batch", type=_positive, default=2, help="sequences (default: %(default)s)"
     )
-    decoding.add_argument(
+    parser.add_argument(
         "--prompt-len",
         type=_positive,
         default=32,
         help="tokens of the prefill (default: %(default)s)",
     )
-    decoding.add_argument(
+    parser.add_argument(
         "--steps", type=_positive, default=16, help="decode steps (default: %(default)s)"
     )
-    commands.add_parser("check", help="run the published equivalence sweep on this device")
-    generating = commands.add_parser(
-        "generate", help="continue prompts with a checkpoint, or with random weights"
-    )
-    _add_generate_arguments(generating)
-    args = parser.parse_args(argv)
-    if args.command == "check":
-        return 1 if check() else 0
-    if args.command == "generate":
-        try:
-            job = generation.plan(args)
-        except ValueError as error:
-            generating.error(str(error))
-        try:
-            generation.generate(job)
-        except CheckpointError as error:
-            generating.error(str(error))
-        return 0
-    try:
-        jobs = plan(args.config, args.layers)
-    except ValueError as error:
-        parser.error(str(error))
-    failures = decode(jobs, batch=args.batch, prompt_len=args.prompt_len, steps=args.steps)
-    return 1 if failures else 0
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +188,8 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="PATH_OR_PRESET",
-        help="with random weights: a config.json, its directory, or the name of a published model",
+        help="with random weights: a config.json, its directory, or the name of a published model: "
+        f"{', '.join(Gemma4Config.preset_names())}",
     )
     parser.add_argument(
         "--layers",
@@ -92,15 +200,43 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         dest="prompts",
+        type=prompt_type("--prompt", str),
         action="append",
         default=[],
         metavar="TEXT",
-        help="as it is, without a chat template; needs tokenizer.json; may be repeated",
+        help="as it is unless --chat is given; needs tokenizer.json; may be repeated",
+    )
+    parser.add_argument(
+        "--prompt-file",
+        dest="prompts",
+        type=prompt_type("--prompt-file", read_text),
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a prompt in a text file, without the line break at its end; may be repeated",
+    )
+    parser.add_argument(
+        "--messages",
+        dest="prompts",
+        type=prompt_type("--messages", read_messages),
+        action="append",
+        default=[],
+        metavar="FILE.json",
+        help="a chat through the checkpoint's template: a list of messages with role and content, "
+        "or an object with messages, tools and other variables of the template; may be repeated",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts in text are what a user says, put through the checkpoint's chat template",
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", help="with --chat: what the model is told before each prompt"
     )
     parser.add_argument(
         "--token-ids",
         dest="prompts",
-        type=_token_list,
+        type=prompt_type("--token-ids", _token_list),
         action="append",
         default=[],
         metavar="I,J,...",

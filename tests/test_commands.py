@@ -1,5 +1,10 @@
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +12,19 @@ import pytest
 
 from g4attn_jax.__main__ import main
 from g4attn_jax.cache import CompactKVCache, KVCache
-from g4attn_jax.commands import cases, check, decode
+from g4attn_jax.commands import cases, check, compilation_cache, decode
+from g4attn_jax.commands.layers import first_of_each_kind
+from g4attn_jax.commands.model_config import load_config
 from g4attn_jax.config import _CONFIGS, Gemma4Config, ProjectionMode
 from tests.test_attention import COMMON
 
 MODES = [mode.name for mode in ProjectionMode]
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    """The process of the tests compiles without it, and leaves none in the user's directory."""
+    monkeypatch.setattr(compilation_cache, "use", lambda: None)
 
 
 @pytest.fixture
@@ -67,7 +80,7 @@ def test_defaults_show_all_three_modes():
     kinds = [
         Gemma4Config.preset(name).attention_spec(layer).mode.name
         for name in ("gemma-4-e2b", "gemma-4-12b")
-        for layer in decode.first_of_each_kind(Gemma4Config.preset(name))
+        for layer in first_of_each_kind(Gemma4Config.preset(name))
     ]
     assert sorted(set(kinds)) == sorted(MODES)
 
@@ -97,14 +110,14 @@ def test_bad_arguments_are_explained(arguments, message, capsys):
 def test_presets_and_paths_are_the_same(tmp_path):
     path = tmp_path / "config.json"
     path.write_text((_CONFIGS / "gemma-4-12b.json").read_text())
-    assert decode.load_config(str(path)) == decode.load_config("gemma-4-12b")
-    assert decode.load_config(str(tmp_path)) == decode.load_config("gemma-4-12b")
+    assert load_config(str(path)) == load_config("gemma-4-12b")
+    assert load_config(str(tmp_path)) == load_config("gemma-4-12b")
 
 
 def test_a_preset_is_one_beside_a_directory_of_its_name(tmp_path, monkeypatch):
     (tmp_path / "gemma-4-12b").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert decode.load_config("gemma-4-12b") == Gemma4Config.preset("gemma-4-12b")
+    assert load_config("gemma-4-12b") == Gemma4Config.preset("gemma-4-12b")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +166,9 @@ def short_sweep(monkeypatch):
 
 def test_check_passes(short_sweep, capsys):
     assert main(["check"]) == 0
-    rows = rows_of(capsys.readouterr().out)
+    output, error = capsys.readouterr()
+    assert error == ""  # no terminal, no bar
+    rows = rows_of(output)
     assert len(rows) == 16
     assert all(row[-1] == "pass" for row in rows)
 
@@ -172,3 +187,170 @@ def test_check_fails_with_exit_status_1(short_sweep, capsys, monkeypatch):
         monkeypatch.setattr(case, "run", slightly_off(case.run))
     assert main(["check"]) == 1
     assert all(row[-1] == "FAIL" for row in rows_of(capsys.readouterr().out))
+
+
+def python(code, *arguments, environment=None):
+    """The standard output of a program in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | (environment or {}),
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["generate", "--help"],
+        ["nothing"],
+        ["decode", "--steps", "0"],
+        ["decode", "--config", "gemma-5"],
+        ["decode", "--layers", "99"],
+        ["check", "--some"],
+        ["generate", "--checkpoint", "nowhere", "--prompt", "x"],
+        ["generate", "--random-weights", "--config", "gemma-4-e2b", "--layers", "99"],
+    ],
+)
+def test_help_and_wrong_arguments_import_no_jax(arguments):
+    """Modules are counted, and not seconds, which another process may take."""
+    code = (
+        "import runpy, sys\n"
+        "try:\n"
+        "    runpy.run_module('g4attn_jax', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as error:\n"
+        "    slow = {'jax', 'flax', 'numpy', 'jinja2', 'tokenizers'} & set(sys.modules)\n"
+        "    print('exit', error.code, *slow)"
+    )
+    status = 0 if "--help" in arguments else 2
+    assert python(code, *arguments).splitlines()[-1] == f"exit {status}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["decode", "--config", "gemma-5"], "decode"),
+        (["decode", "--nothing"], "decode"),
+        (["check", "decode"], "check"),
+        (["generate", "--random-weights"], "generate"),
+        (["generate", "--random-weights", "--config", "31b", "--top-k", "0"], "generate"),
+    ],
+)
+def test_the_reason_is_last_after_the_usage_of_the_command(arguments, command, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"usage: g4attn-jax {command} ")
+    assert lines[-1].startswith(f"g4attn-jax {command}: error: ")
+    assert not any(line.startswith("g4attn-jax") for line in lines[:-1])
+
+
+def test_ctrl_c_ends_with_a_line(monkeypatch, capsys):
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(check, "check", interrupted)
+    assert main(["check"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_want_of_memory_ends_with_a_line(monkeypatch, capsys):
+    """What XLA raises, and how much there is; any other error keeps its traceback."""
+    reason = "RESOURCE_EXHAUSTED: Out of memory allocating 80 bytes."
+
+    def exhausted(*arguments):
+        raise jax.errors.JaxRuntimeError(f"{reason}\nfurther lines")
+
+    monkeypatch.setattr(check, "check", exhausted)
+    assert main(["check"]) == 1
+    device = re.escape(jax.devices()[0].device_kind)
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        f"g4attn-jax check: error: out of memory: {reason[:-1]}; {device} has [\\d.]+ GiB", line
+    )
+    reason = "INTERNAL: a fault"
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        main(["check"])
+
+
+def test_a_reader_that_has_gone_ends_a_command():
+    code = (
+        "import os, sys\n"
+        "from g4attn_jax.commands import check\n"
+        "from g4attn_jax.__main__ import main\n"
+        "check.check = lambda all_cases: print('x' * 10**6, flush=True)\n"
+        "ours, theirs = os.pipe()\n"
+        "os.close(ours)\n"
+        "kept = os.dup(1)\n"
+        "os.dup2(theirs, 1)\n"
+        "status = main(['check', '--no-compilation-cache'])\n"
+        "os.write(kept, f'exit {status}'.encode())"
+    )
+    assert python(code) == "exit 1"
+
+
+def test_check_takes_a_case_of_every_op_mode_form_and_head_dim():
+    every, some = check.sweep(), check.sample(check.sweep())
+    assert len(some) == len(set(some)) < 40 and set(some) < set(every)
+
+    def kinds(cases):
+        return {(case.op.partition(" window")[0], case.head_dim) for case in cases}
+
+    assert kinds(some) == kinds(every)
+    # Every op at all; heads, windows and tokens that the interpreter takes.
+    assert {case.op for case in some} == {case.op for case in every}
+    assert {(c.num_q_heads, c.num_kv_heads) for c in some} == set(cases.HEADS)
+    tokens = {case.tokens for case in every if case.tokens <= check.MAX_INTERPRETED_TOKENS}
+    assert {case.tokens for case in some} == tokens
+
+
+def test_check_runs_the_whole_sweep_on_demand(monkeypatch, capsys):
+    norms = [cases.NormCase(None, 4, 2, 128, tokens) for tokens in (1, 3)]
+    monkeypatch.setattr(check, "sweep", lambda: norms)
+    assert main(["check"]) == 0
+    assert {row[3] for row in rows_of(capsys.readouterr().out)} == {"1"}
+    assert main(["check", "--all"]) == 0
+    assert {row[3] for row in rows_of(capsys.readouterr().out)} == {"1", "3"}
+
+
+def test_check_draws_a_bar_on_a_terminal(short_sweep, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["check"]) == 0
+    error = capsys.readouterr().err
+    assert f"checking [{'.' * 30}] 0 of 8" in error
+    assert error.endswith("\r\033[K")  # the bar is gone where a row or the end is printed
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(tmp_path):
+    code = (
+        "import jax, sys\n"
+        "from g4attn_jax.commands import check\n"
+        "from g4attn_jax.__main__ import main\n"
+        "check.check = lambda all_cases: jax.jit(lambda x: x + 1)(1) == 0\n"
+        "sys.exit(main(['check', *sys.argv[1:]]))"
+    )
+    home = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    python(code, "--no-compilation-cache", environment=home)
+    assert list(tmp_path.iterdir()) == []
+    python(code, environment=home)
+    [host] = (tmp_path / "cache" / "g4attn-jax" / "compiled").iterdir()
+    assert any(host.iterdir())
+    python(code, environment=home | {"XDG_CACHE_HOME": ""})
+    assert (tmp_path / ".cache" / "g4attn-jax" / "compiled" / host.name).is_dir()
+    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
+    python(code, environment=home | own | {"XDG_CACHE_HOME": str(tmp_path / "other")})
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_cache_that_cannot_be_made_is_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    compilation_cache.use()
+    assert capsys.readouterr().err.startswith("warning: no compilation cache: ")
+    assert jax.config.jax_compilation_cache_dir is None

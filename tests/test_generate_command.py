@@ -1,11 +1,13 @@
-"""`python -m g4attn_jax generate`, on the fixtures of the model."""
+"""The command `generate`, on the fixtures of the model."""
 
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,16 +17,24 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 from g4attn_jax import Gemma4Config, Gemma4Decoder, Generator, Sampling
+from g4attn_jax import chat as chats
 from g4attn_jax.__main__ import main
 from g4attn_jax.checkpoint import load_hf
+from g4attn_jax.commands import compilation_cache, memory
 from g4attn_jax.commands import generate as generation
-from g4attn_jax.commands.generate import _Text
+from g4attn_jax.commands.answers import Answers, Text
 
 GOLDEN = Path(__file__).parent / "golden_model"
 ASSISTANTS = Path(__file__).parent / "golden_assistant"
 NAME = "gemma-4-31b"
 TOKENS = np.load(GOLDEN / NAME / "golden.npz")["tokens"]
 PROMPT = 24
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    """The process of the tests compiles without it, and leaves none in the user's directory."""
+    monkeypatch.setattr(compilation_cache, "use", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +140,12 @@ def test_characters_of_several_tokens_are_printed_whole(checkpoint):
     vocab = {f"<0x{[*word, 0xE3][i]:02X}>" if i < 3 else f"w{i}": i for i in range(128)}
     tokenizer.model = WordLevel(vocab, unk_token="w3")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    text = _Text(tokenizer)
+    text = Text(tokenizer)
     assert [text.after([0]), text.after([1]), text.after([0, 1, 5])] == ["", "é", "éw5"]
     # A byte that is no character is left out: `DecodeStream` fails at what follows it.
     assert [text.after([0, 1, 2]), text.after([5, 6])] == ["é", "w5w6"]
     with pytest.raises(TypeError):
-        _Text("no tokenizer").after([5])
+        Text("no tokenizer").after([5])
 
 
 def test_prompts_are_read_as_they_are(checkpoint, planned, tmp_path):
@@ -387,7 +397,7 @@ def test_bad_arguments_are_explained(arguments, message, capsys):
 
 def test_bad_checkpoints_are_explained(checkpoint, tmp_path, capsys, monkeypatch):
     given = ("--token-ids", "1,2")
-    assert "--checkpoint needs --prompt or --token-ids" in refusal(
+    assert "--checkpoint needs --prompt, --prompt-file, --messages or --token-ids" in refusal(
         capsys, "--checkpoint", checkpoint
     )
     for option in ("--config", "--layers", "--prompt-len"):
@@ -420,3 +430,154 @@ def test_a_checkpoint_needs_no_tokenizer(checkpoint, capsys, monkeypatch):
     arguments = ("--checkpoint", checkpoint, "--token-ids", "2,7", "--max-new-tokens", 2)
     lines = generate(capsys, *arguments).out.splitlines()
     assert len(lines) == 1 and len(tokens_of(lines[0])[0]) == 2
+
+
+CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}w9"
+
+
+@pytest.fixture
+def chat(checkpoint, tmp_path):
+    """A checkpoint whose template writes a token for each role, and the first token."""
+    directory = shutil.copytree(checkpoint, tmp_path / "chat")
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {"user": 100, "system": 101}
+    for word in ("w100", "w101"):
+        del tokenizer["model"]["vocab"][word]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "w2 "}))
+    (directory / "chat_template.jinja").write_text(CHAT)
+    return directory
+
+
+def prompts_of(job):
+    return [list(prompt) for prompt in job.prompts]
+
+
+def test_chats_go_through_the_template_of_the_checkpoint(chat, planned, tmp_path, capsys):
+    """The template writes the first token, and the tokenizer none before it."""
+    given = ("--checkpoint", chat, "--chat", "--prompt", "w5", "--token-ids", "7", "--prompt", "w6")
+    assert prompts_of(planned(*given)) == [[2, 100, 5, 9], [7], [2, 100, 6, 9]]
+    told = planned(*given, "--system", "w8")
+    assert prompts_of(told) == [[2, 101, 8, 100, 5, 9], [7], [2, 101, 8, 100, 6, 9]]
+    messages = [{"role": "system", "content": "w4"}, {"role": "user", "content": "w5"}]
+    for content in (messages, {"messages": messages}):
+        (tmp_path / "chat.json").write_text(json.dumps(content))
+        job = planned("--checkpoint", chat, "--messages", tmp_path / "chat.json")
+        assert prompts_of(job) == [[2, 101, 4, 100, 5, 9]]
+    assert capsys.readouterr().err == ""
+
+
+def test_variables_of_a_template_stand_beside_the_messages(chat, planned, tmp_path):
+    (chat / "chat_template.jinja").write_text("{{ thought }} {{ tools[0] }} w9")
+    content = {"messages": [{"role": "user"}], "tools": ["w5"], "thought": "w6"}
+    (tmp_path / "chat.json").write_text(json.dumps(content))
+    job = planned("--checkpoint", chat, "--messages", tmp_path / "chat.json")
+    assert prompts_of(job) == [[6, 5, 9]]
+
+
+def test_a_prompt_without_the_template_is_warned_of(chat, checkpoint, planned, capsys):
+    assert prompts_of(planned("--checkpoint", chat, "--prompt", "w5")) == [[2, 5]]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {chat} has a chat template, and --prompt is read without it")
+    planned("--checkpoint", chat, "--token-ids", "5")
+    planned("--checkpoint", checkpoint, "--prompt", "w5")
+    (chat / "chat_template.jinja").unlink()
+    (chat / "tokenizer_config.json").write_text("not JSON")
+    planned("--checkpoint", chat, "--prompt", "w5")
+    assert capsys.readouterr().err == ""
+
+
+def test_prompts_in_files(checkpoint, chat, planned, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("w5\nw6\n")
+    job = planned("--checkpoint", checkpoint, "--prompt-file", path, "--prompt", "w7")
+    assert prompts_of(job) == [[2, 5, 6], [2, 7]]
+    job = planned("--checkpoint", chat, "--chat", "--prompt-file", path)
+    assert prompts_of(job) == [[2, 100, 5, 6, 9]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chat", "--token-ids", "1"], "--chat needs --prompt or --prompt-file"),
+        (["--system", "x", "--prompt", "w5"], "--system needs --chat"),
+        (["--prompt-file", "{}/none"], "argument --prompt-file: {}/none cannot be read: No such"),
+        (["--prompt-file", "{}/bytes"], "argument --prompt-file: {}/bytes is not UTF-8: "),
+        (["--messages", "{}/text"], "argument --messages: {}/text is not JSON: "),
+        (["--messages", "{}/object"], "{}/object is neither a list of messages nor an object with"),
+        (["--messages", "{}/empty"], "--messages: messages is []; accepted: a list of one message"),
+        (
+            ["--messages", "{}/refused"],
+            "--messages: the chat template does not take these mess",
+        ),
+    ],
+)
+def test_bad_chats_are_explained(arguments, message, chat, tmp_path, capsys):
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    (tmp_path / "text").write_text("w5")
+    (tmp_path / "object").write_text('{"message": []}')
+    (tmp_path / "empty").write_text("[]")
+    (tmp_path / "refused").write_text('[{"role": "user", "content": "w5"}]')
+    (chat / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    assert message.format(tmp_path) in refusal(capsys, "--checkpoint", chat, *arguments)
+
+
+@pytest.mark.parametrize("stage", ["plan", "generate"])
+def test_files_that_cannot_be_read_are_explained(stage, checkpoint, capsys, monkeypatch):
+    def refused(*arguments):
+        raise PermissionError(13, "Permission denied", "a file")
+
+    monkeypatch.setattr(generation, stage, refused)
+    message = refusal(capsys, "--checkpoint", checkpoint, "--token-ids", "1")
+    assert message == "g4attn-jax generate: error: [Errno 13] Permission denied: 'a file'"
+
+
+def test_what_chats_need(chat, checkpoint, tmp_path, capsys, monkeypatch):
+    given = ("--prompt", "w5", "--chat")
+    message = refusal(capsys, "--checkpoint", checkpoint, *given)
+    assert f"--chat needs a chat template; {checkpoint} has no chat_template.jinja" in message
+    message = refusal(capsys, "--random-weights", "--config", "31b", *given)
+    assert "--prompt needs --checkpoint, for its tokenizer" in message
+    chats._compiled.cache_clear()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    message = refusal(capsys, "--checkpoint", chat, *given)
+    assert "--prompt: chat templates need the package jinja2: pip install 'g4attn-jax[" in message
+
+
+def test_several_answers_are_printed_in_turn_as_they_are_made(checkpoint, capsys):
+    """The second prompt's text waits for the end of the first, and is not lost."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    job = SimpleNamespace(
+        prompts=[[1], [1], [1]], tokenizer=tokenizer, max_new_tokens=3, stop_tokens=[9]
+    )
+    answers = Answers(job)
+    printed = []
+    for new in ([[5], [6], [9]], [[5, 7], [9], []], [[], [], []]):
+        answers.add(new)
+        printed.append(capsys.readouterr().out)
+    assert printed == [
+        "prompt 0:\nw5",
+        " w5 w7\ntokens: 5,5,7\nprompt 1:\nw6 w9\ntokens: 6,9\nprompt 2:\nw9\ntokens: 9\n",
+        "",
+    ]
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_made(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "device_bytes", lambda: 2**20)
+    arguments = ["--random-weights", "--config", str(GOLDEN / NAME / "config.json")]
+    assert main(["generate", *arguments, "--max-new-tokens", "100000"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"g4attn-jax generate: error: out of memory: weights take [\d.]+ GiB, caches [\d.]+ GiB, "
+        r"besides activations; .* has 0\.00 GiB",
+        line,
+    )
+
+
+def test_what_is_said_to_be_needed_is_what_there_is(planned):
+    job = planned("--random-weights", "--config", GOLDEN / NAME / "config.json")
+    decoder = Gemma4Decoder(job.config, rngs=nnx.Rngs(0))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(decoder)))
+    needs = generation._needs(job)
+    assert needs["weights take"] == weights and 0 < needs["caches"] < weights

@@ -1,1 +1,1 @@
-"""The commands of `python -m g4attn_jax`."""
+"""The commands of `g4attn-jax`, or `python -m g4attn_jax`."""

@@ -1,12 +1,14 @@
 """`check`: every kernel over the published equivalence sweep, on the device at hand."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 
 from g4attn_jax import oracle
 from g4attn_jax.commands.cases import Case, attention_sweep, norm_sweep, prologue_sweep
+from g4attn_jax.commands.progress import Progress
 from g4attn_jax.ops.implementation import triton_refusal
 
 # Pallas' interpreter takes half a minute for a case of 1024 tokens.
@@ -52,8 +54,28 @@ def sweep() -> list[Case]:
     return [*norm_sweep(), *prologue_sweep(), *attention_sweep()]
 
 
-def check() -> int:
-    """Runs the sweep with every implementation that runs here; prints a table.
+def sample(cases: Iterable[Case]) -> list[Case]:
+    """One case of each op, mode, form and head dim, with windows, heads and tokens in turn.
+
+    None has more tokens than Pallas' interpreter takes: every kernel runs wherever the sample does.
+    """
+    ops = {}
+    for case in cases:
+        if case.tokens <= MAX_INTERPRETED_TOKENS:
+            op, _, _ = case.op.partition(" window")
+            ops.setdefault(op, {}).setdefault(case.head_dim, []).append(case)
+    return [
+        group[(number + turn) % len(group)]
+        for number, groups in enumerate(ops.values())
+        for turn, group in enumerate(groups.values())
+    ]
+
+
+def check(all_cases: bool = False) -> int:
+    """Runs cases with every implementation that runs here; prints a table.
+
+    Args:
+        all_cases: the sweep rather than a sample of it.
 
     Returns:
         The number of failed cases.
@@ -74,14 +96,17 @@ def check() -> int:
     header = ("op", "Nq/Nkv", "D", "M", "implementation", "max abs", "usual", "relative", "")
     layout = "{:<43} {:>6} {:>4} {:>5} {:<17} {:>9} {:>9} {:>9} {}"
     print(layout.format(*header))
-    failures = 0
-    for case in sweep():
+    cases, failures = sweep() if all_cases else sample(sweep()), 0
+    progress = Progress("checking", len(cases))
+    for done, case in enumerate(cases):
+        progress.draw(done)
         arguments = case.arguments()
         for implementation in (kernel, "xla"):
             if implementation == "triton_interpret" and case.tokens > MAX_INTERPRETED_TOKENS:
                 continue
             result = judge(case, arguments, implementation)
             failures += not result.passed
+            progress.clear()
             print(
                 layout.format(
                     case.op,
@@ -96,5 +121,7 @@ def check() -> int:
                 ),
                 flush=True,
             )
+            progress.draw(done)
+    progress.clear()
     print(f"{failures} failed" if failures else "all passed")
     return failures

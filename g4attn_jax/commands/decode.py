@@ -1,7 +1,6 @@
 """`decode`: real layers at real shapes, prefill and jitted decode steps, checked and timed."""
 
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from flax import nnx
 
 from g4attn_jax.attention import Gemma4Attention
 from g4attn_jax.cache import Cache, CompactKVCache, KVCache, bytes_per_token
+from g4attn_jax.commands.layers import Job
 from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
 from g4attn_jax.layout import Contiguous
 
@@ -49,34 +49,6 @@ class Row:
     def passed(self) -> bool:
         """Whether every step matched the reference path; false where the error is NaN."""
         return self.max_relative_error <= MAX_RELATIVE_ERROR
-
-
-def load_config(name: str) -> Gemma4Config:
-    """A preset by its name, or a `config.json` by its path or that of its directory.
-
-    Raises:
-        ValueError: it is neither, or not a config this package takes.
-    """
-    is_directory = os.path.isdir(name)
-    path = os.path.join(name, "config.json") if is_directory else name
-    if os.path.isfile(path):
-        return Gemma4Config.from_hf(path)
-    if not is_directory and (os.path.sep in name or name.endswith(".json")):
-        raise ValueError(f"config is {name!r}; there is no such file")
-    try:
-        return Gemma4Config.preset(name)
-    except ValueError as error:
-        if is_directory:
-            raise ValueError(f"config is {name!r}; there is no {path}") from error
-        raise
-
-
-def first_of_each_kind(config: Gemma4Config) -> list[int]:
-    """The first layer of every kind the model has."""
-    kinds = {}
-    for layer in range(config.num_hidden_layers):
-        kinds.setdefault(dataclasses.replace(config.attention_spec(layer), kv_layer=-1), layer)
-    return list(kinds.values())
 
 
 def decode_layers(
@@ -207,31 +179,6 @@ def _jitted(attention):
         return nnx.merge(graph, params)(x, positions, cache, k_scale)
 
     return jax.jit(forward, donate_argnums=3), params
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Layers of one model to decode."""
-
-    name: str
-    config: Gemma4Config
-    layers: tuple[int, ...]
-
-
-def plan(names: Sequence[str], layers: Sequence[int] | None) -> list[Job]:
-    """A job a config; `layers` None is the first of each kind.
-
-    Raises:
-        ValueError: there is no such config, or it has no such layer.
-    """
-    jobs = []
-    for name in names:
-        config = load_config(name)
-        chosen = first_of_each_kind(config) if layers is None else layers
-        for layer in chosen:
-            config.attention_spec(layer)
-        jobs.append(Job(os.path.basename(name), config, tuple(chosen)))
-    return jobs
 
 
 def decode(jobs: Sequence[Job], *, batch: int, prompt_len: int, steps: int) -> int:

@@ -14,8 +14,11 @@ import numpy as np
 from flax import nnx
 
 from g4attn_jax.assistant_config import AssistantConfig
+from g4attn_jax.cache import model_bytes
+from g4attn_jax.chat import ChatTemplate
 from g4attn_jax.checkpoint import CheckpointError, load_assistant, load_hf
-from g4attn_jax.commands.decode import load_config
+from g4attn_jax.commands import memory
+from g4attn_jax.commands.answers import Answers
 from g4attn_jax.config import Gemma4Config
 from g4attn_jax.generation import Generator
 from g4attn_jax.generation.checks import check_choices
@@ -65,17 +68,16 @@ class Job:
     seed: int
 
 
-def plan(args: argparse.Namespace) -> Job:
-    """A job of the arguments of the command; reads no weights.
+def plan(args: argparse.Namespace, config: Gemma4Config) -> Job:
+    """A job of the arguments of the command, and the config that they name; reads no weights.
+
+    Standard error has a warning if a model that is tuned for chats is to read a prompt as it is.
 
     Raises:
         ValueError: arguments contradict each other, or what they name is not there or none that is
             accepted.
     """
-    if args.checkpoint is None:
-        config, tokenizer = _random_config(args), None
-    else:
-        config, tokenizer = _checkpoint_config(args), _tokenizer(args)
+    tokenizer = None if args.checkpoint is None else _tokenizer(args)
     prompts = _prompts(args, config, tokenizer)
     settings = GenerationSettings()
     if args.checkpoint is not None:
@@ -102,12 +104,23 @@ def plan(args: argparse.Namespace) -> Job:
 def generate(job: Job) -> None:
     """Loads or draws the weights, generates, and prints.
 
-    Standard output has for each prompt the text that follows it, if there is a tokenizer, of a
-    single prompt as it is made, and the tokens. Standard error has what it took. Generation runs
-    once for a token beforehand, so that no time is one of compiling.
+    Standard output has for each prompt in turn the text that follows it, if there is a tokenizer,
+    as it is made, and the tokens. Standard error has what it took. Generation runs once for a token
+    beforehand, so that no time is one of compiling.
+
+    Raises:
+        CheckpointError: weights cannot be read.
+        OutOfMemory: the device has too little.
     """
     if job.taken:
         print(job.taken, file=sys.stderr)
+    needs = _needs(job)
+    memory.check_fits(needs)
+    with memory.explained(needs):
+        _generate(job)
+
+
+def _generate(job):
     # The smaller model first: what is wrong with it is said soon.
     assistant = _assistant(job)
     generator = Generator(
@@ -121,26 +134,17 @@ def generate(job: Job) -> None:
     start = time.perf_counter()
     generator(job.prompts, 1, **arguments)
     compiling = time.perf_counter() - start
-    is_streamed = job.tokenizer is not None and len(job.prompts) == 1
-    text = _Text(job.tokenizer) if is_streamed else None
-    clock = _Clock()
+    answers, clock = Answers(job), _Clock()
 
     def on_tokens(new):
         clock.count(new)
-        if is_streamed:
-            print(text.after(new[0]), end="", flush=True)
+        answers.add(new)
 
     statistics = []
     if job.assistant is not None:
         arguments["on_drafts"] = statistics.append
-    answers = generator(job.prompts, job.max_new_tokens, on_tokens=on_tokens, **arguments)
-    for number, answer in enumerate(answers):
-        if len(answers) > 1:
-            print(f"prompt {number}:")
-        if job.tokenizer is not None:
-            print("" if is_streamed else job.tokenizer.decode(answer))
-        print("tokens:", ",".join(map(str, answer)))
-    prompt_tokens, new_tokens = sum(map(len, job.prompts)), sum(map(len, answers))
+    made = generator(job.prompts, job.max_new_tokens, on_tokens=on_tokens, **arguments)
+    prompt_tokens, new_tokens = sum(map(len, job.prompts)), sum(map(len, made))
     print(
         f"{prompt_tokens} prompt tokens, {new_tokens} new tokens; compiled in {compiling:.1f} s, "
         f"first after {clock.first:.3f} s, then {clock.rate}",
@@ -148,6 +152,22 @@ def generate(job: Job) -> None:
     )
     for of_call in statistics:
         print(_drafts(of_call), file=sys.stderr)
+
+
+def _needs(job):
+    """Bytes of weights and caches."""
+    weights = [nnx.eval_shape(lambda: Gemma4Decoder(job.config, rngs=nnx.Rngs(0)))]
+    if job.assistant is not None:
+        config = _assistant_config(job.assistant)
+        weights.append(nnx.eval_shape(lambda: Gemma4Assistant(config, rngs=nnx.Rngs(0))))
+    leaves = jax.tree.leaves([nnx.state(model) for model in weights])
+    # At the least: the generator's rings hold a window and a chunk, in whole tiles.
+    ring = min(job.config.sliding_window, job.capacity)
+    caches = model_bytes(job.config, job.capacity, compact=True, ring_capacity=ring)
+    return {
+        "weights take": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+        "caches": len(job.prompts) * caches,
+    }
 
 
 def _drafts(statistics: DraftStatistics) -> str:
@@ -178,32 +198,6 @@ class _Clock:
         if not self._rest:
             return "none"
         return f"{self._rest / (self._last - self.first):.2f} tokens/s"
-
-
-class _Text:
-    """Tokens to text, a few at a time: what is no whole character yet is kept back."""
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        self._begin()
-
-    def after(self, tokens: Sequence[int]) -> str:
-        return "".join(self._step(token) or "" for token in tokens)
-
-    def _begin(self):
-        from tokenizers.decoders import DecodeStream
-
-        self._stream = DecodeStream(skip_special_tokens=True)
-
-    def _step(self, token):
-        try:
-            return self._stream.step(self._tokenizer, token)
-        except Exception as error:  # the package raises no class of its own
-            if not str(error).startswith("Invalid prefix encountered"):
-                raise
-            # It does after bytes that are no character, which are then left out (vLLM #19449).
-            self._begin()
-            return self._stream.step(self._tokenizer, token)
 
 
 def _decoder(job):
@@ -238,8 +232,6 @@ def _rngs(seed):
 
 def _check_assistant(job):
     if job.assistant is None:
-        if job.draft_tokens is not None:
-            raise ValueError("--draft-tokens needs --assistant")
         return
     if job.draft_tokens is not None:
         check_draft_tokens(job.draft_tokens)
@@ -254,31 +246,6 @@ def _assistant_config(directory):
     if not path.is_file():
         raise ValueError(f"there is no {path}")
     return AssistantConfig.from_hf(path)
-
-
-def _random_config(args):
-    if args.config is None:
-        raise ValueError("--random-weights needs --config")
-    if _texts(args):
-        raise ValueError("--prompt needs --checkpoint, for its tokenizer; or use --token-ids")
-    config = load_config(args.config)
-    config.check_decoder()
-    return config if args.layers is None else config.truncated(args.layers)
-
-
-def _checkpoint_config(args):
-    for name in ("config", "layers", "prompt_len"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is for --random-weights alone")
-    path = args.checkpoint / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--checkpoint is {args.checkpoint}; there is no {path}")
-    try:
-        config = Gemma4Config.from_hf(path)
-        config.check_decoder()
-    except ValueError as error:
-        raise ValueError(f"--checkpoint: {error}") from error
-    return config
 
 
 def _sampling(args, settings, config):
@@ -341,8 +308,9 @@ def _tokenizer(args):
         if path.is_file():
             return _read_tokenizer(Tokenizer, path)
         problem = f"{path}, which is not there"
-    if _texts(args):
-        raise ValueError(f"--prompt needs {problem}")
+    for prompt in args.prompts:
+        if prompt.option != "--token-ids":
+            raise ValueError(f"{prompt.option} needs {problem}")
     return None
 
 
@@ -364,21 +332,8 @@ def _stop_tokens(args, settings, vocab_size):
 
 
 def _prompts(args, config, tokenizer):
-    if args.prompt_len is not None and args.prompts:
-        raise ValueError("--prompt-len is for a random prompt, without --token-ids")
-    prompts = []
-    for given in args.prompts:
-        name, tokens = "--token-ids", given
-        if isinstance(given, str):
-            name, tokens = "--prompt", tokenizer.encode(given).ids
-            if not tokens:
-                raise ValueError(f"--prompt is {given!r}, which has no tokens")
-        prompts.append(check_tokens(name, tokens, config.vocab_size))
-    if prompts:
-        check_embedded(prompts, num_embedded_tokens(config))
-        return prompts
-    if args.checkpoint is not None:
-        raise ValueError("--checkpoint needs --prompt or --token-ids")
+    if args.prompts:
+        return _given_prompts(args, config, tokenizer)
     length = 16
     if args.prompt_len is not None:
         length = args.prompt_len
@@ -390,5 +345,62 @@ def _prompts(args, config, tokenizer):
     return [np.random.default_rng(args.seed).integers(num_embedded_tokens(config), size=length)]
 
 
-def _texts(args):
-    return [prompt for prompt in args.prompts if isinstance(prompt, str)]
+def _given_prompts(args, config, tokenizer):
+    template, prompts = _chat_template(args), []
+    for option, value in args.prompts:
+        tokens = value
+        if option == "--messages":
+            tokens = _chat_tokens(option, template, tokenizer, value)
+        elif option != "--token-ids" and args.chat:
+            tokens = _chat_tokens(option, template, tokenizer, _messages(args.system, value))
+        elif option != "--token-ids":
+            tokens = tokenizer.encode(value).ids
+            if not tokens:
+                raise ValueError(f"{option} is {value!r}, which has no tokens")
+        prompts.append(check_tokens(option, tokens, config.vocab_size))
+    check_embedded(prompts, num_embedded_tokens(config))
+    return prompts
+
+
+def _chat_template(args):
+    """The template that prompts need; None if none does."""
+    options = {prompt.option for prompt in args.prompts} - {"--token-ids"}
+    if args.chat or "--messages" in options:
+        template = ChatTemplate.from_hf(args.checkpoint)
+        if template is None:
+            option = "--chat" if args.chat else "--messages"
+            raise ValueError(
+                f"{option} needs a chat template; {args.checkpoint} has no chat_template.jinja "
+                "and no chat_template in tokenizer_config.json"
+            )
+        return template
+    if options and _is_tuned_for_chat(args.checkpoint):
+        print(
+            f"warning: {args.checkpoint} has a chat template, and {' and '.join(sorted(options))} "
+            "is read without it; --chat applies it",
+            file=sys.stderr,
+        )
+    return None
+
+
+def _is_tuned_for_chat(checkpoint):
+    try:
+        return ChatTemplate.from_hf(checkpoint) is not None
+    except ValueError:  # a prompt that is read as it is needs no such file
+        return False
+
+
+def _messages(system, text):
+    """Arguments of `ChatTemplate.render` for one question."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    messages = [*first, {"role": "user", "content": text}]
+    return {"messages": messages, "add_generation_prompt": True}
+
+
+def _chat_tokens(option, template, tokenizer, given):
+    try:
+        text = template.render(**given)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{option}: {error}") from error
+    # The template has written the first token.
+    return tokenizer.encode(text, add_special_tokens=False).ids
