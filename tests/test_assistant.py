@@ -407,8 +407,9 @@ def test_a_corrupt_checkpoint(folder, changes, message):
 
 
 def test_what_is_skipped(folder):
+    stored = load_file(GOLDEN / "gemma-4-e4b" / "model.safetensors")
     changes = {
-        "lm_head.weight": np.zeros((128, 24), np.float32),
+        "lm_head.weight": stored["model.embed_tokens.weight"],
         "model.layers.0.self_attn.k_norm.weight": np.zeros(16, np.float32),
     }
     _, report = load_assistant(folder(changes), abstract_of(GOLDEN / "gemma-4-e4b"))
@@ -416,7 +417,32 @@ def test_what_is_skipped(folder):
         "lm_head.weight": 1,
         "model.layers.*.self_attn.k_norm (KV-shared)": 1,
     }
-    assert report.loaded == len(load_file(GOLDEN / "gemma-4-e4b" / "model.safetensors"))
+    assert report.loaded == len(stored)
+
+
+def test_a_head_of_its_own(folder):
+    changes = {"lm_head.weight": np.zeros((128, 24), np.float32)}
+    message = r"^lm_head\.weight differs from model\.embed_tokens\.weight; accepted: equal ones"
+    with pytest.raises(CheckpointError, match=message):
+        load_assistant(folder(changes), abstract_of(GOLDEN / "gemma-4-e4b"))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "base_model.model."])
+def test_names_that_tools_wrap(prefix, tmp_path):
+    stored = load_file(GOLDEN / "gemma-4-e4b" / "model.safetensors")
+    save_file({prefix + name: t for name, t in stored.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config_of()))
+    _, report = load_assistant(tmp_path, abstract_of(GOLDEN / "gemma-4-e4b"))
+    assert report.loaded == len(stored)
+
+
+def test_another_prefix_than_an_assistant_has(tmp_path):
+    stored = load_file(GOLDEN / "gemma-4-e4b" / "model.safetensors")
+    renamed = {name.removeprefix("model."): t for name, t in stored.items()}
+    save_file(renamed, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config_of()))
+    with pytest.raises(CheckpointError, match=r"^the checkpoint has embed_tokens\.weight; an ass"):
+        load_assistant(tmp_path, abstract_of(GOLDEN / "gemma-4-e4b"))
 
 
 def test_a_real_model_is_left_as_it_is():
