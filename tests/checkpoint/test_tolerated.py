@@ -256,6 +256,23 @@ def test_a_head_of_its_own_is_used_and_saved(tied, tmp_path):
     np.testing.assert_array_equal(logits_of(again), logits_of(model))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32])
+def test_a_head_that_equals_the_table_is_skipped(dtype, tmp_path):
+    table = read_tensors(FIXTURES / DENSE)[TABLE]
+    model, report = loaded(tmp_path, DENSE, {HEAD: table.astype(dtype)})
+    assert report.skipped == {HEAD: 1}
+    assert model.config.tie_word_embeddings is True
+
+
+def test_a_head_that_differs_at_its_end_alone(tmp_path, monkeypatch):
+    """The tables are compared in parts, of which the last is the shortest."""
+    monkeypatch.setattr("g4attn_jax.checkpoint.hf_tensors._COMPARED_AT_ONCE", 100)
+    head = read_tensors(FIXTURES / DENSE)[TABLE].copy()
+    head[-1, -1] += 1
+    model, _ = loaded(tmp_path, DENSE, {HEAD: head})
+    assert model.config.tie_word_embeddings is False
+
+
 def test_a_tied_model_given_stays_tied(tmp_path):
     config = read_config(FIXTURES / DENSE)
     model = abstract(config)
