@@ -12,12 +12,22 @@ from g4attn_jax.config import (
     ProjectionMode,
     read_config,
 )
+from g4attn_jax.hf_config import resolved_fields, text_config_of
 
 # What the text config of an assistant may ask for.
 _TEXT_SWITCHES = {
-    "hidden_size_per_layer_input": (0, None),
+    "hidden_size_per_layer_input": (0,),
     "enable_moe_block": (False,),
     "use_double_wide_mlp": (False,),
+}
+_ORDERING = {
+    "use_ordered_embeddings": False,
+    "num_centroids": 2048,
+    "centroid_intermediate_top_k": 32,
+}
+_DEFAULTS = {
+    "gemma4_assistant": {"backbone_hidden_size": 1536} | _ORDERING,
+    "gemma4_unified_assistant": {"backbone_hidden_size": 3840} | _ORDERING,
 }
 
 
@@ -30,7 +40,7 @@ class AssistantTextConfig(Gemma4Config):
     `sliding_window` + 1, one more than the target's layers of the same window show to theirs.
 
     Source of the window: `Gemma4AssistantForCausalLM.create_attention_masks` of Hugging Face
-    transformers 5.23.
+    transformers 5.24.
     """
 
     def attention_spec(self, layer: int) -> AttentionSpec:
@@ -60,7 +70,7 @@ class AssistantConfig:
         num_centroids: number of groups; divides the vocabulary. None without ordered embeddings.
         centroid_intermediate_top_k: groups that get logits. None without ordered embeddings.
 
-    Source: `Gemma4AssistantConfig` of Hugging Face transformers 5.23.
+    Source: `Gemma4AssistantConfig` of Hugging Face transformers 5.24.
     """
 
     text: AssistantTextConfig
@@ -71,15 +81,15 @@ class AssistantConfig:
 
     @classmethod
     def from_hf(cls, config: str | PathLike | Mapping[str, Any]) -> Self:
-        """Reads a Hugging Face config.
+        """Reads a Hugging Face config, as transformers reads it: what is absent has its default.
 
         Args:
             config: path of a `config.json` of model type "gemma4_assistant" or
                 "gemma4_unified_assistant", or its contents as a dict.
 
         Raises:
-            ValueError: a field is missing, has a wrong type, contradicts another, or asks for
-                something this model does not do. The message names the field.
+            ValueError: there is no text_config, or a field has a wrong type, contradicts another,
+                or asks for something this model does not do. The message names the field.
         """
         config = read_config(config)
         if config.get("model_type") not in ASSISTANT_MODEL_TYPES:
@@ -92,20 +102,15 @@ class AssistantConfig:
                 f"tie_word_embeddings = {config['tie_word_embeddings']!r} is not supported; "
                 "accepted: True"
             )
-        for field in ("text_config", "backbone_hidden_size", "use_ordered_embeddings"):
-            if field not in config:
-                raise ValueError(f"{field} is missing from the config")
+        if "text_config" not in config:
+            raise ValueError("text_config is missing from the config")
         values = {
-            field: config[field] for field in ("backbone_hidden_size", "use_ordered_embeddings")
+            field: config.get(field, default)
+            for field, default in _DEFAULTS[config["model_type"]].items()
         }
-        if values["use_ordered_embeddings"] is True:
-            for field in ("num_centroids", "centroid_intermediate_top_k"):
-                if field not in config:
-                    raise ValueError(
-                        f"{field} is missing from the config; use_ordered_embeddings needs it"
-                    )
-                values[field] = config[field]
-        return cls(text=_text_config(config["text_config"]), **values)
+        if values["use_ordered_embeddings"] is not True:
+            values |= {"num_centroids": None, "centroid_intermediate_top_k": None}
+        return cls(text=_text_config(config), **values)
 
     def __post_init__(self):
         if not isinstance(self.text, AssistantTextConfig):
@@ -171,24 +176,20 @@ class AssistantConfig:
                     )
 
 
-def _text_config(text):
-    if not isinstance(text, Mapping):
-        raise ValueError(f"text_config must be an object, not {text!r}")
-    text = dict(text)
-    for field in (*_TEXT_SWITCHES, "num_hidden_layers"):
-        if field not in text:
-            raise ValueError(f"text_config.{field} is missing from the config")
+def _text_config(config):
+    if not isinstance(config["text_config"], Mapping):
+        raise ValueError(f"text_config must be an object, not {config['text_config']!r}")
+    text = text_config_of(config)
+    fields = resolved_fields(text)
     for field, accepted in _TEXT_SWITCHES.items():
-        if not any(type(text[field]) is type(a) and text[field] == a for a in accepted):
+        if not any(type(fields[field]) is type(a) and fields[field] == a for a in accepted):
             raise ValueError(
-                f"text_config.{field} = {text[field]!r} is not supported in an assistant; "
+                f"text_config.{field} = {fields[field]!r} is not supported in an assistant; "
                 f"accepted: {accepted[0]!r}"
             )
-    # 0 in published configs, which `Gemma4Config` does not accept, and without meaning here.
-    text.pop("vocab_size_per_layer_input", None)
-    layers = text["num_hidden_layers"]
+    text["layer_types"], layers = fields["layer_types"], fields["num_hidden_layers"]
     # transformers reads 0 as all; it is what a config that was never saved by it has.
-    text["num_kv_shared_layers"] = text.get("num_kv_shared_layers") or layers
+    text["num_kv_shared_layers"] = fields["num_kv_shared_layers"] or layers
     if text["num_kv_shared_layers"] != layers:
         raise ValueError(
             f"text_config.num_kv_shared_layers = {text['num_kv_shared_layers']!r}; every layer of "

@@ -8,12 +8,11 @@ from importlib import resources
 from os import PathLike
 from typing import Any, Self
 
+from g4attn_jax.hf_config import FULL, LAYER_TYPES, SLIDING, resolved_fields, text_config_of
 from g4attn_jax.json_file import parse_object, read_object
 
 ASSISTANT_MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 _CONFIGS = resources.files("g4attn_jax") / "configs"
-_TEXT_MODEL_TYPES = ("gemma4_text", "gemma4_unified_text")
-_SLIDING, _FULL = _LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
 class ProjectionMode(enum.Enum):
@@ -83,9 +82,10 @@ class Gemma4Config:
 
     `from_hf` and `preset` build it. Fields that contradict each other are refused with a ValueError
     that names the field. Those from `vocab_size` on are not attention's: they may be None, which is
-    unknown, and `check_decoder` says what of them the whole model needs.
+    unknown, and `check_decoder` says what of them the whole model needs. Full-attention layers have
+    `num_global_key_value_heads` KV heads; None is `num_key_value_heads`.
 
-    Source: the `config.json` files and `Gemma4TextConfig` of Hugging Face transformers 5.23.
+    Source: the `config.json` files and `Gemma4TextConfig` of Hugging Face transformers 5.24.
     """
 
     hidden_size: int
@@ -118,15 +118,19 @@ class Gemma4Config:
 
     @classmethod
     def from_hf(cls, config: str | PathLike | Mapping[str, Any]) -> Self:
-        """Reads a Hugging Face config.
+        """Reads a Hugging Face config, as transformers reads it: what is absent has its default.
 
         Args:
             config: path of a `config.json`, or its contents as a dict; the text config may stand
-                alone or under `text_config`.
+                alone or under `text_config`, and give what differs in full-attention layers as
+                `global_head_dim` and `num_global_key_value_heads` or as `per_layer_config`.
+
+        Warns:
+            UserWarning: the last layer is "sliding_attention"; it is made "full_attention".
 
         Raises:
-            ValueError: a field is missing, has a wrong type, contradicts another, or asks for
-                something this attention does not do. The message names the field.
+            ValueError: a field has a wrong type, contradicts another, or asks for something this
+                attention does not do. The message names the field.
         """
         config = read_config(config)
         if config.get("model_type") in ASSISTANT_MODEL_TYPES:
@@ -134,14 +138,7 @@ class Gemma4Config:
                 f"model_type is {config['model_type']!r}, so this is the config of an assistant; "
                 "read it with AssistantConfig"
             )
-        text = config.get("text_config", config)
-        if not isinstance(text, Mapping):
-            raise ValueError(f"text_config must be an object, not {text!r}")
-        if text.get("model_type") not in _TEXT_MODEL_TYPES:
-            raise ValueError(
-                f"model_type is {text.get('model_type')!r}; a Gemma 4 text config has one of "
-                f"{', '.join(_TEXT_MODEL_TYPES)}"
-            )
+        text = text_config_of(config)
         # Switches of the Hugging Face config that change the maths, and what they may be.
         for field, only in (
             ("attention_bias", (False, None)),
@@ -152,16 +149,7 @@ class Gemma4Config:
                     f"{field} = {text[field]!r} is not supported; accepted: {only[0]!r} or "
                     f"{only[1]!r}"
                 )
-        values = {}
-        for field in dataclasses.fields(cls):
-            optional = field.default is None or field.name == "num_global_key_value_heads"
-            if field.name not in text and not optional:
-                raise ValueError(f"{field.name} is missing from the config")
-            values[field.name] = text.get(field.name)
-        # Published configs have null and 0 for the same; absent it would be the 256 of E2B.
-        if text.get("hidden_size_per_layer_input", 0) is None:
-            values["hidden_size_per_layer_input"] = 0
-        return cls(**values)
+        return cls(**resolved_fields(text))
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -225,9 +213,9 @@ class Gemma4Config:
                 f"{self.num_hidden_layers} needs as many"
             )
         for layer, layer_type in enumerate(self.layer_types):
-            if layer_type not in _LAYER_TYPES:
+            if layer_type not in LAYER_TYPES:
                 raise ValueError(
-                    f"layer_types[{layer}] is {layer_type!r}; accepted: {', '.join(_LAYER_TYPES)}"
+                    f"layer_types[{layer}] is {layer_type!r}; accepted: {', '.join(LAYER_TYPES)}"
                 )
         object.__setattr__(self, "layer_types", tuple(self.layer_types))
         if self.num_kv_shared_layers > self.num_hidden_layers:
@@ -287,13 +275,16 @@ class Gemma4Config:
             if getattr(self, field) is not None:
                 _check_int(field, getattr(self, field), minimum=minimum)
         for field, accepted in (
-            ("tie_word_embeddings", (True,)),
+            ("tie_word_embeddings", (True, False)),
             ("hidden_activation", ("gelu_pytorch_tanh",)),
             ("use_double_wide_mlp", (True, False)),
             ("enable_moe_block", (True, False)),
         ):
             value = getattr(self, field)
-            if value is not None and not any(value is a or value == a != 1 for a in accepted):
+            # 0 and 1 equal False and True.
+            if value is not None and not any(
+                type(value) is type(a) and value == a for a in accepted
+            ):
                 raise ValueError(
                     f"{field} = {value!r} is not supported; accepted: "
                     + " or ".join(map(repr, accepted))
@@ -362,16 +353,17 @@ class Gemma4Config:
                 f"{self._kv_heads_field(layer)} = {spec.num_kv_heads} (layer {layer})"
             )
         if spec.head_dim % 2:
-            field = "head_dim" if self.layer_types[layer] == _SLIDING else "global_head_dim"
+            field = "head_dim" if self.layer_types[layer] == SLIDING else "global_head_dim"
             raise ValueError(
                 f"{field} = {spec.head_dim} is odd; RoPE couples dims i and i + head_dim / 2"
             )
 
     def _kv_heads_field(self, layer: int) -> str:
-        full = self.layer_types[layer] == _FULL
-        if full and self.attention_k_eq_v and self.num_global_key_value_heads is not None:
-            return "num_global_key_value_heads"
-        return "num_key_value_heads"
+        if self.layer_types[layer] != FULL:
+            return "num_key_value_heads"
+        if self.num_global_key_value_heads in (None, self.num_key_value_heads):
+            return "num_key_value_heads"
+        return "num_global_key_value_heads"
 
     def attention_spec(self, layer: int) -> AttentionSpec:
         """What layer `layer` (0 to num_hidden_layers - 1) of this model needs to know.
@@ -385,7 +377,7 @@ class Gemma4Config:
                 f"layer is {layer!r}; this model has layers 0 to {self.num_hidden_layers - 1}"
             )
         layer_type = self.layer_types[layer]
-        full = layer_type == _FULL
+        full = layer_type == FULL
         first_shared = self.num_hidden_layers - self.num_kv_shared_layers
         if layer >= first_shared:
             mode = ProjectionMode.Q_ONLY

@@ -264,25 +264,42 @@ def config_of(name="gemma-4-e4b"):
     return json.loads((GOLDEN / name / "config.json").read_text())
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        "text_config",
-        "backbone_hidden_size",
-        "use_ordered_embeddings",
-        "num_centroids",
-        "centroid_intermediate_top_k",
-        "text_config.vocab_size",
-        "text_config.enable_moe_block",
-        "text_config.num_hidden_layers",
-    ],
-)
-def test_a_config_that_lacks_a_field(field):
+def test_a_config_without_a_text_config():
     config = config_of()
-    *path, key = field.split(".")
-    del (config[path[0]] if path else config)[key]
-    with pytest.raises(ValueError, match=f"{key} is missing"):
+    del config["text_config"]
+    with pytest.raises(ValueError, match="text_config is missing"):
         AssistantConfig.from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "backbone_hidden_size"),
+    [("gemma4_assistant", 1536), ("gemma4_unified_assistant", 3840)],
+)
+def test_absent_fields_have_the_defaults_of_transformers(model_type, backbone_hidden_size):
+    text = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    if model_type == "gemma4_unified_assistant":
+        text = {}  # its text config has no such fields
+    config = AssistantConfig.from_hf({"model_type": model_type, "text_config": text})
+    assert config.backbone_hidden_size == backbone_hidden_size
+    assert (config.use_ordered_embeddings, config.num_centroids) == (False, None)
+    assert config.text.num_kv_shared_layers == config.text.num_hidden_layers == 30
+    ordered = {"model_type": model_type, "text_config": text, "use_ordered_embeddings": True}
+    config = AssistantConfig.from_hf(ordered)
+    assert (config.num_centroids, config.centroid_intermediate_top_k) == (2048, 32)
+
+
+def test_the_new_form_of_a_config_says_the_same():
+    old = config_of("gemma-4-31b")
+    new = config_of("gemma-4-31b")
+    overrides = {
+        "head_dim": new["text_config"].pop("global_head_dim"),
+        "num_key_value_heads": new["text_config"].pop("num_global_key_value_heads"),
+    }
+    types = new["text_config"]["layer_types"]
+    new["text_config"]["per_layer_config"] = {
+        str(layer): overrides for layer, t in enumerate(types) if t == "full_attention"
+    }
+    assert AssistantConfig.from_hf(new) == AssistantConfig.from_hf(old)
 
 
 @pytest.mark.parametrize(
@@ -390,8 +407,9 @@ def test_a_corrupt_checkpoint(folder, changes, message):
 
 
 def test_what_is_skipped(folder):
+    stored = load_file(GOLDEN / "gemma-4-e4b" / "model.safetensors")
     changes = {
-        "lm_head.weight": np.zeros((128, 24), np.float32),
+        "lm_head.weight": stored["model.embed_tokens.weight"],
         "model.layers.0.self_attn.k_norm.weight": np.zeros(16, np.float32),
     }
     _, report = load_assistant(folder(changes), abstract_of(GOLDEN / "gemma-4-e4b"))
@@ -399,7 +417,32 @@ def test_what_is_skipped(folder):
         "lm_head.weight": 1,
         "model.layers.*.self_attn.k_norm (KV-shared)": 1,
     }
-    assert report.loaded == len(load_file(GOLDEN / "gemma-4-e4b" / "model.safetensors"))
+    assert report.loaded == len(stored)
+
+
+def test_a_head_of_its_own(folder):
+    changes = {"lm_head.weight": np.zeros((128, 24), np.float32)}
+    message = r"^lm_head\.weight differs from model\.embed_tokens\.weight; accepted: equal ones"
+    with pytest.raises(CheckpointError, match=message):
+        load_assistant(folder(changes), abstract_of(GOLDEN / "gemma-4-e4b"))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "base_model.model."])
+def test_names_that_tools_wrap(prefix, tmp_path):
+    stored = load_file(GOLDEN / "gemma-4-e4b" / "model.safetensors")
+    save_file({prefix + name: t for name, t in stored.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config_of()))
+    _, report = load_assistant(tmp_path, abstract_of(GOLDEN / "gemma-4-e4b"))
+    assert report.loaded == len(stored)
+
+
+def test_another_prefix_than_an_assistant_has(tmp_path):
+    stored = load_file(GOLDEN / "gemma-4-e4b" / "model.safetensors")
+    renamed = {name.removeprefix("model."): t for name, t in stored.items()}
+    save_file(renamed, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config_of()))
+    with pytest.raises(CheckpointError, match=r"^the checkpoint has embed_tokens\.weight; an ass"):
+        load_assistant(tmp_path, abstract_of(GOLDEN / "gemma-4-e4b"))
 
 
 def test_a_real_model_is_left_as_it_is():

@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 import json
 import re
 from importlib import resources
@@ -10,6 +9,7 @@ from g4attn_jax import AttentionSpec, Gemma4Config, ProjectionMode
 from g4attn_jax.config import _CONFIGS
 
 Q_ONLY, QK_ONLY, QKV_FULL = ProjectionMode
+S, F = "sliding_attention", "full_attention"
 
 
 def published(name="gemma-4-e2b"):
@@ -92,19 +92,145 @@ def test_from_hf_keeps_no_reference_and_changes_nothing():
     assert hash(config) == hash(Gemma4Config.preset("31b"))
 
 
-REQUIRED = [
-    field.name
-    for field in dataclasses.fields(Gemma4Config)
-    if field.default is dataclasses.MISSING and field.name != "num_global_key_value_heads"
-]
+# Of transformers 5.24.0, `Gemma4TextConfig()` and `Gemma4UnifiedTextConfig()`.
+DEFAULTS = {
+    "hidden_size": 2304,
+    "num_hidden_layers": 30,
+    "layer_types": ((S,) * 5 + (F,)) * 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_global_key_value_heads": 4,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "attention_k_eq_v": False,
+    "num_kv_shared_layers": 0,
+    "sliding_window": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        S: {"rope_type": "default", "rope_theta": 1e4},
+        F: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    },
+    "vocab_size": 262144,
+    "tie_word_embeddings": True,
+    "final_logit_softcapping": None,
+    "intermediate_size": 9216,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "use_double_wide_mlp": False,
+    "hidden_size_per_layer_input": 256,
+    "vocab_size_per_layer_input": 262144,
+    "enable_moe_block": False,
+    "num_experts": None,
+    "top_k_experts": None,
+    "moe_intermediate_size": None,
+}
+UNIFIED_DEFAULTS = DEFAULTS | {
+    "sliding_window": 1024,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": None,
+}
 
 
-@pytest.mark.parametrize("field", REQUIRED)
-def test_a_missing_field_is_named(field):
-    config = text()
-    del config[field]
-    with pytest.raises(ValueError, match=f"^{field} is missing"):
-        Gemma4Config.from_hf(config)
+@pytest.mark.parametrize(
+    ("model_type", "defaults"),
+    [("gemma4_text", DEFAULTS), ("gemma4_unified_text", UNIFIED_DEFAULTS)],
+)
+def test_absent_fields_have_the_defaults_of_transformers(model_type, defaults):
+    config = Gemma4Config.from_hf({"model_type": model_type})
+    assert vars(config) == defaults
+    config.check_decoder()
+    nulls = {"layer_types": None, "rope_parameters": None}
+    assert Gemma4Config.from_hf({"model_type": model_type} | nulls) == config
+
+
+def test_a_text_config_has_its_type_from_the_outer_one():
+    given = published("gemma-4-12b")
+    del given["text_config"]["model_type"]
+    assert Gemma4Config.from_hf(given) == Gemma4Config.preset("12b")
+
+
+def test_the_tie_is_that_of_the_outer_config():
+    given = published() | {"tie_word_embeddings": False}
+    assert Gemma4Config.from_hf(given).tie_word_embeddings is False
+
+
+def test_a_last_layer_that_slides_is_made_full():
+    types = [F, *[S] * 34]
+    with pytest.warns(
+        UserWarning, match=r"^layer_types\[34\], the last, is 'sliding_attention'; it"
+    ):
+        config = Gemma4Config.from_hf(text(layer_types=types, num_kv_shared_layers=0))
+    assert config.layer_types == (F, *[S] * 33, F)
+    assert types[-1] == S
+
+
+def in_new_form(given):
+    """The text config as transformers 5.24.0 writes it."""
+    given = dict(given)
+    overrides = {"head_dim": given.pop("global_head_dim")}
+    heads = given.pop("num_global_key_value_heads", None)
+    if given["attention_k_eq_v"] and heads is not None:
+        overrides["num_key_value_heads"] = heads
+    width = len(str(given["num_hidden_layers"] - 1))
+    given["per_layer_config"] = {
+        f"{layer:0{width}d}": dict(overrides)
+        for layer, layer_type in enumerate(given["layer_types"])
+        if layer_type == F
+    }
+    return given
+
+
+@pytest.mark.parametrize("size", MODELS)
+def test_both_forms_are_read(size):
+    given = published(f"gemma-4-{size}")
+    old, new = given["text_config"], in_new_form(given["text_config"])
+    expected = Gemma4Config.preset(size)
+    for text_config in (new, old | new):
+        assert Gemma4Config.from_hf(text_config) == expected
+        assert Gemma4Config.from_hf(given | {"text_config": text_config}) == expected
+
+
+def test_what_the_new_form_lacks_is_the_common_value():
+    """Only there can full layers have KV heads of their own without K = V."""
+    given = in_new_form(text("gemma-4-31b", attention_k_eq_v=False))
+    for of_layer in given["per_layer_config"].values():
+        of_layer["num_key_value_heads"] = 8
+    spec = Gemma4Config.from_hf(given).attention_spec(5)
+    assert (spec.mode, spec.num_kv_heads, spec.head_dim) == (QKV_FULL, 8, 512)
+    for common in ({}, None):
+        spec = Gemma4Config.from_hf(given | {"per_layer_config": common}).attention_spec(5)
+        assert (spec.num_kv_heads, spec.head_dim) == (16, 256)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_head_dim": 256}, "^global_head_dim is 256, and per_layer_config makes it 512"),
+        (
+            {"num_global_key_value_heads": 2},
+            "^num_global_key_value_heads is 2, and per_layer_config makes it 4",
+        ),
+        ({"per_layer_config": [512]}, r"^per_layer_config must be an object, not \[512\]"),
+        ({"per_layer_config": {"5": 512}}, r"^per_layer_config\['5'\] must be an object, not 512"),
+        ({"per_layer_config": {"60": {}}}, "^per_layer_config has layer '60'; .* 0 to num_hidden"),
+        ({"per_layer_config": {"-1": {}}}, "^per_layer_config has layer '-1'"),
+        ({"per_layer_config": {"5": {}, "05": {}}}, "^per_layer_config has layer 5 twice"),
+        (
+            {"per_layer_config": {"05": {"head_dim": 512}}},
+            "^per_layer_config makes head_dim of layer 11 256, .* full_attention layer 512",
+        ),
+        (
+            {"per_layer_config": {"03": {"num_key_value_heads": 4}}},
+            "^per_layer_config makes num_key_value_heads of layer 3 4, .* sliding_att.* layer 16",
+        ),
+        (
+            {"per_layer_config": {"05": {"sliding_window": 4}}},
+            "^per_layer_config gives layer 5 sliding_window = 4; accepted: head_dim and num_key",
+        ),
+    ],
+)
+def test_new_forms_that_contradict_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Gemma4Config.from_hf(in_new_form(text("gemma-4-31b")) | changes)
 
 
 def test_global_kv_heads_may_be_absent():
@@ -117,7 +243,7 @@ def test_global_kv_heads_may_be_absent():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("e2b", {"layer_types": ["sliding_attention"] * 34}, "layer_types has 34 entries; .* = 35"),
+        ("e2b", {"layer_types": ["full_attention"] * 34}, "layer_types has 34 entries; .* = 35"),
         ("e2b", {"num_hidden_layers": 34}, "layer_types has 35 entries"),
         ("e2b", {"layer_types": "full_attention"}, "layer_types must be a list"),
         ("31b", {"layer_types": ["linear"] * 60}, r"layer_types\[0\] is 'linear'; accepted: slid"),
@@ -158,7 +284,7 @@ def test_global_kv_heads_may_be_absent():
             "use_bidirectional_attention = 'all' is not",
         ),
         ("31b", {"model_type": "gemma3_text"}, "model_type is 'gemma3_text'; .* gemma4_text"),
-        ("31b", {"rope_parameters": None}, "rope_parameters must be an object"),
+        ("31b", {"rope_parameters": []}, "rope_parameters must be an object"),
         ("31b", {"rope_parameters": {}}, "rope_parameters.full_attention is missing"),
     ],
 )
@@ -238,11 +364,9 @@ def test_configs_ship_with_the_package():
     assert (resources.files("g4attn_jax") / "configs" / "gemma-4-31b.json").is_file()
 
 
-def test_null_is_no_per_layer_embedding_and_absent_is_unknown():
+def test_null_is_no_per_layer_embedding():
+    assert text("gemma-4-31b")["hidden_size_per_layer_input"] is None
     assert Gemma4Config.preset("31b").hidden_size_per_layer_input == 0
-    config = text("gemma-4-31b")
-    del config["hidden_size_per_layer_input"]
-    assert Gemma4Config.from_hf(config).hidden_size_per_layer_input is None
 
 
 @pytest.mark.parametrize("size", MODELS)
@@ -257,7 +381,7 @@ def test_presets_are_whole_models(size):
         ("intermediate_size", 2.5, "intermediate_size must be an integer"),
         ("hidden_size_per_layer_input", -1, "hidden_size_per_layer_input must be an integer of"),
         ("hidden_activation", "silu", "hidden_activation = 'silu' is not .* 'gelu_pytorch_tanh'"),
-        ("tie_word_embeddings", False, "tie_word_embeddings = False is not supported; accepted: T"),
+        ("tie_word_embeddings", 0, "tie_word_embeddings = 0 is not supported; accepted: True or F"),
         ("use_double_wide_mlp", 1, "use_double_wide_mlp = 1 is not supported; accepted: True or F"),
         ("enable_moe_block", "yes", "enable_moe_block = 'yes' is not supported"),
         ("final_logit_softcapping", 0, "final_logit_softcapping must be a number above 0, not 0"),

@@ -1,9 +1,8 @@
 """The assistant's directory in Hugging Face's form, read.
 
-Source of names and shapes: `Gemma4AssistantForCausalLM` of Hugging Face transformers 5.23.
+Source of names and shapes: `Gemma4AssistantForCausalLM` of Hugging Face transformers 5.24.
 """
 
-import collections
 import dataclasses
 from os import PathLike
 from pathlib import Path
@@ -14,8 +13,10 @@ import numpy as np
 from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.checkpoint import hf
 from g4attn_jax.checkpoint.errors import CheckpointError
-from g4attn_jax.checkpoint.loading import Model, Progress, load
+from g4attn_jax.checkpoint.hf_tensors import HEAD, same_values, sorted_tensors
+from g4attn_jax.checkpoint.loading import Model, Progress, check, load
 from g4attn_jax.checkpoint.packing import Packed
+from g4attn_jax.checkpoint.quantised import check_not_quantised
 from g4attn_jax.checkpoint.report import LoadReport, terminal_bar
 from g4attn_jax.checkpoint.shards import read_json, stored_tensors
 
@@ -54,23 +55,38 @@ def load_assistant(
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory")
     config = model.config
-    hf.check_config(read_json(directory / "config.json"), config, AssistantConfig, _fields)
-    stored = stored_tensors(directory)
+    given, stored = read_json(directory / "config.json"), stored_tensors(directory)
+    check_not_quantised(given, stored)
+    hf.check_config(given, config, AssistantConfig, _fields)
+    found = sorted_tensors(stored, config.text)
+    if found.prefix != _PREFIX:
+        raise CheckpointError(
+            f"the checkpoint has {found.prefix}embed_tokens.weight; an assistant has "
+            f"{_PREFIX}embed_tokens.weight"
+        )
     ordering = None
     if config.use_ordered_embeddings:
-        ordering = _token_ordering(stored.pop(_TOKEN_ORDERING, None), config.text.vocab_size)
-    tensors, skipped = {}, collections.Counter()
-    for name, tensor in stored.items():
-        if reason := hf.why_skipped(name, _PREFIX, config.text):
-            skipped[reason] += 1
-        else:
-            tensors[name] = tensor
+        ordering = _token_ordering(found.tensors.pop(_TOKEN_ORDERING, None), config.text.vocab_size)
     table = hf.packing_table(config.text, _PREFIX) | _ASSISTANT
-    model, report = load(model, table, tensors, skipped, progress)
+    check(model, table, found.tensors)
+    found.check_values()
+    if found.head is not None:
+        _check_head(found)
+    model, report = load(model, table, found.tensors, found.skipped, progress)
     if ordering is None:
         return model, report
     model.token_ordering.set_value(jnp.asarray(ordering, jnp.int32))
     return model, dataclasses.replace(report, loaded=report.loaded + 1)
+
+
+def _check_head(found):
+    table = f"{_PREFIX}embed_tokens.weight"
+    if not same_values(found.head, found.tensors[table]):
+        raise CheckpointError(
+            f"{HEAD} differs from {table}; accepted: equal ones, as an assistant's table is its "
+            "head"
+        )
+    found.skipped[HEAD] += 1
 
 
 def _token_ordering(tensor, vocab_size):

@@ -1,11 +1,11 @@
 """Hugging Face directories: `config.json` and safetensors files, read and written.
 
-Source of names and shapes: `Gemma4TextModel` and its modules in Hugging Face transformers 5.23.
+Source of names and shapes: `Gemma4TextModel` and its modules in Hugging Face transformers 5.24.
 """
 
-import collections
+import dataclasses
 import json
-import re
+import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -17,22 +17,15 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from g4attn_jax.checkpoint.errors import CheckpointError, listed
-from g4attn_jax.checkpoint.loading import Model, Progress, load, parameters, table_of
+from g4attn_jax.checkpoint.hf_tensors import HEAD, same_values, sorted_tensors
+from g4attn_jax.checkpoint.loading import Model, Progress, check, load, parameters, table_of
 from g4attn_jax.checkpoint.packing import Packed
+from g4attn_jax.checkpoint.quantised import check_not_quantised
 from g4attn_jax.checkpoint.report import LoadReport, terminal_bar
 from g4attn_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, read_json, stored_tensors
-from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
+from g4attn_jax.config import AttentionSpec, Gemma4Config
+from g4attn_jax.hf_config import text_config_of
 
-# Of the language model's tensors: in files of the multimodal model and of the text model, each with
-# and without its head.
-_PREFIXES = ("model.language_model.", "model.", "language_model.", "")
-_OTHER_TOWERS = re.compile(
-    r"(model\.)?(vision_tower|audio_tower|vision_embedder|embed_vision|embed_audio)\."
-)
-_TIED_HEAD = "lm_head.weight"
-# Published files hold them for KV-shared layers as well; transformers ignores them there
-# (`_keys_to_ignore_on_load_unexpected`), since these layers use the K and V of another one.
-_UNUSED_IF_SHARED = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 _ARCHITECTURES = {
     "gemma4_text": "Gemma4ForCausalLM",
     "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
@@ -45,6 +38,8 @@ _MODEL = {
     "per_layer_projection_norm": Packed("P", {"per_layer_projection_norm.weight": "P"}),
     "norm": Packed("E", {"norm.weight": "E"}),
 }
+# Beside the language model, and under no prefix.
+_OWN_HEAD = {"lm_head": Packed("VE", {HEAD: "V,E"})}
 _LAYER = {
     "attention.o_proj": Packed("NDE", {"self_attn.o_proj.weight": "E,ND"}),
     "attention.q_scale": Packed("D", {"self_attn.q_norm.weight": "D"}),
@@ -80,7 +75,7 @@ def _qkv(spec: AttentionSpec) -> Packed:
 
 def packing_table(config: Gemma4Config, prefix: str) -> dict[str, Packed]:
     """From paths of our parameters to what they are made of, for all a Gemma 4 model can have."""
-    table = {name: packed.under(prefix) for name, packed in _MODEL.items()}
+    table = _OWN_HEAD | {name: packed.under(prefix) for name, packed in _MODEL.items()}
     for layer in range(config.num_hidden_layers):
         rows = _LAYER | {"attention.qkv_proj": _qkv(config.attention_spec(layer))}
         at = f"layers.{layer}."
@@ -96,6 +91,10 @@ def load_hf(
     Tensors are read through memory maps and packed on the device, one parameter at a time. Beside
     the model itself that takes host and device memory for the tensors of one parameter. Of other
     towers (vision, audio) and of what KV-shared layers do not use nothing is read.
+
+    A `lm_head.weight` that equals the table is skipped. One that differs is used, as by
+    transformers, though the config says that they are tied: the model returned then has a `lm_head`
+    of its own, and a config that says so.
 
         config = Gemma4Config.from_hf(directory / "config.json")
         model = nnx.eval_shape(lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0)))
@@ -117,22 +116,37 @@ def load_hf(
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt; a tensor is missing, surplus,
-            misshapen, stored twice or not floating point; or the config is not the model's. The
-            message names it, and no weight has been read.
+            misshapen, stored twice, quantised or not floating point; or the config is not the
+            model's. The message names it, and no weight is in the model yet.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory")
-    check_config(read_json(directory / "config.json"), model.config, Gemma4Config)
+    config = read_json(directory / "config.json")
     stored = stored_tensors(directory)
-    prefix = _prefix(stored)
-    tensors, skipped = {}, collections.Counter()
-    for name, tensor in stored.items():
-        if reason := why_skipped(name, prefix, model.config):
-            skipped[reason] += 1
+    check_not_quantised(config, stored)
+    check_config(config, model.config, Gemma4Config)
+    found = sorted_tensors(stored, model.config)
+    table = packing_table(model.config, found.prefix)
+    check(model, table, found.tensors)
+    found.check_values()
+    if found.head is not None:
+        if same_values(found.head, found.tensors[f"{found.prefix}embed_tokens.weight"]):
+            found.skipped[HEAD] += 1
         else:
-            tensors[name] = tensor
-    return load(model, packing_table(model.config, prefix), tensors, skipped, progress)
+            model = _with_own_head(model)
+            found.tensors[HEAD] = found.head
+    model, report = load(model, table, found.tensors, found.skipped, progress)
+    return model, dataclasses.replace(report, loaded=report.loaded + found.num_joined)
+
+
+def _with_own_head(model):
+    """The model with a head beside its table, as an untied config has it."""
+    graph, state = nnx.split(model)
+    untied = nnx.merge(graph, state, copy=True)
+    untied.config = dataclasses.replace(model.config, tie_word_embeddings=False)
+    untied.lm_head = untied.embed_tokens.replace(untied.embed_tokens.get_value())
+    return untied
 
 
 def save_hf(
@@ -161,6 +175,8 @@ def save_hf(
     """
     directory = Path(directory)
     config = dict(config) if isinstance(config, Mapping) else read_json(Path(config))
+    if model.config.tie_word_embeddings is False:
+        config["tie_word_embeddings"] = False  # what `load_hf` found in spite of the config
     check_config(config, model.config, Gemma4Config)
     _check_limit(max_shard_bytes)
     _check_values(model)
@@ -192,11 +208,14 @@ def save_hf(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / INDEX_FILE, index)
-    text = config.get("text_config", config)
+    text = text_config_of(config)
+    text.pop("quantization_config", None)
     _write_json(
         directory / "config.json",
         text
         | {
+            "layer_types": list(model.config.layer_types),
+            "tie_word_embeddings": model.config.tie_word_embeddings,
             "architectures": [_ARCHITECTURES[text["model_type"]]],
             "dtype": str(model.embed_tokens.dtype),
         },
@@ -217,33 +236,6 @@ def _shards(model: nnx.Module, max_bytes: int) -> Iterator[list[str]]:
     yield names
 
 
-def _prefix(names):
-    """What the names of the language model's tensors begin with."""
-    found = [prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in names]
-    if not found:
-        raise CheckpointError(
-            "the checkpoint lacks embed_tokens.weight, under any of the prefixes "
-            + ", ".join(repr(prefix) for prefix in _PREFIXES)
-        )
-    if len(found) > 1:
-        twice = listed(f"{prefix}embed_tokens.weight" for prefix in found)
-        raise CheckpointError(f"the checkpoint has two language models: {twice}")
-    return found[0]
-
-
-def why_skipped(name, prefix, config):
-    """Under which heading the report counts this tensor; None if it is to be loaded."""
-    if tower := _OTHER_TOWERS.match(name):
-        return tower[0]
-    if name == _TIED_HEAD:
-        return _TIED_HEAD
-    unused = _UNUSED_IF_SHARED.match(name.removeprefix(prefix))
-    if unused is None or int(unused[1]) >= config.num_hidden_layers:
-        return None
-    is_shared = config.attention_spec(int(unused[1])).mode is ProjectionMode.Q_ONLY
-    return f"{prefix}layers.*.self_attn.{unused[2]} (KV-shared)" if is_shared else None
-
-
 def check_config(given, model_config, config_class, fields=vars):
     """Refuses a `config.json` of another model; None in either is unknown.
 
@@ -257,12 +249,16 @@ def check_config(given, model_config, config_class, fields=vars):
         CheckpointError: a field differs, or the contents are no such config.
     """
     try:
-        in_file = fields(config_class.from_hf(given))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whoever built the model was warned
+            in_file = fields(config_class.from_hf(given))
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from error
     for name, ours in fields(model_config).items():
         theirs = in_file[name]
-        if theirs != ours and None not in (theirs, ours):
+        # None is a value of this one: logits without a cap.
+        unknown = None in (theirs, ours) and not name.endswith("final_logit_softcapping")
+        if theirs != ours and not unknown:
             raise CheckpointError(
                 f"config.json has {name} = {theirs!r}; the model was built with {ours!r}"
             )

@@ -66,9 +66,9 @@ def load(
         CheckpointError: a tensor is missing, surplus, misshapen or not of a floating-point dtype
             that can be read. The message names it.
     """
+    check(model, table, tensors)
     table = table_of(model, table)
     targets = {name: variable.get_value() for name, variable in parameters(model).items()}
-    _check({name: table[name].shapes(target.shape) for name, target in targets.items()}, tensors)
     total, done, values = sum(map(_num_bytes, targets.values())), 0, {}
     for name, target in targets.items():
         values[name] = _read(table[name], tensors, target)
@@ -79,8 +79,18 @@ def load(
     return _with_parameters(model, values), report
 
 
-def _check(expected, tensors):
-    shapes = {name: shape for of_one in expected.values() for name, shape in of_one.items()}
+def check(model: nnx.Module, table: Mapping[str, Packed], tensors: Mapping[str, Tensor]) -> None:
+    """Compares names, shapes and dtypes of tensors with what a model needs; reads none.
+
+    Raises:
+        CheckpointError: as of `load`.
+    """
+    table = table_of(model, table)
+    shapes = {
+        tensor: shape
+        for name, variable in parameters(model).items()
+        for tensor, shape in table[name].shapes(variable.get_value().shape).items()
+    }
     if missing := shapes.keys() - tensors.keys():
         raise CheckpointError(f"the checkpoint lacks {listed(missing)}")
     if surplus := tensors.keys() - shapes.keys():

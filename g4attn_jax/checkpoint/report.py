@@ -16,7 +16,8 @@ class LoadReport:
         parameters: parameters they make up; fewer, as some are packed together.
         bytes: that the parameters take.
         skipped: how many tensors were passed over, by what they have in common: the prefix of a
-            tower of another modality, the tied head, or what KV-shared layers do not use.
+            tower of another modality, the tied head, what KV-shared layers do not use, buffers and
+            scales that say nothing.
     """
 
     loaded: int

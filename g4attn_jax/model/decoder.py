@@ -20,12 +20,14 @@ from g4attn_jax.ops.head_norm.reference import rms_norm
 
 
 class Gemma4Decoder(nnx.Module):
-    """Embedding, layers, norm, and the embedding again as the head.
+    """Embedding, layers, norm, and as the head the embedding again or a table of its own.
 
         x = embed_tokens[token] * sqrt(E)
         x = layer(x)                              for every layer
         h = rms(x) * norm
-        logits = c tanh(h embed_tokens^T / c)     c: final_logit_softcapping, 30
+        logits = c tanh(h head^T / c)             c: final_logit_softcapping, 30
+
+    The head is `embed_tokens`, or `lm_head` where the config says `tie_word_embeddings` False.
 
     A call is a pure function of parameters, tokens, positions and caches; after `nnx.split` also to
     JAX. Letters: B batch, T new tokens, V vocabulary, E embed, L layers, P width of the per-layer
@@ -38,6 +40,7 @@ class Gemma4Decoder(nnx.Module):
         per_layer_projection_norm: [P], PLE alone.
         layers: L `Gemma4DecoderLayer`s.
         norm: [E].
+        lm_head: [V, E], without `tie_word_embeddings` alone.
 
     Source: `Gemma4ForCausalLM` of Hugging Face transformers 5.23.
     """
@@ -93,6 +96,10 @@ class Gemma4Decoder(nnx.Module):
             for layer in range(layers)
         )
         self.norm = nnx.Param(jnp.ones(embed_size, param_dtype))
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Param(
+                table_init(rngs.params(), (config.vocab_size, embed_size), param_dtype)
+            )
 
     def init_caches(
         self,
@@ -251,10 +258,11 @@ class Gemma4Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B n E"]) -> Float[Array, "B n V"]:
         """Float32 logits of final hidden states."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         logits = jnp.einsum(
             "bne,ve->bnv",
             hidden,
-            self.embed_tokens[...].astype(self.dtype),
+            head[...].astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
         cap = self.config.final_logit_softcapping

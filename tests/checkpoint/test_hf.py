@@ -2,6 +2,7 @@
 
 import collections
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,7 @@ def test_the_bar_is_drawn_on_terminals_alone(capsys, monkeypatch):
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps"),
         ({"model_type": "llama"}, "config.json: model_type is 'llama'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"final_logit_softcapping": None}, "softcapping = None; the model was built with 30"),
     ],
 )
 def test_the_config_of_another_model_is_refused(change, message, tmp_path):
@@ -241,6 +243,21 @@ def test_the_config_of_another_model_is_refused(change, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         save_hf(tmp_path / "saved", model, config | change)
     assert not (tmp_path / "saved").exists()
+
+
+def test_a_last_layer_that_slides(tmp_path):
+    """Warned of once, where the config is read; what is saved says what the model has."""
+    config, tensors = read_config(FIXTURES / "gemma-4-e4b"), read_tensors(FIXTURES / "gemma-4-e4b")
+    types = config["layer_types"]
+    given = config | {"layer_types": [*types[:-1], "sliding_attention"]}
+    with pytest.warns(UserWarning, match="the last, is 'sliding_attention'"):
+        model = abstract(given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, _ = load_hf(write(tmp_path / "given", given, tensors), model)
+        save_hf(tmp_path / "saved", model, given)
+    assert model.layers[-1].attention.spec.sliding_window is None
+    assert read_config(tmp_path / "saved")["layer_types"] == types
 
 
 def test_save_does_not_mix_checkpoints(tmp_path):

@@ -38,7 +38,7 @@ def large_config():
         "hidden_size": 768,
         "intermediate_size": 3072,
         "num_hidden_layers": 6,
-        "layer_types": [*config["layer_types"][:5], "sliding_attention"],
+        "layer_types": [*config["layer_types"][:5], "full_attention"],
         "num_kv_shared_layers": 1,
         "vocab_size": 65536,
         "vocab_size_per_layer_input": 65536,
