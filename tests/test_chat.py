@@ -41,6 +41,15 @@ def test_what_a_template_refuses(template):
     assert str(info.value).endswith(case["error"])
 
 
+def test_a_variable_may_have_any_name():
+    assert (
+        ChatTemplate({"default": "{{ self_ }}{{ template }}"}).render(
+            USER, **{"self_": 1, "template": 2, "self": 3}
+        )
+        == "12"
+    )
+
+
 def test_objects_of_a_template():
     source = "{{ dict(a=1).a }}{{ dict.fromkeys('bc', 2) | dictsort }}{{ namespace({'x': 3}).x }}"
     assert ChatTemplate({"default": source}).render(USER) == "1[('b', 2), ('c', 2)]3"
