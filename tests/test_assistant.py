@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Paged, Ring
 from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import CompactKVCache, KVCache
-from g4attn_jax.checkpoint import CheckpointError, load_assistant, load_hf
+from g4attn_jax.checkpoint import CheckpointError, load_assistant_into, load_hf_into
 from g4attn_jax.model import Gemma4Assistant, last_caches
 from g4attn_jax.model.embedding import embed
 
@@ -32,7 +32,9 @@ def target_of(name):
     abstract = nnx.eval_shape(
         lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32)
     )
-    return load_hf(TARGETS / name, abstract)[0], np.load(TARGETS / name / "golden.npz")["tokens"]
+    return load_hf_into(TARGETS / name, abstract)[0], np.load(TARGETS / name / "golden.npz")[
+        "tokens"
+    ]
 
 
 @functools.cache
@@ -52,7 +54,7 @@ def abstract_of(folder, implementation=None):
 @functools.cache
 def assistant_of(name, implementation=None):
     """(assistant, fixture)."""
-    assistant, _ = load_assistant(GOLDEN / name, abstract_of(GOLDEN / name, implementation))
+    assistant, _ = load_assistant_into(GOLDEN / name, abstract_of(GOLDEN / name, implementation))
     return assistant, np.load(GOLDEN / name / "golden.npz")
 
 
@@ -403,7 +405,7 @@ ORDERING = "masked_embedding.token_ordering"
 )
 def test_a_corrupt_checkpoint(folder, changes, message):
     with pytest.raises(CheckpointError, match=message):
-        load_assistant(folder(changes), abstract_of(GOLDEN / "gemma-4-e4b"))
+        load_assistant_into(folder(changes), abstract_of(GOLDEN / "gemma-4-e4b"))
 
 
 def test_what_is_skipped(folder):
@@ -412,7 +414,7 @@ def test_what_is_skipped(folder):
         "lm_head.weight": stored["model.embed_tokens.weight"],
         "model.layers.0.self_attn.k_norm.weight": np.zeros(16, np.float32),
     }
-    _, report = load_assistant(folder(changes), abstract_of(GOLDEN / "gemma-4-e4b"))
+    _, report = load_assistant_into(folder(changes), abstract_of(GOLDEN / "gemma-4-e4b"))
     assert report.skipped == {
         "lm_head.weight": 1,
         "model.layers.*.self_attn.k_norm (KV-shared)": 1,
@@ -424,7 +426,7 @@ def test_a_head_of_its_own(folder):
     changes = {"lm_head.weight": np.zeros((128, 24), np.float32)}
     message = r"^lm_head\.weight differs from model\.embed_tokens\.weight; accepted: equal ones"
     with pytest.raises(CheckpointError, match=message):
-        load_assistant(folder(changes), abstract_of(GOLDEN / "gemma-4-e4b"))
+        load_assistant_into(folder(changes), abstract_of(GOLDEN / "gemma-4-e4b"))
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "base_model.model."])
@@ -432,7 +434,7 @@ def test_names_that_tools_wrap(prefix, tmp_path):
     stored = load_file(GOLDEN / "gemma-4-e4b" / "model.safetensors")
     save_file({prefix + name: t for name, t in stored.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config_of()))
-    _, report = load_assistant(tmp_path, abstract_of(GOLDEN / "gemma-4-e4b"))
+    _, report = load_assistant_into(tmp_path, abstract_of(GOLDEN / "gemma-4-e4b"))
     assert report.loaded == len(stored)
 
 
@@ -442,15 +444,15 @@ def test_another_prefix_than_an_assistant_has(tmp_path):
     save_file(renamed, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config_of()))
     with pytest.raises(CheckpointError, match=r"^the checkpoint has embed_tokens\.weight; an ass"):
-        load_assistant(tmp_path, abstract_of(GOLDEN / "gemma-4-e4b"))
+        load_assistant_into(tmp_path, abstract_of(GOLDEN / "gemma-4-e4b"))
 
 
 def test_a_real_model_is_left_as_it_is():
     source = GOLDEN / "gemma-4-e4b"
-    model, _ = load_assistant(source, abstract_of(source))
+    model, _ = load_assistant_into(source, abstract_of(source))
     before = jax.tree.leaves(nnx.state(model))
     nnx.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model)))
-    loaded, _ = load_assistant(source, model)
+    loaded, _ = load_assistant_into(source, model)
     assert not any(leaf.any() for leaf in jax.tree.leaves(nnx.state(model)))
     for leaf, expected in zip(jax.tree.leaves(nnx.state(loaded)), before, strict=True):
         np.testing.assert_array_equal(leaf, expected)
@@ -458,7 +460,7 @@ def test_a_real_model_is_left_as_it_is():
 
 def test_another_assistants_checkpoint():
     with pytest.raises(CheckpointError, match=r"config\.json has backbone_hidden_size = 64"):
-        load_assistant(GOLDEN / "gemma-4-31b", abstract_of(GOLDEN / "gemma-4-e4b"))
+        load_assistant_into(GOLDEN / "gemma-4-31b", abstract_of(GOLDEN / "gemma-4-e4b"))
 
 
 def test_the_parameter_tree_can_be_known_without_arrays():

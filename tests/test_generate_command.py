@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from g4attn_jax import Gemma4Config, Gemma4Decoder, Generator, Sampling
 from g4attn_jax import chat as chats
 from g4attn_jax.__main__ import main
-from g4attn_jax.checkpoint import load_hf
+from g4attn_jax.checkpoint import load_hf_into
 from g4attn_jax.commands import compilation_cache, memory
 from g4attn_jax.commands import generate as generation
 from g4attn_jax.commands.answers import Answers, Text
@@ -55,7 +55,7 @@ def checkpoint(tmp_path_factory):
 def follows(checkpoint):
     """The tokens that the generator makes after both prompts, in bfloat16 as the command."""
     config = Gemma4Config.from_hf(checkpoint / "config.json")
-    decoder, _ = load_hf(
+    decoder, _ = load_hf_into(
         checkpoint,
         nnx.eval_shape(lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0))),
         progress=None,

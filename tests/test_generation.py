@@ -15,7 +15,7 @@ from flax import nnx
 
 from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Generator, KVCache, Sampling
 from g4attn_jax.cache import FLOAT8, CompactKVCache
-from g4attn_jax.checkpoint import load_hf
+from g4attn_jax.checkpoint import load_hf_into
 from g4attn_jax.generation.prompts import check_prompts, chunks
 from g4attn_jax.model.acceptance import Greedy
 
@@ -32,7 +32,7 @@ def model_of(name):
     abstract = nnx.eval_shape(
         lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32)
     )
-    decoder, _ = load_hf(GOLDEN / name, abstract)
+    decoder, _ = load_hf_into(GOLDEN / name, abstract)
     return decoder, np.load(GOLDEN / name / "golden.npz")["tokens"]
 
 

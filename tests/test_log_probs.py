@@ -11,7 +11,7 @@ from flax import nnx
 
 from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Generator, Sampling
 from g4attn_jax.assistant_config import AssistantConfig
-from g4attn_jax.checkpoint import load_assistant, load_hf
+from g4attn_jax.checkpoint import load_assistant_into, load_hf_into
 from g4attn_jax.generation import programs
 from g4attn_jax.model import Gemma4Assistant
 
@@ -27,14 +27,14 @@ FLOAT32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 def decoder():
     config = Gemma4Config.from_hf(GOLDEN / NAME / "config.json")
     abstract = nnx.eval_shape(lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0), **FLOAT32))
-    return load_hf(GOLDEN / NAME, abstract, progress=None)[0]
+    return load_hf_into(GOLDEN / NAME, abstract, progress=None)[0]
 
 
 @functools.cache
 def assistant():
     config = AssistantConfig.from_hf(ASSISTANTS / NAME / "config.json")
     abstract = nnx.eval_shape(lambda: Gemma4Assistant(config, rngs=nnx.Rngs(0), **FLOAT32))
-    return load_assistant(ASSISTANTS / NAME, abstract, progress=None)[0]
+    return load_assistant_into(ASSISTANTS / NAME, abstract, progress=None)[0]
 
 
 @functools.cache

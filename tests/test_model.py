@@ -13,7 +13,7 @@ from flax import nnx
 
 from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Paged, Ring
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
-from g4attn_jax.checkpoint import load_hf
+from g4attn_jax.checkpoint import load_hf_into
 from g4attn_jax.model import Gemma4MoE
 
 GOLDEN = Path(__file__).parent / "golden_model"
@@ -29,7 +29,7 @@ def model_of(name, dtype=jnp.float32):
     abstract = nnx.eval_shape(
         lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
     )
-    decoder, _ = load_hf(GOLDEN / name, abstract)
+    decoder, _ = load_hf_into(GOLDEN / name, abstract)
     return decoder, np.load(GOLDEN / name / "golden.npz")
 
 

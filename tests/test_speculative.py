@@ -28,7 +28,7 @@ from g4attn_jax import (
 )
 from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import FLOAT8, CompactKVCache
-from g4attn_jax.checkpoint import load_assistant, load_hf
+from g4attn_jax.checkpoint import load_assistant_into, load_hf_into
 from g4attn_jax.model import Gemma4Assistant
 from g4attn_jax.model.acceptance import Drawn, Greedy
 from g4attn_jax.speculative import draft, verify
@@ -46,7 +46,7 @@ WRONG, RIGHT, OWN = range(3)
 def target_of(name):
     config = Gemma4Config.from_hf(TARGETS / name / "config.json")
     abstract = nnx.eval_shape(lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0), **FLOAT32))
-    return load_hf(TARGETS / name, abstract, progress=None)[0]
+    return load_hf_into(TARGETS / name, abstract, progress=None)[0]
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def assistant_of(name):
     if folder.exists():
         config = AssistantConfig.from_hf(folder / "config.json")
         abstract = nnx.eval_shape(lambda: Gemma4Assistant(config, rngs=nnx.Rngs(0), **FLOAT32))
-        return load_assistant(folder, abstract, progress=None)[0]
+        return load_assistant_into(folder, abstract, progress=None)[0]
     config = json.loads((ASSISTANTS / "gemma-4-e4b" / "config.json").read_text())
     target = json.loads((TARGETS / name / "config.json").read_text())
     config["backbone_hidden_size"] = target["hidden_size"]

@@ -30,26 +30,26 @@ _ASSISTANT = {
 }
 
 
-def load_assistant(
+def load_assistant_into(
     directory: str | PathLike, model: Model, *, progress: Progress | None = terminal_bar
 ) -> tuple[Model, LoadReport]:
-    """Loads a Hugging Face checkpoint of an assistant straight to the device, as `load_hf` does.
+    """Loads a Hugging Face checkpoint of an assistant straight to the device, as `load_hf_into`.
 
         config = AssistantConfig.from_hf(directory / "config.json")
         model = nnx.eval_shape(lambda: Gemma4Assistant(config, rngs=nnx.Rngs(0)))
-        model, report = load_assistant(directory, model)
+        model, report = load_assistant_into(directory, model)
 
     Args:
         directory: has `config.json` and `model.safetensors`, or several files and
-            `model.safetensors.index.json`; see `load_hf` where both are there.
-        model: a `Gemma4Assistant`, best an abstract one; see `load_hf`.
-        progress: as of `load_hf`.
+            `model.safetensors.index.json`; see `load_hf_into` where both are there.
+        model: a `Gemma4Assistant`, best an abstract one; see `load_hf_into`.
+        progress: as of `load_hf_into`.
 
     Returns:
         (model, report): a new model, and what was loaded and skipped.
 
     Raises:
-        CheckpointError: as `load_hf`, or `token_ordering` does not have every token once.
+        CheckpointError: as `load_hf_into`, or `token_ordering` does not have every token once.
     """
     directory = Path(directory)
     if not directory.is_dir():

@@ -84,14 +84,14 @@ def _table(config: Gemma4Config) -> dict[str, Packed]:
     return table
 
 
-def load_deepmind(
+def load_deepmind_into(
     params: Mapping[str, Any], model: Model, *, progress: Progress | None = terminal_bar
 ) -> tuple[Model, LoadReport]:
     """Loads the parameters of a Gemma 4 transformer of DeepMind's `gemma` package.
 
         params = gm.ckpts.load_params(gm.ckpts.CheckpointPath.GEMMA4_E2B_IT, text_only=True)
         model = nnx.eval_shape(lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0)))
-        model, report = load_deepmind(params, model)
+        model, report = load_deepmind_into(params, model)
 
     With experts (26B-A4B) the logits are not those of DeepMind's package: its router sees what the
     experts see, scaled by `pre_ffw_norm`. The router of transformers, which our model follows, sees
@@ -100,8 +100,8 @@ def load_deepmind(
     Args:
         params: nested dicts of arrays, as `gm.ckpts.load_params` returns them or under the names
             with slashes that the files have. They stay, beside the new parameters.
-        model: as for `load_hf`.
-        progress: as for `load_hf`.
+        model: as for `load_hf_into`.
+        progress: as for `load_hf_into`.
 
     Returns:
         (model, report): a new model, and what was loaded and skipped.

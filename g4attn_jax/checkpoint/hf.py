@@ -83,7 +83,7 @@ def packing_table(config: Gemma4Config, prefix: str) -> dict[str, Packed]:
     return table
 
 
-def load_hf(
+def load_hf_into(
     directory: str | PathLike, model: Model, *, progress: Progress | None = terminal_bar
 ) -> tuple[Model, LoadReport]:
     """Loads a Hugging Face checkpoint straight to the device.
@@ -98,7 +98,7 @@ def load_hf(
 
         config = Gemma4Config.from_hf(directory / "config.json")
         model = nnx.eval_shape(lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0)))
-        model, report = load_hf(directory, model)
+        model, report = load_hf_into(directory, model)
 
     Args:
         directory: has `config.json` and `model.safetensors`, or several files and

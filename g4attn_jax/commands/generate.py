@@ -202,8 +202,7 @@ class _Clock:
 
 def _decoder(job):
     if job.checkpoint is not None:
-        abstract = nnx.eval_shape(lambda: Gemma4Decoder(job.config, rngs=nnx.Rngs(0)))
-        return _loaded("--checkpoint", load_hf, job.checkpoint, abstract)
+        return _loaded("--checkpoint", load_hf, job.checkpoint)
     return Gemma4Decoder(job.config, rngs=_rngs(job.seed))
 
 
@@ -212,14 +211,13 @@ def _assistant(job):
         return None
     config = _assistant_config(job.assistant)
     if job.checkpoint is not None:
-        abstract = nnx.eval_shape(lambda: Gemma4Assistant(config, rngs=nnx.Rngs(0)))
-        return _loaded("--assistant", load_assistant, job.assistant, abstract)
+        return _loaded("--assistant", load_assistant, job.assistant)
     return Gemma4Assistant(config, rngs=_rngs(job.seed + 1))
 
 
-def _loaded(option, load, directory, abstract):
+def _loaded(option, load, directory):
     try:
-        return load(directory, abstract)[0]
+        return load(directory)
     except CheckpointError as error:
         raise CheckpointError(f"{option}: {error}") from error
 

@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, PRNGKeyArray
 
-from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import Cache, CompactKVCache
 from g4attn_jax.checkpoint import load_assistant, load_hf
 from g4attn_jax.config import Gemma4Config, ProjectionMode
@@ -194,9 +193,8 @@ class Generator:
             )
         drafts = None
         if assistant is not None:
-            of_assistant = AssistantConfig.from_hf(Path(assistant) / "config.json")
-            drafts = _loaded(load_assistant, assistant, Gemma4Assistant, of_assistant, dtype)
-        decoder = _loaded(load_hf, directory, Gemma4Decoder, config, dtype)
+            drafts = load_assistant(assistant, dtype=dtype)
+        decoder = load_hf(directory, dtype=dtype)
         defaults = {"sampling": settings.sampling, "stop_tokens": settings.stop_tokens}
         return cls(decoder, capacity=capacity, assistant=drafts, **defaults | options)
 
@@ -402,14 +400,6 @@ def _rule(sampling: Sampling, key: PRNGKeyArray | None, batch: int, vocab_size: 
         keys=keys,
         suppressed=suppressed,
     )
-
-
-def _loaded(load, directory, model, config, dtype):
-    """A model with the weights of a directory."""
-    abstract = nnx.eval_shape(
-        lambda: model(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
-    )
-    return load(directory, abstract)[0]
 
 
 def _checked_tokens(name, tokens, config):

@@ -11,7 +11,7 @@ from pathlib import Path
 from flax import nnx
 
 from g4attn_jax import Gemma4Config
-from g4attn_jax.checkpoint import load_hf
+from g4attn_jax.checkpoint import load_hf_into
 from g4attn_jax.model.decoder import Gemma4Decoder
 
 
@@ -26,12 +26,12 @@ def main(directory):
     config = Gemma4Config.from_hf(directory / "config.json")
     model = nnx.eval_shape(lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0)))
     # Programs are compiled, and what JAX keeps for good is there.
-    load_hf(directory, model)
+    load_hf_into(directory, model)
     gc.collect()
     # The peak starts again from here (proc(5), clear_refs).
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    loaded, report = load_hf(directory, model)
+    loaded, report = load_hf_into(directory, model)
     print(report.bytes, status("VmHWM") - before)
     del loaded
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from g4attn_jax.checkpoint import CheckpointError, load_hf
+from g4attn_jax.checkpoint import CheckpointError, load_hf_into
 from g4attn_jax.checkpoint.shards import StoredTensor
 from tests.checkpoint.directories import (
     FIXTURES,
@@ -42,7 +42,7 @@ def refused(folder, *named, model=DENSE):
         mock.patch.object(StoredTensor, "read", side_effect=AssertionError("was read")),
         pytest.raises(CheckpointError) as error,
     ):
-        load_hf(folder, ABSTRACT[model])
+        load_hf_into(folder, ABSTRACT[model])
     for name in named:
         assert name in str(error.value), error.value
 
@@ -156,7 +156,7 @@ def test_a_damaged_header_is_refused_or_means_the_same(new_folder, data):
         content[position] = data.draw(st.integers(0, 255))
     (folder / FILE).write_bytes(content)
     try:
-        _, report = load_hf(folder, ABSTRACT[DENSE])
+        _, report = load_hf_into(folder, ABSTRACT[DENSE])
     except CheckpointError:
         return
     assert report.loaded == len(TENSORS[DENSE])
@@ -246,5 +246,5 @@ def test_long_lists_are_cut(tmp_path):
     kept = {name: t for name, t in TENSORS[DENSE].items() if "layers" not in name}
     folder = write(tmp_path, CONFIGS[DENSE], kept)
     with pytest.raises(CheckpointError, match=re.compile(r"lacks .* and \d+ more$")) as error:
-        load_hf(folder, ABSTRACT[DENSE])
+        load_hf_into(folder, ABSTRACT[DENSE])
     assert len(str(error.value)) < 600

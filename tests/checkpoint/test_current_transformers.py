@@ -12,7 +12,7 @@ from flax import nnx
 
 from g4attn_jax import Contiguous, Gemma4Config
 from g4attn_jax.assistant_config import AssistantConfig
-from g4attn_jax.checkpoint import load_assistant, load_hf, save_hf
+from g4attn_jax.checkpoint import load_assistant_into, load_hf_into, save_hf
 from g4attn_jax.generation import Generator
 from g4attn_jax.model import Gemma4Assistant, last_caches
 from g4attn_jax.model.embedding import embed
@@ -42,7 +42,7 @@ def directory(name, form, tmp_path):
 
 
 def in_float32(folder):
-    return load_hf(folder, abstract(read_config(folder), jnp.float32))
+    return load_hf_into(folder, abstract(read_config(folder), jnp.float32))
 
 
 def tokens_of(name):
@@ -80,7 +80,7 @@ def test_the_same_greedy_tokens(name, form, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_as_the_text_model_it_is_the_same(name, tmp_path):
-    decoder, _ = load_hf(GOLDEN / name, abstract(read_config(GOLDEN / name)))
+    decoder, _ = load_hf_into(GOLDEN / name, abstract(read_config(GOLDEN / name)))
     save_hf(tmp_path, decoder, GOLDEN / name / "config.json", max_shard_bytes=30_000)
     given = {
         tensor.replace("model.language_model.", "model.", 1): value
@@ -105,7 +105,7 @@ def test_the_same_drafts(name, form, tmp_path):
             config, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32
         )
     )
-    assistant, _ = load_assistant(folder, model)
+    assistant, _ = load_assistant_into(folder, model)
     target, _ = in_float32(GOLDEN / TARGETS[name])
     config.check_target(target.config)
     tokens = tokens_of(TARGETS[name])[:, : LENGTH + 1]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from g4attn_jax.checkpoint import CheckpointError, load_deepmind
+from g4attn_jax.checkpoint import CheckpointError, load_deepmind_into
 from g4attn_jax.layout import Contiguous
 from tests.checkpoint.directories import abstract, read_config
 
@@ -48,7 +48,7 @@ def flat(params):
 
 
 def load(name, params):
-    return load_deepmind(params, abstract(read_config(FIXTURES / name), jnp.float32))
+    return load_deepmind_into(params, abstract(read_config(FIXTURES / name), jnp.float32))
 
 
 @pytest.mark.parametrize("form", [nested, flat])

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from g4attn_jax import Gemma4Attention, Gemma4Config
-from g4attn_jax.checkpoint import CheckpointError, load_hf, save_hf
+from g4attn_jax.checkpoint import CheckpointError, load_hf_into, save_hf
 from g4attn_jax.checkpoint.loading import parameters
 from tests.checkpoint.directories import (
     FIXTURES,
@@ -31,7 +31,7 @@ def values(model):
 
 
 def load_fixture(name, **kwargs):
-    return load_hf(FIXTURES / name, abstract(read_config(FIXTURES / name), **kwargs))
+    return load_hf_into(FIXTURES / name, abstract(read_config(FIXTURES / name), **kwargs))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -69,7 +69,7 @@ def test_round_trip_in_shards(name, tmp_path):
     assert max(sizes.values()) <= max(limit, largest)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes.values())
-    again, _ = load_hf(tmp_path, abstract(read_config(tmp_path)))
+    again, _ = load_hf_into(tmp_path, abstract(read_config(tmp_path)))
     for path, value in values(again).items():
         np.testing.assert_array_equal(value, values(model)[path], err_msg=path)
 
@@ -134,7 +134,7 @@ def multimodal(name):
 def test_multimodal_files(name, tmp_path):
     config, text, skipped = multimodal(name)
     write(tmp_path / "given", config, *in_two(text | skipped))
-    model, report = load_hf(tmp_path / "given", abstract(config))
+    model, report = load_hf_into(tmp_path / "given", abstract(config))
     shared = config["text_config"]["num_kv_shared_layers"]
     expected = {
         "lm_head.weight": 1,
@@ -165,7 +165,7 @@ def test_files_of_models_without_head(prefix, tmp_path):
     config = read_config(FIXTURES / "gemma-4-e4b")
     tensors = read_tensors(FIXTURES / "gemma-4-e4b")
     renamed = {prefix + name.removeprefix("model."): t for name, t in tensors.items()}
-    _, report = load_hf(write(tmp_path, config, renamed), abstract(config))
+    _, report = load_hf_into(write(tmp_path, config, renamed), abstract(config))
     assert report.loaded == len(tensors)
 
 
@@ -182,7 +182,7 @@ def test_a_real_model_is_left_as_it_is():
     before = values(model)
     zeros = jax.tree.map(jnp.zeros_like, nnx.state(model))
     nnx.update(model, zeros)
-    loaded, _ = load_hf(FIXTURES / "gemma-4-e4b", model)
+    loaded, _ = load_hf_into(FIXTURES / "gemma-4-e4b", model)
     assert not values(model)["embed_tokens"].any()
     for path, value in values(loaded).items():
         np.testing.assert_array_equal(value, before[path])
@@ -192,7 +192,7 @@ def test_a_real_model_is_left_as_it_is():
 def test_weights_outlive_the_file(tmp_path):
     config = read_config(FIXTURES / "gemma-4-e4b")
     tensors = read_tensors(FIXTURES / "gemma-4-e4b")
-    model, _ = load_hf(write(tmp_path, config, tensors), abstract(config))
+    model, _ = load_hf_into(write(tmp_path, config, tensors), abstract(config))
     before = values(model)
     file = tmp_path / "model.safetensors"
     with file.open("r+b") as open_file:
@@ -204,7 +204,9 @@ def test_weights_outlive_the_file(tmp_path):
 def test_progress_counts_bytes():
     calls = []
     model = abstract(read_config(FIXTURES / "gemma-4-31b"))
-    _, report = load_hf(FIXTURES / "gemma-4-31b", model, progress=lambda *call: calls.append(call))
+    _, report = load_hf_into(
+        FIXTURES / "gemma-4-31b", model, progress=lambda *call: calls.append(call)
+    )
     done, totals = zip(*calls, strict=True)
     assert list(done) == sorted(set(done))
     assert len(done) == report.parameters
@@ -238,7 +240,7 @@ def test_the_config_of_another_model_is_refused(change, message, tmp_path):
     tensors = read_tensors(FIXTURES / "gemma-4-e4b")
     write(tmp_path / "given", config | change, tensors)
     with pytest.raises(CheckpointError, match=message):
-        load_hf(tmp_path / "given", abstract(config))
+        load_hf_into(tmp_path / "given", abstract(config))
     model, _ = load_fixture("gemma-4-e4b")
     with pytest.raises(CheckpointError, match=message):
         save_hf(tmp_path / "saved", model, config | change)
@@ -254,7 +256,7 @@ def test_a_last_layer_that_slides(tmp_path):
         model = abstract(given)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model, _ = load_hf(write(tmp_path / "given", given, tensors), model)
+        model, _ = load_hf_into(write(tmp_path / "given", given, tensors), model)
         save_hf(tmp_path / "saved", model, given)
     assert model.layers[-1].attention.spec.sliding_window is None
     assert read_config(tmp_path / "saved")["layer_types"] == types
@@ -301,7 +303,7 @@ def test_of_one_file_and_an_index_the_file_is_read(tmp_path):
     zeros = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
     write(tmp_path, config, *in_two(zeros))
     write(tmp_path, config, tensors)
-    model, _ = load_hf(tmp_path, abstract(config))
+    model, _ = load_hf_into(tmp_path, abstract(config))
     np.testing.assert_array_equal(model.norm[...], tensors["model.norm.weight"])
 
 
@@ -310,6 +312,6 @@ def test_a_parameter_that_the_format_lacks_is_named(tmp_path):
     model.layers[1].bias = nnx.Param(jnp.zeros(2))
     message = r"no place for layers\.1\.bias"
     with pytest.raises(CheckpointError, match=message):
-        load_hf(FIXTURES / "gemma-4-e4b", model)
+        load_hf_into(FIXTURES / "gemma-4-e4b", model)
     with pytest.raises(CheckpointError, match=message):
         save_hf(tmp_path / "saved", model, read_config(FIXTURES / "gemma-4-e4b"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from g4attn_jax.checkpoint import load_hf, save_hf
+from g4attn_jax.checkpoint import load_hf_into, save_hf
 from g4attn_jax.checkpoint.loading import parameters
 from tests.checkpoint.directories import FIXTURES, abstract, read_config
 
@@ -64,7 +64,7 @@ SHARDED = """
 import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from g4attn_jax.checkpoint import load_hf
+from g4attn_jax.checkpoint import load_hf_into
 from g4attn_jax.checkpoint.loading import parameters
 from tests.checkpoint.directories import FIXTURES, abstract, read_config
 
@@ -76,7 +76,7 @@ for path, variable in parameters(model).items():
     variable.set_value(jax.ShapeDtypeStruct(
         variable.shape, variable.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes))
     ))
-model, _ = load_hf(folder, model)
+model, _ = load_hf_into(folder, model)
 for path, variable in parameters(model).items():
     value = variable[...]
     assert len(value.devices()) == 2, path
@@ -92,7 +92,7 @@ print(sum(float(variable[...].astype("float32").sum()) for variable in parameter
 def test_parameters_go_where_the_model_wants_them():
     output = run("-c", SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     folder = FIXTURES / "gemma-4-e4b"
-    model, _ = load_hf(folder, abstract(read_config(folder)))
+    model, _ = load_hf_into(folder, abstract(read_config(folder)))
     leaves = [variable[...] for variable in parameters(model).values()]
     total = sum(float(leaf.astype("float32").sum()) for leaf in leaves)
     assert float(output) == pytest.approx(total, rel=1e-5)
@@ -101,6 +101,6 @@ def test_parameters_go_where_the_model_wants_them():
 def test_an_abstract_model_stays_abstract():
     folder = FIXTURES / "gemma-4-e4b"
     model = abstract(read_config(folder))
-    load_hf(folder, model)
+    load_hf_into(folder, model)
     assert all(not hasattr(v.get_value(), "devices") for v in parameters(model).values())
     assert isinstance(model, nnx.Module)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from g4attn_jax import Contiguous
-from g4attn_jax.checkpoint import CheckpointError, load_hf, save_hf
+from g4attn_jax.checkpoint import CheckpointError, load_hf_into, save_hf
 from g4attn_jax.checkpoint.loading import parameters
 from tests.checkpoint.directories import (
     FIXTURES,
@@ -31,7 +31,7 @@ def loaded(folder, name, extra=None, *, config=None, without=()):
     """(model, report) of a fixture with more tensors, without some and under another config."""
     config = read_config(FIXTURES / name) | (config or {})
     tensors = {n: t for n, t in read_tensors(FIXTURES / name).items() if n not in without}
-    return load_hf(write(folder, config, tensors | (extra or {})), abstract(config))
+    return load_hf_into(write(folder, config, tensors | (extra or {})), abstract(config))
 
 
 def assert_same(model, other):
@@ -80,7 +80,7 @@ def test_numbers_that_say_nothing_are_skipped(tensor, value, heading, tmp_path):
     model, report = loaded(tmp_path / "given", DENSE, {tensor: value})
     assert report.skipped == {heading: 1}
     assert report.loaded == len(read_tensors(FIXTURES / DENSE))
-    assert_same(model, load_hf(FIXTURES / DENSE, abstract(read_config(FIXTURES / DENSE)))[0])
+    assert_same(model, load_hf_into(FIXTURES / DENSE, abstract(read_config(FIXTURES / DENSE)))[0])
     with pytest.raises(CheckpointError, match=rf"^{re.escape(tensor)} is not .* throughout; acce"):
         loaded(tmp_path / "other", DENSE, {tensor: np.asarray(2 * value)})
     with pytest.raises(CheckpointError, match=rf"^{re.escape(tensor)} has dtype I8; accepted"):
@@ -119,9 +119,9 @@ def test_names_that_tools_wrap(old, new, tmp_path):
     renamed = {re.sub(rf"^{re.escape(old)}", new, name): t for name, t in tensors.items()}
     assert renamed.keys() != tensors.keys()
     renamed[("" if old else new) + HEAD] = tensors[TABLE]
-    model, report = load_hf(write(tmp_path, config, *in_two(renamed)), abstract(config))
+    model, report = load_hf_into(write(tmp_path, config, *in_two(renamed)), abstract(config))
     assert (report.loaded, report.skipped) == (len(tensors), {HEAD: 1})
-    assert_same(model, load_hf(FIXTURES / DENSE, abstract(config))[0])
+    assert_same(model, load_hf_into(FIXTURES / DENSE, abstract(config))[0])
 
 
 def test_one_tensor_under_two_names(tmp_path):
@@ -162,7 +162,9 @@ def test_experts_one_by_one_are_packed(tmp_path):
     single, packed = experts_one_by_one()
     model, report = loaded(tmp_path, EXPERTS, single, without=packed)
     assert report.loaded == len(read_tensors(FIXTURES / EXPERTS)) - len(packed) + len(single)
-    assert_same(model, load_hf(FIXTURES / EXPERTS, abstract(read_config(FIXTURES / EXPERTS)))[0])
+    assert_same(
+        model, load_hf_into(FIXTURES / EXPERTS, abstract(read_config(FIXTURES / EXPERTS)))[0]
+    )
 
 
 def test_experts_that_are_not_all_there(tmp_path):
@@ -210,7 +212,7 @@ def test_quantised_files_are_refused_as_such(said, message, inside, tmp_path):
     with pytest.raises(
         CheckpointError, match="^the checkpoint is quantised, quantization_config.*" + message
     ):
-        load_hf(folder, abstract(config))
+        load_hf_into(folder, abstract(config))
 
 
 def test_quantised_tensors_that_no_config_explains(tmp_path):
@@ -252,7 +254,7 @@ def test_a_head_of_its_own_is_used_and_saved(tied, tmp_path):
     save_hf(tmp_path / "saved", model, tmp_path / "given" / "config.json")
     assert read_config(tmp_path / "saved")["tie_word_embeddings"] is False
     assert_same_bytes(read_tensors(tmp_path / "saved"), read_tensors(tmp_path / "given"))
-    again, _ = load_hf(tmp_path / "saved", abstract(read_config(tmp_path / "saved")))
+    again, _ = load_hf_into(tmp_path / "saved", abstract(read_config(tmp_path / "saved")))
     np.testing.assert_array_equal(logits_of(again), logits_of(model))
 
 
@@ -276,7 +278,9 @@ def test_a_head_that_differs_at_its_end_alone(tmp_path, monkeypatch):
 def test_a_tied_model_given_stays_tied(tmp_path):
     config = read_config(FIXTURES / DENSE)
     model = abstract(config)
-    load_hf(write(tmp_path, config, read_tensors(FIXTURES / DENSE) | {HEAD: other_head()}), model)
+    load_hf_into(
+        write(tmp_path, config, read_tensors(FIXTURES / DENSE) | {HEAD: other_head()}), model
+    )
     assert model.config.tie_word_embeddings is True
     assert not hasattr(model, "lm_head")
 
