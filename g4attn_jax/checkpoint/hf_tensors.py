@@ -57,7 +57,7 @@ class HFTensors:
 
     Attributes:
         prefix: of the language model's names.
-        tensors: to be loaded, or to be checked for what the model lacks.
+        tensors: to be loaded; `loading.check` refuses those that the model has no place for.
         skipped: how many are passed over, by what they have in common.
         num_joined: how many more the files have than `tensors`, which joins experts one by one.
         head: `lm_head.weight` beside a table that the config calls the head; None if there is none.

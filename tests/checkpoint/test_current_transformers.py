@@ -25,8 +25,6 @@ from tests.checkpoint.directories import (
 
 GOLDEN = Path(__file__).parents[1] / "golden_checkpoint"
 MODELS = ("text", "text-experts", "text-untied", "multimodal", "unified-text", "unified")
-# Other towers' tensors in each; what a model has no place for is not in these files.
-TOWERS = {"multimodal": "model.vision_tower.", "unified": "model.vision_embedder."}
 TARGETS = {"assistant": "text", "unified-assistant": "unified-text"}
 PROMPT, STEPS = 11, 24  # of make_golden.py
 LENGTH, DRAFTS = 13, 4
@@ -39,6 +37,11 @@ def directory(name, form, tmp_path):
     folder = shutil.copytree(GOLDEN / name, tmp_path / name)
     (folder / "old_config.json").replace(folder / "config.json")
     return folder
+
+
+def test_fixtures_are_small():
+    sizes = [path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()]
+    assert sum(sizes) < 1_000_000
 
 
 def in_float32(folder):
