@@ -1,6 +1,7 @@
 """Gemma 4 on a terminal: generate from prompts, run real layers, check the kernels."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -38,6 +39,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def command() -> NoReturn:
+    """Ends the process with what `main` returns; after Ctrl-C at once."""
+    status = main()
+    if status == _INTERRUPTED:
+        # A usual exit would wait for what the device is computing, half a minute for large weights.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _run(parser: argparse.ArgumentParser, run: Callable[[], int]) -> int:
@@ -350,4 +362,4 @@ def _int_list(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

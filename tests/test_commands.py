@@ -354,3 +354,21 @@ def test_a_cache_that_cannot_be_made_is_a_warning(tmp_path, monkeypatch, capsys)
     compilation_cache.use()
     assert capsys.readouterr().err.startswith("warning: no compilation cache: ")
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_ctrl_c_does_not_wait_for_the_device():
+    """What is to run at the exit of a process does not; what was printed is not lost."""
+    code = (
+        "import atexit, os, signal, sys, time\n"
+        "from g4attn_jax import __main__ as command\n"
+        "atexit.register(print, 'waited')\n"
+        "def interrupted(args):\n"
+        "    print('before')\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "command._RUNNERS['check'] = interrupted\n"
+        "command.command()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "check"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "before\n", "interrupted\n")

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -44,3 +45,10 @@ def test_a_name_that_there_is_not():
         g4attn_jax.Gemma5  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'Gemma5'"):
         from g4attn_jax import Gemma5  # noqa: F401
+
+
+def test_the_console_script_is_a_function_of_the_package():
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    [(name, target)] = tomllib.loads(text)["project"]["scripts"].items()
+    module, function = target.split(":")
+    assert name == "g4attn-jax" and callable(getattr(import_module(module), function))
