@@ -59,9 +59,9 @@ class Generator:
 
     Programs are compiled where they are first needed, for a number of sequences: one for each size
     of chunk, which is `chunk_tokens` and for the rest of a prompt a power of two of 16 or more; one
-    for the steps, greedy or not, with or without top-k and top-p. Prompts of another length in the
-    same sizes, another max_new_tokens, other stop tokens, other suppressed tokens, keys and
-    sampling parameters compile nothing.
+    for the steps, greedy or not, with or without top-k, top-p, suppressed tokens and
+    log-probabilities. Prompts of another length in the same sizes, another max_new_tokens, other
+    stop tokens, other suppressed tokens, keys and sampling parameters compile nothing.
 
     With an assistant a step is a group of `g4attn_jax.speculative`: the assistant drafts tokens,
     the decoder reads all of them at once, and a sequence gets 1 to draft_tokens + 1 tokens. The
@@ -177,6 +177,7 @@ class Generator:
             options: of the constructor; sampling and stop_tokens replace the directory's.
 
         Raises:
+            OSError: there is no config.json, or it cannot be read.
             ValueError: as `Gemma4Config.from_hf`, `GenerationSettings.from_hf`, `load_hf`,
                 `load_assistant` and the constructor raise.
 
