@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 out=${1:-bench/results/h200}
 mkdir -p "$out"
 status=0
-python3 -m tests.gpu --all -q || status=1
+python3 -m tests.gpu --all || status=1
 python3 -m g4attn_jax decode --config gemma-4-e2b gemma-4-31b --batch 8 --steps 50 || status=1
 python3 -m g4attn_jax check --all || status=1
 for config in gemma-4-e2b gemma-4-e4b gemma-4-12b gemma-4-26b-a4b gemma-4-31b; do

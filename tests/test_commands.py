@@ -347,10 +347,16 @@ def test_compiled_programs_are_kept_in_the_users_cache(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_cache_that_cannot_be_made_is_a_warning(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("has_home", [True, False])
+def test_a_cache_that_cannot_be_made_is_a_warning(has_home, tmp_path, monkeypatch, capsys):
+    """Under a file; of a user who has no home directory."""
     monkeypatch.undo()
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    if not has_home:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
     compilation_cache.use()
     assert capsys.readouterr().err.startswith("warning: no compilation cache: ")
     assert jax.config.jax_compilation_cache_dir is None

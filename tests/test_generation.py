@@ -230,6 +230,25 @@ def test_a_directory_of_an_assistant():
     assert generator(prompts, 12) == [row[:12] for row in follows(PROMPT, PROMPT, name=name)]
 
 
+def test_a_directory_is_read_as_load_hf_reads_it(tmp_path):
+    """With an implementation and quietly; a last layer that slides is said once."""
+    folder, seen = GOLDEN / "gemma-4-e2b", []
+    config = json.loads((folder / "config.json").read_text())
+    config["layer_types"][-1] = "sliding_attention"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    with pytest.warns(UserWarning, match="the last, is 'sliding_attention'") as warned:
+        Generator.from_hf(
+            tmp_path,
+            capacity=LENGTH,
+            implementation="xla",
+            progress=lambda *done: seen.append(done),
+        )
+    assert len(warned) == 1 and seen
+    with pytest.raises(ValueError, match="directory is a dict; accepted: a path"):
+        Generator.from_hf(config, capacity=LENGTH)
+
+
 def test_nothing_is_done_after_all_have_stopped():
     first, second = follows(PROMPT, PROMPT)
     assert first[1] not in (first[0], second[0]) and second[1] not in (first[0], second[0])

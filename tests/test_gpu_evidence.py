@@ -173,6 +173,20 @@ def test_only_what_ran_and_passed_is_recorded(reports, recorded, copy, monkeypat
     assert ("linear" in evidence.stale()) != recorded
 
 
+@pytest.mark.parametrize("further", [["-k", "one"], ["tests/gpu/test_moe.py"], []])
+def test_nothing_is_recorded_where_tests_may_be_left_out(further, copy, monkeypatch, capsys):
+    evidence.FILE.unlink()
+    results = command.Results()
+    results.pytest_xdist_node_collection_finished(None, ["a"])
+    results.pytest_runtest_logreport(report("a", ops=evidence.op_names()))
+    monkeypatch.setattr(command.shutil, "which", lambda _: "nvidia-smi")
+    monkeypatch.setattr(command, "machine", lambda: {n: RUN[n] for n in ("gpu", "driver", "jax")})
+    monkeypatch.setattr(command, "run", lambda *_: results)
+    assert command.main(["--all", *further]) == bool(further)
+    assert bool(evidence.read()) != bool(further)
+    assert ("nothing is recorded" in capsys.readouterr().out) == bool(further)
+
+
 def test_runs_of_other_modules_are_forgotten(copy):
     evidence.FILE.unlink()
     evidence.record("linear", RUN)

@@ -169,6 +169,22 @@ def test_a_drawn_rule_never_accepts_a_suppressed_draft():
     assert 0 not in np.asarray(tokens)
 
 
+def test_an_assistant_that_knows_suppressed_tokens_alone_drafts_nothing():
+    """With ordered embeddings other tokens have no logits: what is left is the target's choice."""
+    batch, few = 256, np.full(len(LOGITS), -np.inf, np.float32)
+    few[[0, 3]] = 1
+    rule = rule_of(keys_of(batch), suppress_tokens=(0, 3))
+    position = np.zeros(batch, np.int32)
+    token, q = rule.draft(np.tile(few, (batch, 1)), position)
+    assert not np.asarray(q).any()
+    of_step = token[:, None], q[:, None], np.ones(batch, np.int32), position
+    num_accepted, tokens = rule.accept(np.tile(LOGITS, (batch, 2, 1)), *of_step)
+    assert not num_accepted.any()
+    others = LOGITS.copy()
+    others[[0, 3]] = -np.inf
+    assert_drawn_from(tokens, distribution(others, 1.0, None, None))
+
+
 def test_suppressed_tokens_are_held_as_a_tuple_of_integers():
     held = Sampling(suppress_tokens=np.array([5, 2])).suppress_tokens
     assert held == (5, 2)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.decoder import Gemma4Decoder
 
 OnReport = Callable[[LoadReport], Any]
+Config = TypeVar("Config", Gemma4Config, AssistantConfig)
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -56,7 +57,7 @@ def load_hf(
         NotImplementedError: as `Gemma4Decoder` raises.
     """
     _check_alone("load_hf(directory, dtype=...)", surplus)
-    config = _read_config(directory, Gemma4Config)
+    config = config_of(directory, Gemma4Config)
     model = _abstract(Gemma4Decoder, config, dtype, implementation)
     return _reported(load_hf_into(directory, model, progress=progress), on_report)
 
@@ -74,7 +75,7 @@ def load_assistant(
     assistant = load_assistant("ASSISTANT_DIR")
     """
     _check_alone("load_assistant(directory, dtype=...)", surplus)
-    config = _read_config(directory, AssistantConfig)
+    config = config_of(directory, AssistantConfig)
     model = _abstract(Gemma4Assistant, config, dtype, implementation)
     return _reported(load_assistant_into(directory, model, progress=progress), on_report)
 
@@ -117,7 +118,13 @@ def _check_alone(accepted, surplus):
         )
 
 
-def _read_config(directory, config_class):
+def config_of(directory: str | PathLike, config_class: type[Config]) -> Config:
+    """The config of a Hugging Face directory.
+
+    Raises:
+        ValueError: directory is no path.
+        CheckpointError: there is no such directory, or its `config.json` is none of this class.
+    """
     if not isinstance(directory, (str, PathLike)):
         raise ValueError(f"directory is a {type(directory).__name__}; accepted: a path")
     directory = Path(directory)

@@ -54,7 +54,9 @@ def check_not_quantised(config: Mapping[str, Any], names: Iterable[str]) -> None
 
 def _is_of_caches_alone(said):
     """Whether compressed-tensors quantises the KV cache of weights that are whole."""
-    return isinstance(said, Mapping) and "kv_cache_scheme" in said and not said.get("config_groups")
+    if not isinstance(said, Mapping) or said.get("quant_method") != "compressed-tensors":
+        return False
+    return bool(said.get("kv_cache_scheme")) and not said.get("config_groups")
 
 
 def _how(said):

@@ -11,20 +11,17 @@ def use() -> None:
     """Turns JAX's persistent compilation cache on, unless the environment has set one.
 
     The directory is `compiled/HOST` of `$XDG_CACHE_HOME/g4attn-jax`, or of `~/.cache/g4attn-jax`
-    where that is not set. If it cannot be made, a line on standard error says so.
+    where that is not set. If there can be none, a line on standard error says so.
     """
     import jax
 
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    directory = cache_directory()
     try:
+        directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(
-            f"warning: no compilation cache: {directory} cannot be made: {error.strerror}",
-            file=sys.stderr,
-        )
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
+        print(f"warning: no compilation cache: {error}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     # JAX leaves out what compiled in less than a second; commands compile many small programs.

@@ -4,7 +4,6 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 import jax
@@ -14,7 +13,9 @@ from flax import nnx
 from jaxtyping import Bool, PRNGKeyArray
 
 from g4attn_jax.cache import Cache, CompactKVCache
-from g4attn_jax.checkpoint import load_assistant, load_hf
+from g4attn_jax.checkpoint import load_assistant, load_hf, terminal_bar
+from g4attn_jax.checkpoint.loading import Progress
+from g4attn_jax.checkpoint.models import config_of
 from g4attn_jax.config import Gemma4Config, ProjectionMode
 from g4attn_jax.generation.checks import (
     check_assistant,
@@ -39,6 +40,7 @@ from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.decoder import Gemma4Decoder
 from g4attn_jax.model.embedding import num_embedded_tokens
 from g4attn_jax.model.sampling import Sampling
+from g4attn_jax.ops import Implementation
 from g4attn_jax.speculative import DraftStatistics
 
 _GREEDY = Sampling()
@@ -158,7 +160,9 @@ class Generator:
         *,
         capacity: int,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        implementation: Implementation | None = None,
         assistant: str | PathLike | None = None,
+        progress: Progress | None = terminal_bar,
         **options: Any,
     ) -> Self:
         """A generator from a directory of Hugging Face's format.
@@ -173,18 +177,22 @@ class Generator:
             directory: of the decoder.
             capacity: the most tokens of a prompt and what follows it.
             dtype: of weights and activations.
+            implementation: of the kernels, see `ops.qkv_norm_rope_write`.
             assistant: directory of an assistant that drafts tokens, or None.
+            progress: of loading, see `load_hf`.
             options: of the constructor; sampling and stop_tokens replace the directory's.
 
         Raises:
-            OSError: there is no config.json, or it cannot be read.
-            ValueError: as `Gemma4Config.from_hf`, `GenerationSettings.from_hf`, `load_hf`,
-                `load_assistant` and the constructor raise.
+            ValueError: as `load_hf`, `load_assistant`, `GenerationSettings.from_hf` and the
+                constructor raise.
 
         Warns:
             UserWarning: the directory asks for what is not followed here; the fields are named.
         """
-        config = Gemma4Config.from_hf(Path(directory) / "config.json")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # loading says it again
+            config = config_of(directory, Gemma4Config)
+        # Before the weights: what is wrong with it is said soon.
         settings = GenerationSettings.from_hf(directory, config.vocab_size)
         if settings.not_followed:
             warnings.warn(
@@ -192,10 +200,9 @@ class Generator:
                 + ", ".join(f"{name} {value!r}" for name, value in settings.not_followed.items()),
                 stacklevel=2,
             )
-        drafts = None
-        if assistant is not None:
-            drafts = load_assistant(assistant, dtype=dtype)
-        decoder = load_hf(directory, dtype=dtype)
+        loading = {"dtype": dtype, "implementation": implementation, "progress": progress}
+        drafts = None if assistant is None else load_assistant(assistant, **loading)
+        decoder = load_hf(directory, **loading)
         defaults = {"sampling": settings.sampling, "stop_tokens": settings.stop_tokens}
         return cls(decoder, capacity=capacity, assistant=drafts, **defaults | options)
 

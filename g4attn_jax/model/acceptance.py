@@ -117,7 +117,8 @@ class Drawn(NamedTuple):
         """A token drawn from q, and q [B, V]."""
         scaled = self._scaled(logits)
         token = _draw(_fold(self._stream(_OF_DRAFTS), position), scaled)
-        return token, jax.nn.softmax(scaled, axis=-1)
+        # Of an assistant that knows few tokens all may be suppressed: then q is 0, and no draft is.
+        return token, jnp.where(jnp.isfinite(scaled), jax.nn.softmax(scaled, axis=-1), 0)
 
     def accept(self, logits, drafts, evidence, num_drafts, position):
         """See above."""
@@ -130,6 +131,7 @@ class Drawn(NamedTuple):
             for x in (p, q)
         )
         stays = self._uniform(position, drafts.shape[1]) * q_of_draft < p_of_draft
+        stays &= q_of_draft > 0
         num_accepted = _count_first(stays, num_drafts)
         # Of the draft that goes; the last one stands in where none does.
         left = jnp.maximum(_row(p, num_accepted) - _row(q, num_accepted, mode="clip"), 0)

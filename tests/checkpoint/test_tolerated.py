@@ -187,6 +187,14 @@ def test_experts_that_are_not_all_there(tmp_path):
     ("said", "message"),
     [
         (
+            {"quant_method": "fp8", "kv_cache_scheme": None},
+            "says quant_method 'fp8'; accepted",
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 8}},
+            "says quant_method 'modelopt', quant_algo 'FP8'; accepted",
+        ),
+        (
             {"quant_method": "gptq", "bits": 4, "group_size": 128},
             "says quant_method 'gptq', bits 4, group_size 128; accepted: weights in bfloat16",
         ),

@@ -5,8 +5,9 @@
     python -m tests.gpu --tables    attention over whole tables of shapes, drafts of every number;
                                     records nothing
 
-On a machine with an NVIDIA GPU, with the extra `test` installed. Further arguments go to pytest.
-An op is recorded in `tests/gpu_evidence.json` if every one of its tests ran and passed.
+On a machine with an NVIDIA GPU, with the extra `test` installed. An op is recorded in
+`tests/gpu_evidence.json` if every one of its tests ran and passed. Further arguments go to pytest,
+which may leave tests out for them: then nothing is recorded.
 """
 
 import argparse
@@ -152,7 +153,7 @@ def main(argv: list[str]) -> int:
     print("ops:", *ops, flush=True)
     arguments = [] if options.all else ["--gpu-ops", ",".join(ops)]
     results = run([*arguments, *further], MAX_SECONDS, options.processes)
-    refused = record(ops, results)
+    refused = [f"nothing is recorded, with {further}"] if further else record(ops, results)
     print(*refused, sep="\n")
     return bool(refused or "failed" in results.outcomes.values())
 
