@@ -76,8 +76,8 @@ def machine() -> dict[str, str]:
 def run(arguments: list[str], seconds: int, processes: int) -> Results:
     """Run pytest in processes side by side; those that a test kills are started again."""
     results = Results()
-    # Each process takes what it needs of the GPU's memory, and few threads for NumPy. XLA does not
-    # try out its own matmuls, as it would in every process, for half of the time.
+    # Processes allocate GPU memory as they need it, and give NumPy few threads. Autotuning of XLA's
+    # own matmuls is off: every process would repeat it, and no kernel of ours depends on it.
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "2"}
     os.environ["XLA_FLAGS"] = flags

@@ -546,7 +546,7 @@ def _store(o, log_sum, multiplier, m, total, acc):
 
     mg.commit_smem()
 
-    # From the first token on, where TMA may begin: log_sum has less than its alignment of a token.
+    # Each copy begins at the first token: one token of log_sum is shorter than TMA's alignment.
     def copy(tokens):
         for i in range(len(acc)):
             column = pl.multiple_of(warpgroup * (sizes.shape.head_dim // 2) + i * CHUNK, CHUNK)
