@@ -42,27 +42,27 @@ class AblatedAttention(Gemma4Attention):
         self.dtype = layer.dtype
         self.implementation = None if variant.has(Variant.AROUND) else "xla"
         self.qkv_proj, self.o_proj = layer.qkv_proj, layer.o_proj
-        self.q_scale, self.k_scale = layer.q_scale, layer.k_scale
+        self.q_norm, self.k_norm = layer.q_norm, layer.k_norm
 
-    def _prologue(self, qkv, k_scale, plan, cache, implementation):
+    def _prologue(self, qkv, k_norm, plan, cache, implementation):
         mode, eps = self.spec.mode, self.spec.eps
         has_k_eq_v = self.variant.has(Variant.K_EQ_V_NORM) and mode is ProjectionMode.QK_ONLY
         has_qkv = self.variant.has(Variant.QKV_NORM)
         if self.variant.has(Variant.PROLOGUE):
-            return super()._prologue(qkv, k_scale, plan, cache, None)
+            return super()._prologue(qkv, k_norm, plan, cache, None)
         if not (has_k_eq_v or has_qkv):
-            return super()._prologue(qkv, k_scale, plan, cache, "xla")
+            return super()._prologue(qkv, k_norm, plan, cache, "xla")
         q, k, v = ops.qkv_rms_norm(
             qkv,
-            self.q_scale[...],
-            None if mode is ProjectionMode.Q_ONLY else k_scale,
+            self.q_norm[...],
+            None if mode is ProjectionMode.Q_ONLY else k_norm,
             mode=mode,
             eps=eps,
             implementation=None if has_qkv else "xla",
         )
         if not has_qkv:
-            k, v = self._k_eq_v_norm(qkv, k_scale)
-        q = cache.query(apply_rope(q, plan.cos, plan.sin), k_scale, self.spec.rotary_dim)
+            k, v = self._k_eq_v_norm(qkv, k_norm)
+        q = cache.query(apply_rope(q, plan.cos, plan.sin), k_norm, self.spec.rotary_dim)
         if k is not None:
             cache = cache.write(plan.slots, apply_rope(k, plan.cos, plan.sin), v)
         return q, cache
@@ -71,11 +71,11 @@ class AblatedAttention(Gemma4Attention):
         has_kernel = self.variant.has(Variant.ATTENTION)
         return super()._attend(q, cache, plan, None if has_kernel else "xla")
 
-    def _k_eq_v_norm(self, qkv, k_scale):
+    def _k_eq_v_norm(self, qkv, k_norm):
         """K and V of one row, in one launch for them."""
         *batch, num_kv_heads, rows, head_dim = qkv.shape
         x = qkv.reshape(-1, head_dim)
-        heads = Heads(x, first=rows - 1, count=1, scales=(k_scale, None))
+        heads = Heads(x, first=rows - 1, count=1, scales=(k_norm, None))
         groups = x.shape[0] // rows
         outputs = head_norm([heads], groups=groups, eps=self.spec.eps)
         return [y.reshape(*batch, num_kv_heads, head_dim) for y in outputs]

@@ -53,16 +53,16 @@ class Shape(NamedTuple):
         return tokens * (2 * numbers + 4 * self.rotary_dim + 4)
 
     def calls(self, tokens: int) -> list[tuple]:
-        """Argument tuples (qkv, q_scale, k_scale, cos, sin, slots) of random numbers."""
+        """Argument tuples (qkv, q_norm, k_norm, cos, sin, slots) of random numbers."""
         # The last matmul leaves the packed buffer of a few tokens in the L2.
         rotate = tokens > MAX_CACHED_TOKENS
         copies = math.ceil(4 * L2_BYTES / self.bytes(tokens)) if rotate else 8
         keys = jax.random.split(jax.random.key(tokens), 3)
         group_rows = self.rows_in // self.num_kv_heads
         shape = (tokens, self.num_kv_heads, group_rows, self.head_dim)
-        q_scale, k_scale = jax.random.normal(keys[0], (2, self.head_dim), jnp.bfloat16)
+        q_norm, k_norm = jax.random.normal(keys[0], (2, self.head_dim), jnp.bfloat16)
         if self.mode is ProjectionMode.Q_ONLY and self.form is KVCache:
-            k_scale = None
+            k_norm = None
         calls = []
         for i in range(copies):
             key = jax.random.fold_in(keys[1], i)
@@ -72,7 +72,7 @@ class Shape(NamedTuple):
                 positions, theta=1e6, head_dim=self.head_dim, rotary_dim=self.rotary_dim
             )
             qkv = jax.random.normal(jax.random.fold_in(keys[2], i if rotate else 0), shape)
-            calls.append((qkv.astype(jnp.bfloat16), q_scale, k_scale, cos, sin, slots))
+            calls.append((qkv.astype(jnp.bfloat16), q_norm, k_norm, cos, sin, slots))
         return calls
 
     def cache(self) -> Cache:

@@ -48,18 +48,18 @@ def scatter(cache, slots, k, v):
     return cache._replace(**arrays)
 
 
-def formula(qkv, q_scale, k_scale, cos, sin, slots, cache, *, mode):
+def formula(qkv, q_norm, k_norm, cos, sin, slots, cache, *, mode):
     """The formula in `jnp`."""
-    q, k, v = unrounded(qkv, q_scale, k_scale, cos, sin, mode=mode, eps=1e-6)
-    q = cache.query(q, k_scale, 2 * cos.shape[-1]).astype(qkv.dtype)
+    q, k, v = unrounded(qkv, q_norm, k_norm, cos, sin, mode=mode, eps=1e-6)
+    q = cache.query(q, k_norm, 2 * cos.shape[-1]).astype(qkv.dtype)
     return q, cache if k is None else scatter(cache, slots, k, v)
 
 
-def norm_then_formula(qkv, q_scale, k_scale, cos, sin, slots, cache, *, mode):
+def norm_then_formula(qkv, q_norm, k_norm, cos, sin, slots, cache, *, mode):
     """The fused norm of `ops.qkv_rms_norm`, the rest in `jnp`."""
-    norm_k_scale = None if mode is ProjectionMode.Q_ONLY else k_scale
-    q, k, v = ops.qkv_rms_norm(qkv, q_scale, norm_k_scale, mode=mode, implementation="triton")
-    q = cache.query(apply_rope(q, cos, sin), k_scale, 2 * cos.shape[-1])
+    norm_k_norm = None if mode is ProjectionMode.Q_ONLY else k_norm
+    q, k, v = ops.qkv_rms_norm(qkv, q_norm, norm_k_norm, mode=mode, implementation="triton")
+    q = cache.query(apply_rope(q, cos, sin), k_norm, 2 * cos.shape[-1])
     return q, cache if k is None else scatter(cache, slots, apply_rope(k, cos, sin), v)
 
 

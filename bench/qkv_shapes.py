@@ -43,17 +43,15 @@ class Shape(NamedTuple):
         return tokens * self.num_kv_heads * (rows_in + rows_out) * self.head_dim * 2
 
     def calls(self, tokens: int) -> list[tuple]:
-        """Argument tuples (qkv, q_scale, k_scale, v_scale) of random bfloat16."""
+        """Argument tuples (qkv, q_norm, k_norm, v_norm) of random bfloat16."""
         copies = 1 if tokens <= MAX_CACHED_TOKENS else math.ceil(4 * L2_BYTES / self.bytes(tokens))
         keys = jax.random.split(jax.random.key(tokens), copies + 2)
         rows = self.group + self.mode.num_kv_projections
         shape = (tokens, self.num_kv_heads, rows, self.head_dim)
-        q_scale, k_scale = (jax.random.normal(k, (self.head_dim,), jnp.bfloat16) for k in keys[:2])
+        q_norm, k_norm = (jax.random.normal(k, (self.head_dim,), jnp.bfloat16) for k in keys[:2])
         if self.mode is ProjectionMode.Q_ONLY:
-            k_scale = None
-        return [
-            (jax.random.normal(k, shape, jnp.bfloat16), q_scale, k_scale, None) for k in keys[2:]
-        ]
+            k_norm = None
+        return [(jax.random.normal(k, shape, jnp.bfloat16), q_norm, k_norm, None) for k in keys[2:]]
 
 
 SHAPES = (

@@ -54,7 +54,7 @@ class Forced(NamedTuple):
     def draft(self, logits, position):
         return Greedy().draft(logits, position)
 
-    def accept(self, logits, drafts, evidence, num_drafts, position):
+    def accept(self, logits, drafts, draft_probs, num_drafts, position):
         # Which row is the last is not known when compiling: the best of all of them are computed.
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         num_accepted = jnp.full_like(num_drafts, self.accepted)
@@ -146,8 +146,8 @@ class Group(Case):
 
     def _group(self, stays, state):
         (*models, rule), (token, position, hidden, caches) = stays, state
-        drafts, evidence = self._drafted(models, token, position, hidden, caches, rule)
-        verified = self._verified(models[0], token, position, drafts, evidence, caches, rule)
+        drafts, draft_probs = self._drafted(models, token, position, hidden, caches, rule)
+        verified = self._verified(models[0], token, position, drafts, draft_probs, caches, rule)
         last = verified.num_accepted[:, None]
         token = jnp.take_along_axis(verified.tokens, last, axis=1)[:, 0]
         position += verified.num_accepted + 1
@@ -159,10 +159,10 @@ class Group(Case):
         of_target = token, position, hidden, caches, self.layouts
         return draft(decoder, assistant, *of_target, rule, draft_tokens=DRAFTS)
 
-    def _verified(self, params, token, position, drafts, evidence, caches, rule):
+    def _verified(self, params, token, position, drafts, draft_probs, caches, rule):
         decoder = nnx.merge(self.graph, params)
         num_drafts = jnp.full(self.batch, DRAFTS, jnp.int32)
-        of_drafts = drafts, evidence, num_drafts
+        of_drafts = drafts, draft_probs, num_drafts
         return verify(decoder, token, position, *of_drafts, caches, self.layouts, rule)
 
 

@@ -52,7 +52,9 @@ def parts_of(k: int, matrices: int, columns: int, tokens: int) -> list[int]:
     if matrices > 1:
         return [1]
     x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((tokens, k), (k, columns)))
-    chosen = jax.eval_shape(functools.partial(ops.linear_parts, implementation=None), x, w).shape[0]
+    chosen = jax.eval_shape(
+        functools.partial(ops.linear_partial_sums, implementation=None), x, w
+    ).shape[0]
     return list(dict.fromkeys((chosen, 1, 2, 3, 4)))
 
 
@@ -88,11 +90,11 @@ def main():
         if matrices == 2:
             functions = {None: reference.geglu}
         else:
-            functions = {None: functools.partial(reference.linear_parts, num_parts=1)}
+            functions = {None: functools.partial(reference.linear_partial_sums, num_parts=1)}
         for launch, n in itertools.product(launches(chosen[0], matrices), parts):
             kernel = triton.geglu
             if matrices == 1:
-                kernel = functools.partial(triton.linear_parts, num_parts=n)
+                kernel = functools.partial(triton.linear_partial_sums, num_parts=n)
             functions[launch, n] = functools.partial(kernel, launch=launch)
         times = kernel_times(functions, calls(k, matrices, columns, tokens), 5)
         limit = 2 * k * matrices * columns / gbps / 1e3

@@ -29,9 +29,9 @@ def launched(shape, launch):
             triton.qkv_norm_rope_write, mode=shape.mode, eps=1e-6, launch=launch
         )
 
-    def query(qkv, q_scale, k_scale, cos, sin, _, cache):
+    def query(qkv, q_norm, k_norm, cos, sin, _, cache):
         constants = {"form": shape.form, "mode": shape.mode, "eps": 1e-6, "launch": launch}
-        return triton.query(qkv, q_scale, k_scale, cos, sin, **constants), cache
+        return triton.query(qkv, q_norm, k_norm, cos, sin, **constants), cache
 
     return query
 

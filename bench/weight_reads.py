@@ -41,7 +41,7 @@ def main():
     rows = []
     for name, k, matrices, columns in WEIGHTS:
         pairs = calls(k, matrices, columns, tokens=1)
-        multiply = ops.geglu if matrices == 2 else ops.linear_parts
+        multiply = ops.geglu if matrices == 2 else ops.linear_partial_sums
         ours = kernel_time(functools.partial(multiply, implementation="triton"), pairs)
         rows.append(
             {"weight": name, "k": k, "matrices": matrices, "columns": columns}

@@ -30,7 +30,7 @@ from g4attn_jax.ops.implementation import check_implementation
 class Gemma4Attention(nnx.Module):
     """Attention of one layer: projection, norm, RoPE, cache, softmax, output projection.
 
-        q = rope(rms(Wq x) * q_scale)    k = rope(rms(Wk x) * k_scale)    v = rms(Wv x)
+        q = rope(rms(Wq x) * q_norm)    k = rope(rms(Wk x) * k_norm)    v = rms(Wv x)
         y = Wo softmax(q k^T + mask) v
 
     The attention scale is 1. What is projected follows from the config (`ProjectionMode`): K = V
@@ -42,8 +42,8 @@ class Gemma4Attention(nnx.Module):
         spec: `AttentionSpec` of the layer.
         qkv_proj: packed weight [E, Nkv, G + P, D]: for each KV head its query heads, then K, then
             V. Query head g * G + r is row r of KV head g.
-        q_scale: [D].
-        k_scale: [D]; None for Q_ONLY.
+        q_norm: [D].
+        k_norm: [D]; None for Q_ONLY.
         o_proj: [Nq, D, E].
 
     Source: `Gemma4TextAttention` of Hugging Face transformers 5.23.
@@ -90,9 +90,9 @@ class Gemma4Attention(nnx.Module):
         o_shape = (spec.num_q_heads, spec.head_dim, config.hidden_size)
         self.qkv_proj = nnx.Param(qkv_init(rngs.params(), qkv_shape, param_dtype))
         self.o_proj = nnx.Param(o_init(rngs.params(), o_shape, param_dtype))
-        self.q_scale = nnx.Param(jnp.ones(spec.head_dim, param_dtype))
+        self.q_norm = nnx.Param(jnp.ones(spec.head_dim, param_dtype))
         projects_k = spec.mode is not ProjectionMode.Q_ONLY
-        self.k_scale = nnx.Param(jnp.ones(spec.head_dim, param_dtype)) if projects_k else None
+        self.k_norm = nnx.Param(jnp.ones(spec.head_dim, param_dtype)) if projects_k else None
 
     def init_cache(
         self,
@@ -107,7 +107,7 @@ class Gemma4Attention(nnx.Module):
             layout: `Contiguous(batch, capacity)`, `Ring` or `Paged`.
             form: `KVCache`, or for QK_ONLY layers `CompactKVCache`.
             dtype: of the storage: the layer's, which None is, or float8_e4m3fn, with a scale that
-                lets nothing overflow as long as `k_scale` stays what it is.
+                lets nothing overflow as long as `k_norm` stays what it is.
 
         Raises:
             ValueError: the layer is Q_ONLY and has no cache of its own, or cannot have one of this
@@ -131,7 +131,7 @@ class Gemma4Attention(nnx.Module):
             num_pages=layout.num_pages,
             page_size=layout.page_size,
             dtype=dtype,
-            scale=caches.float8_scale(self.k_scale[...]) if dtype == caches.FLOAT8 else None,
+            scale=caches.float8_scale(self.k_norm[...]) if dtype == caches.FLOAT8 else None,
         )
 
     def __call__(
@@ -139,7 +139,7 @@ class Gemma4Attention(nnx.Module):
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"] | StepPlan,
         cache: Cache | None = None,
-        k_scale: Float[Array, " D"] | None = None,
+        k_norm: Float[Array, " D"] | None = None,
     ) -> tuple[Float[Array, "B T E"], Cache]:
         """Attends from T new tokens per sequence to them and to what the cache holds.
 
@@ -155,7 +155,7 @@ class Gemma4Attention(nnx.Module):
                 room for these T tokens (a prompt alone, or training): then the call can be
                 differentiated, with a cache it cannot. A Q_ONLY layer must be given the cache that
                 layer `spec.kv_layer` returned in this step.
-            k_scale: for a Q_ONLY layer that of layer `spec.kv_layer`, needed if the cache is a
+            k_norm: for a Q_ONLY layer that of layer `spec.kv_layer`, needed if the cache is a
                 `CompactKVCache`; for others None.
 
         Returns:
@@ -165,17 +165,17 @@ class Gemma4Attention(nnx.Module):
         Raises:
             ValueError: an argument has the wrong shape or dtype, or as `plan_step` raises.
         """
-        parts, cache = self.parts(x, positions, cache, k_scale)
-        return ops.sum_parts(parts, self.dtype), cache
+        parts, cache = self.partial_sums(x, positions, cache, k_norm)
+        return ops.add_partial_sums(parts, self.dtype), cache
 
-    def parts(
+    def partial_sums(
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"] | StepPlan,
         cache: Cache | None = None,
-        k_scale: Float[Array, " D"] | None = None,
+        k_norm: Float[Array, " D"] | None = None,
     ) -> tuple[Float[Array, "parts B T E"], Cache]:
-        """The same, y in parts that add up to it, see `ops.linear_parts`."""
+        """The same, y in parts that add up to it, see `ops.linear_partial_sums`."""
         x = jnp.asarray(x)
         self._check_hidden(x)
         if cache is not None:
@@ -188,15 +188,15 @@ class Gemma4Attention(nnx.Module):
                 rotary_dim=self.spec.rotary_dim,
             )
         plan = self._plan(x, positions, cache)
-        k_scale = self._scale_of_keys(k_scale)
+        k_norm = self._scale_of_keys(k_norm)
         x = x.astype(self.dtype)
         qkv = ops.linear(x, self._weight(self.qkv_proj, 1), implementation=self.implementation)
         qkv = qkv.reshape(*x.shape[:2], *self.qkv_proj.shape[1:])
-        q, cache = self._prologue(qkv, k_scale, plan, cache, self.implementation)
+        q, cache = self._prologue(qkv, k_norm, plan, cache, self.implementation)
         o = self._attend(q, cache, plan, self.implementation)
         o = o.reshape(*x.shape[:2], -1)
         w = self._weight(self.o_proj, 2)
-        return ops.linear_parts(o, w, implementation=self.implementation), cache
+        return ops.linear_partial_sums(o, w, implementation=self.implementation), cache
 
     def load_hf(self, state_dict: Mapping[str, Any]) -> None:
         """Takes the weights of a Hugging Face `Gemma4TextAttention`, cast to the param dtype.
@@ -237,18 +237,18 @@ class Gemma4Attention(nnx.Module):
         ]
         _assign(self.qkv_proj, jnp.concatenate(rows, axis=1).transpose(3, 0, 1, 2))
         _assign(self.o_proj, tensors["o_proj.weight"].T.reshape(-1, spec.head_dim, embed))
-        _assign(self.q_scale, tensors["q_norm.weight"])
+        _assign(self.q_norm, tensors["q_norm.weight"])
         if kv_projections:
-            _assign(self.k_scale, tensors["k_norm.weight"])
+            _assign(self.k_norm, tensors["k_norm.weight"])
 
     def _weight(self, weight, input_axes):
         """As a matrix: inputs, which are the first axes, by outputs."""
         w = weight[...].astype(self.dtype)
         return w.reshape(math.prod(w.shape[:input_axes]), -1)
 
-    def _prologue(self, qkv, k_scale, plan, cache, implementation):
+    def _prologue(self, qkv, k_norm, plan, cache, implementation):
         """Queries, and the cache with the new keys and values."""
-        heads = qkv, self.q_scale[...], k_scale, plan.cos, plan.sin
+        heads = qkv, self.q_norm[...], k_norm, plan.cos, plan.sin
         constants = {
             "mode": self.spec.mode,
             "eps": self.spec.eps,
@@ -315,13 +315,13 @@ class Gemma4Attention(nnx.Module):
         return Contiguous(*x.shape[:2])
 
     def _scale_of_keys(self, given):
-        if self.k_scale is None:
+        if self.k_norm is None:
             return given
         if given is not None:
             raise ValueError(
-                f"k_scale was given; layer {self.layer} is {self.spec.mode.name} and has its own"
+                f"k_norm was given; layer {self.layer} is {self.spec.mode.name} and has its own"
             )
-        return self.k_scale[...]
+        return self.k_norm[...]
 
 
 def _as_array(name, tensor, shape):

@@ -56,7 +56,7 @@ class KVCache(NamedTuple):
 
     @staticmethod
     def query(
-        q: Float[Array, "*batch Nq D"], k_scale: Float[Array, " D"] | None, rotary_dim: int
+        q: Float[Array, "*batch Nq D"], k_norm: Float[Array, " D"] | None, rotary_dim: int
     ) -> Float[Array, "*batch Nq D"]:
         """The query that `key_parts` are for: q itself."""
         return q
@@ -80,10 +80,10 @@ class KVCache(NamedTuple):
 class CompactKVCache(NamedTuple):
     """Values and the rotated band of the keys, for layers where K = V up to scale and rotation.
 
-    With n = rms(Wk x), V = n and K = rope(n * k_scale), of which R dims carry position. The others
-    are n * k_scale, so V has them already, and k_scale goes to the query:
+    With n = rms(Wk x), V = n and K = rope(n * k_norm), of which R dims carry position. The others
+    are n * k_norm, so V has them already, and k_norm goes to the query:
 
-        q k^T = [q * k_scale, 0 in the band ; q in the band] [v ; k_rot]^T
+        q k^T = [q * k_norm, 0 in the band ; q in the band] [v ; k_rot]^T
 
     Attributes:
         v: [num_pages, page_size, Nkv, D], normalised values.
@@ -124,13 +124,13 @@ class CompactKVCache(NamedTuple):
 
     @staticmethod
     def query(
-        q: Float[Array, "*batch Nq D"], k_scale: Float[Array, " D"], rotary_dim: int
+        q: Float[Array, "*batch Nq D"], k_norm: Float[Array, " D"], rotary_dim: int
     ) -> Float[Array, "*batch Nq D+R"]:
         """The absorbed query that `key_parts` are for, of rotated q: D numbers for v, R for
         k_rot."""
         half, pairs = q.shape[-1] // 2, rotary_dim // 2
         rotates = jnp.arange(2 * half) % half < pairs
-        absorbed = jnp.where(rotates, 0, q * k_scale.astype(q.dtype))
+        absorbed = jnp.where(rotates, 0, q * k_norm.astype(q.dtype))
         return jnp.concatenate([absorbed, _band(q, rotary_dim)], axis=-1)
 
     def write(
@@ -189,15 +189,15 @@ def zeros(
     )
 
 
-def float8_scale(k_scale: Float[Array, " D"]) -> Float[Array, "2"]:
+def float8_scale(k_norm: Float[Array, " D"]) -> Float[Array, "2"]:
     """Scales of K and V with which no key or value overflows float8_e4m3fn.
 
     A normalised head has the norm sqrt(D) at most, so no dim of V exceeds it, and none of K,
-    rotated or not, sqrt(D) max |k_scale|. These become 448, the largest float8_e4m3fn.
+    rotated or not, sqrt(D) max |k_norm|. These become 448, the largest float8_e4m3fn.
     """
-    largest = jnp.stack([jnp.max(jnp.abs(k_scale.astype(jnp.float32))), jnp.float32(1)])
+    largest = jnp.stack([jnp.max(jnp.abs(k_norm.astype(jnp.float32))), jnp.float32(1)])
     largest = jnp.maximum(largest, 1e-20)  # a K of zeros is to be 0 / scale, not 0 / 0
-    return largest * math.sqrt(k_scale.shape[-1]) / float(jnp.finfo(FLOAT8).max)
+    return largest * math.sqrt(k_norm.shape[-1]) / float(jnp.finfo(FLOAT8).max)
 
 
 def float8_refusal(cache: Cache) -> str | None:

@@ -34,9 +34,9 @@ def usual_rms_norm(x, scale=None, *, eps, scale_offset=0.0):
 
 def qkv_rms_norm(
     qkv,
-    q_scale,
-    k_scale=None,
-    v_scale=None,
+    q_norm,
+    k_norm=None,
+    v_norm=None,
     *,
     mode: ProjectionMode,
     eps=1e-6,
@@ -47,25 +47,25 @@ def qkv_rms_norm(
     constants = {"eps": eps, "scale_offset": scale_offset}
     qkv = np.asarray(qkv)
     group = qkv.shape[-2] - mode.num_kv_projections
-    q = norm(qkv[..., :group, :], q_scale, **constants)
+    q = norm(qkv[..., :group, :], q_norm, **constants)
     q = q.reshape(*qkv.shape[:-3], qkv.shape[-3] * group, qkv.shape[-1])
     if mode is ProjectionMode.Q_ONLY:
         return q, None, None
     v_row = group if mode is ProjectionMode.QK_ONLY else group + 1
-    k = norm(qkv[..., group, :], k_scale, **constants)
-    v = norm(qkv[..., v_row, :], v_scale, **constants)
+    k = norm(qkv[..., group, :], k_norm, **constants)
+    v = norm(qkv[..., v_row, :], v_norm, **constants)
     return q, k, v
 
 
 def q_keqv_rms_norm(
-    q, kv, q_scale, k_scale, v_scale=None, *, eps=1e-6, scale_offset=0.0, norm: Norm = rms_norm
+    q, kv, q_norm, k_norm, v_norm=None, *, eps=1e-6, scale_offset=0.0, norm: Norm = rms_norm
 ):
     """`ops.q_keqv_rms_norm` with the given norm."""
     constants = {"eps": eps, "scale_offset": scale_offset}
     return (
-        norm(q, q_scale, **constants),
-        norm(kv, k_scale, **constants),
-        norm(kv, v_scale, **constants),
+        norm(q, q_norm, **constants),
+        norm(kv, k_norm, **constants),
+        norm(kv, v_norm, **constants),
     )
 
 
@@ -101,8 +101,8 @@ def rope(x, positions, *, theta, rotary_dim):
 
 def qkv_norm_rope(
     qkv,
-    q_scale,
-    k_scale,
+    q_norm,
+    k_norm,
     cos,
     sin,
     *,
@@ -112,7 +112,7 @@ def qkv_norm_rope(
     turn=rotate,
 ):
     """`ops.qkv_norm_rope` with the given norm and rotation."""
-    q, k, v = qkv_rms_norm(qkv, q_scale, k_scale, mode=mode, eps=eps, norm=norm)
+    q, k, v = qkv_rms_norm(qkv, q_norm, k_norm, mode=mode, eps=eps, norm=norm)
     return turn(q, cos, sin), None if k is None else turn(k, cos, sin), v
 
 
@@ -122,9 +122,9 @@ def band(x, rotary_dim):
     return np.concatenate([x[..., :pairs], x[..., half : half + pairs]], axis=-1)
 
 
-def absorbed_query(q, k_scale, rotary_dim):
+def absorbed_query(q, k_norm, rotary_dim):
     """The query of a compact cache, of rotated q [..., D]: [..., D + R] in q's dtype."""
-    absorbed = q * np.asarray(k_scale).astype(q.dtype)
+    absorbed = q * np.asarray(k_norm).astype(q.dtype)
     half, pairs = q.shape[-1] // 2, rotary_dim // 2
     absorbed[..., :pairs] = absorbed[..., half : half + pairs] = 0
     return np.concatenate([absorbed, band(q, rotary_dim)], axis=-1)
@@ -145,8 +145,8 @@ def attention(spec: AttentionSpec, weights, x, kv=None):
 
     Args:
         spec: of the layer.
-        weights: dict with `qkv_proj` [E, Nkv, G + P, D], `o_proj` [Nq, D, E], `q_scale` [D] and,
-            unless Q_ONLY, `k_scale` [D].
+        weights: dict with `qkv_proj` [E, Nkv, G + P, D], `o_proj` [Nq, D, E], `q_norm` [D] and,
+            unless Q_ONLY, `k_norm` [D].
         x: [B, T, E].
         kv: for Q_ONLY the (k, v) of the producing layer.
 
@@ -160,8 +160,8 @@ def attention(spec: AttentionSpec, weights, x, kv=None):
     turn = {"positions": positions, "theta": spec.rope_theta, "rotary_dim": spec.rotary_dim}
     q, k, v = qkv_rms_norm(
         np.einsum("bte,eknd->btknd", x, weights["qkv_proj"]),
-        weights["q_scale"],
-        weights.get("k_scale"),
+        weights["q_norm"],
+        weights.get("k_norm"),
         mode=spec.mode,
         eps=spec.eps,
     )

@@ -2,7 +2,7 @@
 
 A group makes 1 to k + 1 tokens of every sequence:
 
-    drafts, evidence = draft(...)        k passes of the assistant over the target's caches
+    drafts, draft_probs = draft(...)        k passes of the assistant over the target's caches
     verified = verify(..., drafts)       one step of the target with k + 1 tokens
 
 Nothing is copied or undone where drafts are refused. Their keys and values stay in the caches at
@@ -115,11 +115,11 @@ def draft(
         hidden: [B, E], the target's final hidden state of the token before.
         caches: the target's, of all tokens before.
         layouts: that they were made with.
-        rule: `Greedy` or `Drawn`.
+        rule: `Greedy` or `RejectionSampling`.
         draft_tokens: k, 1 to 8.
 
     Returns:
-        (drafts, evidence): int32 [B, k], and what `verify` is to be told of them, [B, k, ...].
+        (drafts, draft_probs): int32 [B, k], and what `verify` is to be told of them, [B, k, ...].
 
     Raises:
         ValueError: an argument has the wrong shape or dtype, draft_tokens is not accepted, or as
@@ -127,15 +127,15 @@ def draft(
     """
     check_draft_tokens(draft_tokens)
     _check(token=token, position=position)
-    read, k_scales = last_caches(decoder, caches)
+    read, k_norms = last_caches(decoder, caches)
     plans = assistant.plan(position[:, None], layouts)
 
     def one(carry, at):
         token, hidden = carry
         embeddings = embed(decoder.embed_tokens[...], token[:, None]).astype(decoder.dtype)
-        logits, hidden = assistant.step(embeddings, hidden, plans, read, k_scales)
-        token, evidence = rule.draft(logits[:, 0], at)
-        return (token, hidden), (token, evidence)
+        logits, hidden = assistant.step(embeddings, hidden, plans, read, k_norms)
+        token, draft_probs = rule.draft(logits[:, 0], at)
+        return (token, hidden), (token, draft_probs)
 
     follows = position + jnp.arange(draft_tokens, dtype=jnp.int32)[:, None]
     start = token.astype(jnp.int32), hidden[:, None].astype(assistant.dtype)
@@ -149,7 +149,7 @@ def verify(
     token: Int[Array, " B"],
     position: Int[Array, " B"],
     drafts: Int[Array, "B k"],
-    evidence: Any,
+    draft_probs: Any,
     num_drafts: Int[Array, " B"],
     caches: Mapping[int, Cache],
     layouts: Mapping[str, Layout],
@@ -164,7 +164,7 @@ def verify(
         token: int32 [B], the last of each sequence, which is not in the caches yet.
         position: int32 [B], where it is; -1 where the sequence has ended.
         drafts: int32 [B, k], of `draft`; k is 0 to 8.
-        evidence: of `draft`.
+        draft_probs: of `draft`.
         num_drafts: int32 [B], 0 or more: how many of them there is room for; all k are read if it
             is more. The last read is at position + num_drafts, which must have a slot.
         caches: of all tokens before. Donate them to a jitted step to update them in place.
@@ -187,7 +187,7 @@ def verify(
         layouts,
     )
     logits = decoder.logits(hidden)
-    num_accepted, last = rule.accept(logits, drafts, evidence, num_drafts, position)
+    num_accepted, last = rule.accept(logits, drafts, draft_probs, num_drafts, position)
     drafts_and_last = jnp.pad(drafts, ((0, 0), (0, 1)))
     count = num_accepted[:, None]
     tokens = jnp.where(index < count, drafts_and_last, jnp.where(index == count, last[:, None], -1))

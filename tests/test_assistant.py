@@ -92,9 +92,9 @@ def prompt_of(name):
 
 @functools.cache
 def caches_of(name, kind, form):
-    """(layouts, what the assistant reads, k_scales)."""
+    """(layouts, what the assistant reads, k_norms)."""
     target, _ = target_of(name)
-    filled, k_scales = last_caches(target, prompt_of(name)[0])
+    filled, k_norms = last_caches(target, prompt_of(name)[0])
     layouts, caches = layouts_of(kind, target.config.sliding_window), {}
     for layer_type, full in filled.items():
         layout = layouts[layer_type]
@@ -110,7 +110,7 @@ def caches_of(name, kind, form):
             slots = layout.slots(jnp.asarray(np.where(at < LENGTHS[:, None], at, -1)))
             cache = cache.write(slots, *(x[:, start : start + CHUNK] for x in (full.k, full.v)))
         caches[layer_type] = cache
-    return layouts, caches, k_scales
+    return layouts, caches, k_norms
 
 
 def with_rejected(caches, layouts):
@@ -125,7 +125,7 @@ def with_rejected(caches, layouts):
 
 
 def drafter_of(name, kind, implementation=None):
-    """From caches and k_scales to (logits [B, DRAFTS, V], hidden [B, DRAFTS, A], tokens)."""
+    """From caches and k_norms to (logits [B, DRAFTS, V], hidden [B, DRAFTS, A], tokens)."""
     target, tokens = target_of(name)
     assistant, _ = assistant_of(name, implementation)
     layouts = layouts_of(kind, target.config.sliding_window)
@@ -133,16 +133,16 @@ def drafter_of(name, kind, implementation=None):
     graph, params = nnx.split(assistant)
 
     @jax.jit
-    def one(params, token, hidden, positions, caches, k_scales):
+    def one(params, token, hidden, positions, caches, k_norms):
         with jax.default_matmul_precision("highest"):
             assistant = nnx.merge(graph, params)
-            return assistant(embed(table, token), hidden, positions, caches, layouts, k_scales)
+            return assistant(embed(table, token), hidden, positions, caches, layouts, k_norms)
 
-    def draft(caches, k_scales):
+    def draft(caches, k_norms):
         token, hidden = tokens[np.arange(2), LENGTHS][:, None], prompt_of(name)[1]
         drafts = []
         for _ in range(DRAFTS):
-            logits, hidden = one(params, token, hidden, LENGTHS[:, None], caches, k_scales)
+            logits, hidden = one(params, token, hidden, LENGTHS[:, None], caches, k_norms)
             token = np.argmax(logits, axis=-1)
             drafts.append((logits, hidden, token))
         return [np.concatenate(values, axis=1) for values in zip(*drafts, strict=True)]
@@ -183,11 +183,11 @@ def test_drafts_are_those_of_hugging_face(name, kind, form):
     golden = assistant_of(name)[1]
     hidden = prompt_of(name)[1][:, 0]
     np.testing.assert_allclose(hidden, golden["target_hidden"], rtol=0, atol=ATOL)
-    layouts, caches, k_scales = caches_of(name, kind, form)
+    layouts, caches, k_norms = caches_of(name, kind, form)
     draft = drafter_of(name, kind)
-    assert_golden(draft(caches, k_scales), golden)
+    assert_golden(draft(caches, k_norms), golden)
     # A rejected draft leaves its keys and values in the slots after the last accepted token's.
-    assert_golden(draft(with_rejected(caches, layouts), k_scales), golden)
+    assert_golden(draft(with_rejected(caches, layouts), k_norms), golden)
 
 
 def test_the_fixture_has_ordered_embeddings():
@@ -201,9 +201,9 @@ def test_the_fixture_has_ordered_embeddings():
 
 
 def test_kernels():
-    _, caches, k_scales = caches_of("gemma-4-31b", "contiguous", CompactKVCache)
+    _, caches, k_norms = caches_of("gemma-4-31b", "contiguous", CompactKVCache)
     draft = drafter_of("gemma-4-31b", "contiguous", "triton_interpret")
-    assert_golden(draft(caches, k_scales), assistant_of("gemma-4-31b")[1])
+    assert_golden(draft(caches, k_norms), assistant_of("gemma-4-31b")[1])
 
 
 def test_tokens_of_a_call_and_padding_are_on_their_own():
@@ -225,7 +225,7 @@ def test_tokens_of_a_call_and_padding_are_on_their_own():
 def test_the_caches_are_only_read():
     target, _ = target_of("gemma-4-31b")
     assistant, _ = assistant_of("gemma-4-31b")
-    assert {layer.attention.k_scale for layer in assistant.layers} == {None}
+    assert {layer.attention.k_norm for layer in assistant.layers} == {None}
     with pytest.raises(ValueError, match="reads the cache of the target's last layer"):
         assistant.layers[1].attention.init_cache(Contiguous(2, 88))
     caches, _ = prompt_of("gemma-4-31b")
@@ -243,20 +243,20 @@ def test_the_caches_are_only_read():
         ({"positions": np.array([[5], [90]])}, "positions has 89, for which sequence 1 has no"),
         ({"caches": {}}, "caches lacks full_attention, sliding_attention; the assistant reads it"),
         ({"layouts": {"full_attention": Contiguous(2, 88)}}, "layouts lacks sliding_attention"),
-        ({"k_scales": None}, "k_scale is missing; Q_ONLY with a CompactKVCache needs it"),
+        ({"k_norms": None}, "k_norm is missing; Q_ONLY with a CompactKVCache needs it"),
     ],
 )
 def test_a_draft_that_makes_no_sense(changes, message):
     assistant, _ = assistant_of("gemma-4-31b")
     hidden = prompt_of("gemma-4-31b")[1]
-    layouts, caches, k_scales = caches_of("gemma-4-31b", "contiguous", CompactKVCache)
+    layouts, caches, k_norms = caches_of("gemma-4-31b", "contiguous", CompactKVCache)
     arguments = {
         "embeddings": hidden,
         "hidden": hidden,
         "positions": LENGTHS[:, None],
         "caches": caches,
         "layouts": layouts,
-        "k_scales": k_scales,
+        "k_norms": k_norms,
     }
     with pytest.raises(ValueError, match=message):
         assistant(**arguments | changes)

@@ -69,9 +69,9 @@ def build(config_id, layer, dtype=jnp.float32, implementation=None):
         implementation=implementation,
     )
     keys = jax.random.split(jax.random.key(layer), 2)
-    attention.q_scale[...] = 0.5 + 0.2 * jax.random.normal(keys[0], attention.q_scale.shape)
-    if attention.k_scale is not None:
-        attention.k_scale[...] = 0.5 + 0.2 * jax.random.normal(keys[1], attention.k_scale.shape)
+    attention.q_norm[...] = 0.5 + 0.2 * jax.random.normal(keys[0], attention.q_norm.shape)
+    if attention.k_norm is not None:
+        attention.k_norm[...] = 0.5 + 0.2 * jax.random.normal(keys[1], attention.k_norm.shape)
     return attention
 
 
@@ -292,8 +292,8 @@ class TestCompactForm:
         )
         keys = jax.random.split(jax.random.key(3), 2)
         # Scores of order 1, as trained scales give, and scales that differ from dim to dim.
-        attention.q_scale[...] = 0.04 * (1 + 0.3 * jax.random.normal(keys[0], 512))
-        attention.k_scale[...] = 1 + 0.3 * jax.random.normal(keys[1], 512)
+        attention.q_norm[...] = 0.04 * (1 + 0.3 * jax.random.normal(keys[0], 512))
+        attention.k_norm[...] = 1 + 0.3 * jax.random.normal(keys[1], 512)
         return attention
 
     def outputs(self, dtype, tokens=64):
@@ -336,8 +336,8 @@ def test_linen_bridge():
     assert shapes == {
         "qkv_proj": (48, 1, 5, 32),
         "o_proj": (4, 32, 48),
-        "q_scale": (32,),
-        "k_scale": (32,),
+        "q_norm": (32,),
+        "k_norm": (32,),
     }
     y, cache = jax.jit(module.apply)(variables, x, positions)
     exact, _ = oracle.attention(K_EQ_V.attention_spec(1), variables["params"], x)
@@ -437,7 +437,7 @@ class TestBadInput:
                 {"cache": CompactKVCache(jnp.zeros((B, 8, 1, 32)), jnp.zeros((B, 8, 1, 32)))},
                 r"cache.k_rot has shape \(2, 8, 1, 32\); accepted: .* 1, 8\]",
             ),
-            ({"k_scale": jnp.ones(32)}, "k_scale was given; layer 1 is QK_ONLY and has its own"),
+            ({"k_norm": jnp.ones(32)}, "k_norm was given; layer 1 is QK_ONLY and has its own"),
             (
                 {
                     "positions": plan_step(
@@ -528,9 +528,9 @@ class TestLoadHf:
             for head in range(spec.num_kv_heads):
                 rows = state[name][head * d : (head + 1) * d]
                 np.testing.assert_array_equal(packed[:, head, row], rows.T)
-        np.testing.assert_array_equal(attention.q_scale[...], state["q_norm.weight"])
+        np.testing.assert_array_equal(attention.q_norm[...], state["q_norm.weight"])
         if names:
-            np.testing.assert_array_equal(attention.k_scale[...], state["k_norm.weight"])
+            np.testing.assert_array_equal(attention.k_norm[...], state["k_norm.weight"])
 
     @on_every_layer
     def test_jax_arrays_and_dtypes(self, config, layer):

@@ -65,8 +65,8 @@ def test_rows_go_to_their_slots_and_nowhere_else(form, jit, dtype, slots):
     k, v = rows(*slots.shape, dtype=jnp.float32 if dtype == FLOAT8 else dtype)
     written = (jax.jit(form.write) if jit else form.write)(cache, slots, k, v)
     assert type(written) is form
-    k_scale, v_scale = (1, 1) if cache.scale is None else np.asarray(cache.scale)
-    new = {"k": np.asarray(k) / k_scale, "v": np.asarray(v) / v_scale}
+    k_norm, v_norm = (1, 1) if cache.scale is None else np.asarray(cache.scale)
+    new = {"k": np.asarray(k) / k_norm, "v": np.asarray(v) / v_norm}
     new["k_rot"] = band(new["k"])
     for name in set(cache._fields) - {"scale"}:
         expected = np.array(getattr(cache, name)).reshape(SLOTS, N, -1)
@@ -143,39 +143,39 @@ def test_a_donated_write_is_in_place(form, dtype):
 
 
 def k_eq_v_heads(tokens, heads, dim, rotary_dim, seed=0):
-    """Of a K = V layer in float64: (k_scale, v, k), k rotated to a position of its own."""
+    """Of a K = V layer in float64: (k_norm, v, k), k rotated to a position of its own."""
     rng = np.random.default_rng(seed)
-    k_scale = rng.normal(size=dim) * 0.5
+    k_norm = rng.normal(size=dim) * 0.5
     x = rng.normal(size=(tokens, heads, dim)) * rng.uniform(0.1, 10, size=(tokens, heads, 1))
     v = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6)
     positions = rng.integers(0, 10_000, size=tokens)
-    return k_scale, v, oracle.rope(v * k_scale, positions, theta=1e4, rotary_dim=rotary_dim)
+    return k_norm, v, oracle.rope(v * k_norm, positions, theta=1e4, rotary_dim=rotary_dim)
 
 
 @pytest.mark.parametrize(("dim", "rotary_dim"), [(512, 128), (32, 8), (16, 2), (16, 14), (16, 16)])
 def test_absorbed_queries_give_the_scores_of_whole_keys(dim, rotary_dim):
     tokens, num_q_heads = 7, 6
-    k_scale, v, k = k_eq_v_heads(tokens, N, dim, rotary_dim)
+    k_norm, v, k = k_eq_v_heads(tokens, N, dim, rotary_dim)
     q = np.random.default_rng(1).normal(size=(5, num_q_heads, dim))
     exact = np.einsum("tkgd,skd->tkgs", q.reshape(5, N, -1, dim), k)
     k32, v32, q32 = (jnp.asarray(a, jnp.float32) for a in (k, v, q))
     cache = CompactKVCache(jnp.zeros((1, tokens, N, dim)), jnp.zeros((1, tokens, N, rotary_dim)))
     cache = cache.write(jnp.arange(tokens), k32, v32)
-    query = CompactKVCache.query(q32, jnp.asarray(k_scale, jnp.float32), rotary_dim)
+    query = CompactKVCache.query(q32, jnp.asarray(k_norm, jnp.float32), rotary_dim)
     assert query.shape == (5, num_q_heads, dim + rotary_dim)
     scores, parts = 0, np.split(np.asarray(query, np.float64), [dim], axis=-1)
     for part, (keys, scale) in zip(parts, cache.key_parts, strict=True):
         assert scale is None
         part = part.reshape(5, N, -1, part.shape[-1])
         scores += np.einsum("tkgd,skd->tkgs", part, np.asarray(keys[0], np.float64))
-    # q, k_scale, their product and v are rounded, each to 2^-24 of itself.
-    sizes = np.einsum("tkgd,skd->tkgs", abs(q).reshape(5, N, -1, dim), abs(v)) * abs(k_scale).max()
+    # q, k_norm, their product and v are rounded, each to 2^-24 of itself.
+    sizes = np.einsum("tkgd,skd->tkgs", abs(q).reshape(5, N, -1, dim), abs(v)) * abs(k_norm).max()
     assert np.all(abs(scores - exact) <= 4 * 2.0**-24 * sizes)
 
 
 def test_the_query_of_whole_keys_is_the_query():
-    (q, _), k_scale = rows(3), jnp.ones(D)
-    assert KVCache.query(q, k_scale, R) is q
+    (q, _), k_norm = rows(3), jnp.ones(D)
+    assert KVCache.query(q, k_norm, R) is q
     cache = poisoned(KVCache, FLOAT8)
     ((keys, scale),) = cache.key_parts
     assert keys is cache.k
@@ -183,13 +183,13 @@ def test_the_query_of_whole_keys_is_the_query():
     assert cache.value_part.array is cache.v
 
 
-def heads_of_all_kinds(dim, k_scale):
+def heads_of_all_kinds(dim, k_norm):
     """[many, dim]: random ones, and those with all energy in one dim or in one rotating pair."""
     rng = np.random.default_rng(3)
     half, one = dim // 2, np.eye(dim)
     pairs = one[:half] + one[half:]
     # Such that the learned scale makes the two equal: turned by 45 degrees they are one dim.
-    balanced = one[:half] / k_scale[:half, None] + one[half:] / k_scale[half:, None]
+    balanced = one[:half] / k_norm[:half, None] + one[half:] / k_norm[half:, None]
     kinds = [rng.normal(size=(64, dim)), rng.standard_cauchy(size=(64, dim)), one, -one, pairs]
     return np.concatenate([*kinds, balanced, -balanced]) * 1e3
 
@@ -198,19 +198,19 @@ def heads_of_all_kinds(dim, k_scale):
 @pytest.mark.parametrize("dim", [64, 256, 512])
 @pytest.mark.parametrize("equal_scales", [False, True])
 def test_no_head_overflows_float8(dim, dtype, equal_scales):
-    k_scale = np.random.default_rng(2).normal(size=dim).astype(np.float32)
-    k_scale[dim // 3] = -5
+    k_norm = np.random.default_rng(2).normal(size=dim).astype(np.float32)
+    k_norm[dim // 3] = -5
     if equal_scales:
-        k_scale[:] = -1.3
-    scale = float8_scale(jnp.asarray(k_scale))
+        k_norm[:] = -1.3
+    scale = float8_scale(jnp.asarray(k_norm))
     assert scale.shape == (2,)
     assert scale.dtype == jnp.float32
     assert float(scale.min()) > 0
-    v = jnp.asarray(oracle.rms_norm(heads_of_all_kinds(dim, k_scale), eps=1e-6), jnp.float32)
+    v = jnp.asarray(oracle.rms_norm(heads_of_all_kinds(dim, k_norm), eps=1e-6), jnp.float32)
     degrees = np.repeat([0, 45, 90, 225], len(v))
     v = jnp.tile(v, (4, 1))
     angle = jnp.asarray(np.deg2rad(degrees), jnp.float32)[:, None] * jnp.ones(dim // 2)
-    k = apply_rope((v * k_scale)[:, None], jnp.cos(angle), jnp.sin(angle))
+    k = apply_rope((v * k_norm)[:, None], jnp.cos(angle), jnp.sin(angle))
     empty = jnp.zeros((1, len(v), 1, dim), FLOAT8)
     cache = KVCache(empty, empty, scale)
     cache = cache.write(jnp.arange(len(v)), k.astype(dtype), v[:, None].astype(dtype))

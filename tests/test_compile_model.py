@@ -33,13 +33,13 @@ def test_matmuls_of_few_tokens_are_one_launch(gpu, tokens, dtype):
     x = struct(tokens, 1, 5376, dtype=dtype)
     for f, w in [
         (ops.linear, (5376, 16384)),
-        (ops.linear_parts, (5376, 5376)),
+        (ops.linear_partial_sums, (5376, 5376)),
         (ops.geglu, (5376, 2, 21504)),
     ]:
         assert opcodes_of(gpu, f, x, struct(*w, dtype=dtype)) == {"custom-call": 1}
     # Tiles that are not whole: 26B-A4B's dense MLP.
     x, w = struct(tokens, 2112, dtype=dtype), struct(2112, 2816, dtype=dtype)
-    assert opcodes_of(gpu, ops.linear_parts, x, w) == {"custom-call": 1}
+    assert opcodes_of(gpu, ops.linear_partial_sums, x, w) == {"custom-call": 1}
 
 
 @on_every_gpu

@@ -42,7 +42,7 @@ def prefill_and_decode(config, layer, form, batch, tokens, implementation):
     )
     attention = make(layer, rngs=nnx.Rngs(0))
     # Scores of normalised queries and keys have the deviation sqrt(D); here 1, as trained ones.
-    attention.q_scale[...] *= attention.spec.head_dim**-0.5
+    attention.q_norm[...] *= attention.spec.head_dim**-0.5
     x = jax.random.normal(jax.random.key(0), (batch, tokens, config.hidden_size))
     positions = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
     producer = attention

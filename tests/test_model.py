@@ -209,7 +209,7 @@ def test_compact_caches_of_shared_layers_use_the_scale_of_their_producer():
     decoder = Gemma4Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32)
     key = jax.random.key(0)
     for layer in decoder.layers[: -config.num_kv_shared_layers]:
-        scale = layer.attention.k_scale
+        scale = layer.attention.k_norm
         scale[...] = jax.random.uniform(key, scale.shape, minval=0.2, maxval=0.6)
     layouts = layouts_of("contiguous", config)
     tokens = np.arange(2 * PROMPT, dtype=np.int32).reshape(2, PROMPT)

@@ -39,7 +39,7 @@ hidden = jnp.ones((2, decoder.config.hidden_size), decoder.dtype)
     "from g4attn_jax import ProjectionMode, ops": """
 import jax.numpy as jnp
 from g4attn_jax import KVCache
-qkv, q_scale, k_scale = jnp.ones((2, 1, 2, 5, 64)), jnp.ones(64), jnp.ones(64)
+qkv, q_norm, k_norm = jnp.ones((2, 1, 2, 5, 64)), jnp.ones(64), jnp.ones(64)
 cos, sin, kv = jnp.ones((2, 1, 8)), jnp.zeros((2, 1, 8)), jnp.ones((2, 1, 2, 64))
 cache = KVCache(*jnp.zeros((2, 2, 32, 2, 64)))
 page_table, slots = None, jnp.array([[0], [32]], jnp.int32)

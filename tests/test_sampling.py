@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from g4attn_jax import Sampling, generation
-from g4attn_jax.model.acceptance import Drawn, Greedy
+from g4attn_jax.model.acceptance import Greedy, RejectionSampling
 from g4attn_jax.model.sampling import scaled_logits
 
 DRAWS = 40_000
@@ -47,7 +47,7 @@ jitted = jax.jit(next_tokens)
 def rule_of(keys, temperature=1.0, top_k=None, top_p=None, suppress_tokens=()):
     """With numbers as `Generator` gives them."""
     suppressed = np.isin(np.arange(len(LOGITS)), suppress_tokens) if suppress_tokens else None
-    return Drawn(
+    return RejectionSampling(
         temperature=np.float32(temperature),
         top_k=None if top_k is None else np.int32(top_k),
         top_p=None if top_p is None else np.float32(top_p),
@@ -161,9 +161,9 @@ def test_a_drawn_rule_never_accepts_a_suppressed_draft():
     position = np.zeros(batch, np.int32)
     assert 0 not in np.asarray(rule.draft(np.tile(LOGITS, (batch, 1)), position)[0])
     drafts, certain = np.zeros((batch, 1), np.int32), np.eye(len(LOGITS), dtype=np.float32)[0]
-    evidence = np.tile(certain, (batch, 1, 1))
+    draft_probs = np.tile(certain, (batch, 1, 1))
     logits = np.tile(LOGITS, (batch, 2, 1))
-    of_step = logits, drafts, evidence, np.ones(batch, np.int32), position
+    of_step = logits, drafts, draft_probs, np.ones(batch, np.int32), position
     num_accepted, tokens = rule.accept(*of_step)
     assert not num_accepted.any()
     assert 0 not in np.asarray(tokens)

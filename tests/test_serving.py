@@ -247,7 +247,7 @@ def shared_model_layer(layer):
         SHARED_K_EQ_V, layer, rngs=nnx.Rngs(layer), dtype=jnp.float32, param_dtype=jnp.float32
     )
     rng = np.random.default_rng(layer)
-    for scale in (attention.q_scale, attention.k_scale):
+    for scale in (attention.q_norm, attention.k_norm):
         if scale is not None:
             scale[...] = jnp.asarray(rng.normal(0.5, 0.2, scale.shape), jnp.float32)
     return attention
@@ -274,8 +274,8 @@ def test_a_shared_layer_reads_any_cache_of_its_producer(layer, kind):
         plan = plan_step(spec, positions, layout_of(kind, spec, table))
         _, cache = producer(x, plan, cache)
         # A compact cache needs it; with whole keys it makes no difference.
-        k_scale = producer.k_scale[...] if isinstance(cache, CompactKVCache) else None
-        y, same = attention(x, plan, cache, k_scale)
+        k_norm = producer.k_norm[...] if isinstance(cache, CompactKVCache) else None
+        y, same = attention(x, plan, cache, k_norm)
         assert all(a is b for a, b in zip(same, cache, strict=True))
         return y, cache
 

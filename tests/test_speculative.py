@@ -30,7 +30,7 @@ from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import FLOAT8, CompactKVCache
 from g4attn_jax.checkpoint import load_assistant_into, load_hf_into
 from g4attn_jax.model import Gemma4Assistant
-from g4attn_jax.model.acceptance import Drawn, Greedy
+from g4attn_jax.model.acceptance import Greedy, RejectionSampling
 from g4attn_jax.speculative import draft, verify
 
 TARGETS = Path(__file__).parent / "golden_model"
@@ -237,7 +237,7 @@ def test_a_ring_of_a_window_and_a_group(monkeypatch):
 
 
 class Logits(NamedTuple):
-    """Greedy, with logits for evidence."""
+    """Greedy, with logits for draft_probs."""
 
     def draft(self, logits, position):
         return Greedy().draft(logits, position)[0], logits
@@ -433,8 +433,8 @@ def drawn_from_chains(sampling, same_chain=False):
     def group(token, position, num_drafts, rule):
         hidden = jnp.zeros((DRAWN_SEQUENCES, 1))
         of_target = token, position, hidden, {}, {}
-        drafts, evidence = draft(decoder, reader, *of_target, rule, draft_tokens=K)
-        of_drafts = token, position, drafts, evidence, num_drafts
+        drafts, draft_probs = draft(decoder, reader, *of_target, rule, draft_tokens=K)
+        of_drafts = token, position, drafts, draft_probs, num_drafts
         verified = verify(decoder, *of_drafts, {}, {}, rule)
         return verified._replace(hidden=None), drafts
 
@@ -505,12 +505,12 @@ def test_the_draft_that_goes_is_drawn_from_what_is_left():
     """max(p - q, 0) of p = (0.5, 0.3, 0.2) and q = (0.2, 0.7, 0.1) is (0.3, 0, 0.1)."""
     p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.7, 0.1])
     batch = 40_000
-    rule = Drawn(np.float32(1), None, None, jax.random.split(jax.random.key(0), batch))
+    rule = RejectionSampling(np.float32(1), None, None, jax.random.split(jax.random.key(0), batch))
     position = np.full(batch, 7, np.int32)
-    drafts, evidence = rule.draft(jnp.tile(jnp.log(q), (batch, 1)), position)
+    drafts, draft_probs = rule.draft(jnp.tile(jnp.log(q), (batch, 1)), position)
     logits = jnp.tile(jnp.log(p).astype(jnp.float32), (batch, 2, 1))
     num_drafts = np.ones(batch, np.int32)
-    of_step = drafts[:, None], evidence[:, None], num_drafts, position
+    of_step = drafts[:, None], draft_probs[:, None], num_drafts, position
     num_accepted, token = map(np.asarray, rule.accept(logits, *of_step))
     stays = np.minimum(p, q).sum()
     assert scipy.stats.binomtest(int(num_accepted.sum()), batch, stays).pvalue > 1e-3
@@ -565,7 +565,7 @@ class All(NamedTuple):
 
     last: jax.Array
 
-    def accept(self, logits, drafts, evidence, num_drafts, position):
+    def accept(self, logits, drafts, draft_probs, num_drafts, position):
         return num_drafts, jnp.broadcast_to(self.last, num_drafts.shape)
 
 
@@ -633,7 +633,7 @@ def test_groups_that_make_no_sense(changes, message):
         "token": np.zeros(2, int),
         "position": np.zeros(2, int),
         "drafts": np.zeros((2, 4), int),
-        "evidence": None,
+        "draft_probs": None,
         "num_drafts": np.zeros(2, int),
     }
     with pytest.raises(ValueError, match=message):

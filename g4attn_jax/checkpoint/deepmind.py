@@ -32,8 +32,8 @@ _MODEL = {
 }
 _ATTENTION = {
     "attention.o_proj": Packed("NDE", {"attn/attn_vec_einsum": "N,D,E"}),
-    "attention.q_scale": Packed("D", {"attn/query_norm/scale": "D"}),
-    "attention.k_scale": Packed("D", {"attn/key_norm/scale": "D"}),
+    "attention.q_norm": Packed("D", {"attn/query_norm/scale": "D"}),
+    "attention.k_norm": Packed("D", {"attn/key_norm/scale": "D"}),
     "input_norm": Packed("E", {"pre_attention_norm/scale": "E"}),
     "post_attention_norm": Packed("E", {"post_attention_norm/scale": "E"}),
     "post_feedforward_norm": Packed("E", {"post_ffw_norm/scale": "E"}),

@@ -42,8 +42,8 @@ _MODEL = {
 _OWN_HEAD = {"lm_head": Packed("VE", {HEAD: "V,E"})}
 _LAYER = {
     "attention.o_proj": Packed("NDE", {"self_attn.o_proj.weight": "E,ND"}),
-    "attention.q_scale": Packed("D", {"self_attn.q_norm.weight": "D"}),
-    "attention.k_scale": Packed("D", {"self_attn.k_norm.weight": "D"}),
+    "attention.q_norm": Packed("D", {"self_attn.q_norm.weight": "D"}),
+    "attention.k_norm": Packed("D", {"self_attn.k_norm.weight": "D"}),
     "input_norm": Packed("E", {"input_layernorm.weight": "E"}),
     "post_attention_norm": Packed("E", {"post_attention_layernorm.weight": "E"}),
     "pre_feedforward_norm": Packed("E", {"pre_feedforward_layernorm.weight": "E"}),

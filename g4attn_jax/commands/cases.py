@@ -101,7 +101,7 @@ class PrologueCase:
         shape = (m, nkv, group + self.mode.num_kv_projections, d)
         qkv = _normal(rng, shape, dtype, 3)
         # Below 1, so that no rotated pair reaches 8, as above.
-        q_scale, k_scale = jnp.asarray(rng.uniform(0.25, 0.75, (2, d)), dtype)
+        q_norm, k_norm = jnp.asarray(rng.uniform(0.25, 0.75, (2, d)), dtype)
         positions = jnp.asarray(rng.integers(0, 262144, m), jnp.int32)
         cos, sin = rope_cos_sin(positions, theta=1e6, head_dim=d, rotary_dim=self.rotary_dim)
         num_pages = 2 + 2 * m // self.page_size
@@ -116,7 +116,7 @@ class PrologueCase:
                 for n, w in widths.items()
             }
         )
-        return [qkv, q_scale, k_scale, cos, sin, slots, cache]
+        return [qkv, q_norm, k_norm, cos, sin, slots, cache]
 
     def run(self, arguments, implementation):
         """The query and the arrays of the cache."""
@@ -131,14 +131,14 @@ class PrologueCase:
         return self._in_numpy(arguments, oracle.usual_rms_norm, oracle.usual_rotate)
 
     def _in_numpy(self, arguments, norm, turn):
-        qkv, q_scale, k_scale, cos, sin, slots, cache = arguments
+        qkv, q_norm, k_norm, cos, sin, slots, cache = arguments
         q, k, v = oracle.qkv_norm_rope(
-            qkv, q_scale, k_scale, cos, sin, mode=self.mode, norm=norm, turn=turn
+            qkv, q_norm, k_norm, cos, sin, mode=self.mode, norm=norm, turn=turn
         )
         # The next op reads what this one stored, so the usual path's rotation is rounded too.
         rows = {"k": k, "v": v}
         if self.form is CompactKVCache:
-            q = oracle.absorbed_query(q, k_scale, self.rotary_dim)
+            q = oracle.absorbed_query(q, k_norm, self.rotary_dim)
             rows["k_rot"] = None if k is None else oracle.band(k, self.rotary_dim)
         if self.mode is ProjectionMode.Q_ONLY:
             return q, cache

@@ -85,7 +85,7 @@ class _LayerRun:
         # With random weights and a scale of 1, scores reach sqrt(D) and softmax picks single keys,
         # which a rounding of q can swap. Trained scales keep the scores of order 1; so does this.
         head_dim = self.attention.spec.head_dim
-        self.attention.q_scale[...] = jnp.full(head_dim, head_dim**-0.5, jnp.bfloat16)
+        self.attention.q_norm[...] = jnp.full(head_dim, head_dim**-0.5, jnp.bfloat16)
         shape = (batch, self.capacity, config.hidden_size)
         self.x = jax.random.normal(jax.random.key(seed), shape).astype(jnp.bfloat16)
         self.positions = jnp.broadcast_to(jnp.arange(self.capacity), shape[:2])
@@ -95,11 +95,11 @@ class _LayerRun:
             if self.attention.spec.mode is ProjectionMode.QK_ONLY:
                 forms.append(CompactKVCache)
             self.caches = {form: self.attention.init_cache(layout, form) for form in forms}
-            self.k_scale = None  # its own
+            self.k_norm = None  # its own
             self.reference_cache = None
         else:
             self.caches, self.reference_cache = dict(producer.caches), producer.reference_cache
-            self.k_scale = producer.attention.k_scale[...]
+            self.k_norm = producer.attention.k_norm[...]
         self.layout = layout
 
     def decode(self) -> Iterator[Row]:
@@ -113,14 +113,14 @@ class _LayerRun:
         forward, params = _jitted(self.attention)
         prompt = slice(self.prompt_len)
         arguments = self.x[:, prompt], self.positions[:, prompt]
-        _, cache = forward(params, *arguments, cache, self.k_scale)
+        _, cache = forward(params, *arguments, cache, self.k_norm)
         steps = range(self.prompt_len, self.capacity)
         tokens = [(self.x[:, t, None], self.positions[:, t, None]) for t in steps]
-        step = forward.lower(params, *tokens[0], cache, self.k_scale).compile()
+        step = forward.lower(params, *tokens[0], cache, self.k_norm).compile()
         outputs, times = [], []
         for x, positions in tokens:
             start = time.perf_counter()
-            y, cache = jax.block_until_ready(step(params, x, positions, cache, self.k_scale))
+            y, cache = jax.block_until_ready(step(params, x, positions, cache, self.k_norm))
             times.append(time.perf_counter() - start)
             outputs.append(np.asarray(y[:, 0], np.float32))
         self.caches[form] = cache
@@ -172,11 +172,11 @@ def count_launches(compiled_text: str, kernel: str) -> int:
 
 
 def _jitted(attention):
-    """(f, params), f(params, x, positions, cache, k_scale) jitted, the cache donated."""
+    """(f, params), f(params, x, positions, cache, k_norm) jitted, the cache donated."""
     graph, params = nnx.split(attention)
 
-    def forward(params, x, positions, cache, k_scale):
-        return nnx.merge(graph, params)(x, positions, cache, k_scale)
+    def forward(params, x, positions, cache, k_norm):
+        return nnx.merge(graph, params)(x, positions, cache, k_norm)
 
     return jax.jit(forward, donate_argnums=3), params
 

@@ -35,7 +35,7 @@ from g4attn_jax.generation.prompts import (
     following,
 )
 from g4attn_jax.generation.settings import GenerationSettings
-from g4attn_jax.model.acceptance import Drawn, Greedy, Rule
+from g4attn_jax.model.acceptance import Greedy, RejectionSampling, Rule
 from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.decoder import Gemma4Decoder
 from g4attn_jax.model.embedding import num_embedded_tokens
@@ -258,7 +258,7 @@ class Generator:
                 which sequence b draws as from `jax.random.fold_in(key, b)`, or one of each
                 sequence, [B]. The token that follows position p is drawn with the sequence's key,
                 folded with p; with an assistant it is another of the same distribution, see
-                `acceptance.Drawn`.
+                `acceptance.RejectionSampling`.
             on_tokens: called with the new tokens of each sequence, several times; together they are
                 what is returned.
             on_drafts: called at the end with what became of the drafts; with an assistant alone.
@@ -401,7 +401,7 @@ def _rule(sampling: Sampling, key: PRNGKeyArray | None, batch: int, vocab_size: 
             "of impl 'threefry2x32'"
         )
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(batch))
-    return Drawn(
+    return RejectionSampling(
         temperature=np.float32(sampling.temperature),
         top_k=None if sampling.top_k is None else np.int32(min(sampling.top_k, vocab_size)),
         top_p=None if sampling.top_p is None else np.float32(sampling.top_p),

@@ -148,16 +148,16 @@ class Programs:
             weights, sequences = jax.lax.optimization_barrier((params, sequences))
             decoder, assistant = nnx.merge(self.graph, weights)
             token, position, hidden, _ = sequences
-            drafts, evidence = jnp.zeros((batch, 0), jnp.int32), None
+            drafts, draft_probs = jnp.zeros((batch, 0), jnp.int32), None
             if assistant is not None:
                 of_target = token, position, hidden, caches, layouts
-                drafts, evidence = draft(
+                drafts, draft_probs = draft(
                     decoder, assistant, *of_target, rule, draft_tokens=self.draft_tokens
                 )
             # The first step has no hidden state to draft from; tokens past the end have no room.
             room = jnp.where(position > begin, end - position - 1, 0)
             num_drafts = jnp.clip(room, 0, self.draft_tokens)
-            of_drafts = drafts, evidence, num_drafts
+            of_drafts = drafts, draft_probs, num_drafts
             verified = verify(
                 *(decoder, token, position, *of_drafts, caches, layouts, rule),
                 with_log_probs=with_log_probs,

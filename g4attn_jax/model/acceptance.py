@@ -33,15 +33,15 @@ class Rule(Protocol):
             position: integer [B].
 
         Returns:
-            (token, evidence): int32 [B], and an array [B, ...] of what `accept` is to know of this
-            choice, or None.
+            (token, draft_probs): int32 [B], and the probabilities [B, V] that it was drawn with, or
+            None.
         """
 
     def accept(
         self,
         logits: Float[Array, "B k+1 V"],
         drafts: Int[Array, "B k"],
-        evidence: Any,
+        draft_probs: Any,
         num_drafts: Int[Array, " B"],
         position: Int[Array, " B"],
     ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
@@ -50,7 +50,7 @@ class Rule(Protocol):
         Args:
             logits: float32 [B, k + 1, V], the target's: row i is of what follows position + i.
             drafts: int32 [B, k], draft i the one to follow position + i.
-            evidence: what `draft` said of them, [B, k, ...], or None.
+            draft_probs: what `draft` said of them, [B, k, ...], or None.
             num_drafts: int32 [B], 0 to k: of the others nothing is to be known.
             position: integer [B], of the token before the drafts.
 
@@ -70,10 +70,10 @@ class Greedy(NamedTuple):
     suppressed: Bool[Array, " V"] | None = None
 
     def draft(self, logits, position):
-        """The likeliest token, the first of several, and no evidence."""
+        """The likeliest token, the first of several, and no draft_probs."""
         return self._best(logits), None
 
-    def accept(self, logits, drafts, evidence, num_drafts, position):
+    def accept(self, logits, drafts, draft_probs, num_drafts, position):
         """As many drafts as equal the likeliest tokens, and the likeliest token after them."""
         best = self._best(logits)
         num_accepted = _count_first(drafts == best[:, :-1], num_drafts)
@@ -84,7 +84,7 @@ class Greedy(NamedTuple):
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-class Drawn(NamedTuple):
+class RejectionSampling(NamedTuple):
     """Tokens drawn from a distribution, which drafts do not change.
 
         draft d ~ q,   stays if u q(d) < p(d)        p and q: of `Sampling`, the target's and the
@@ -120,12 +120,12 @@ class Drawn(NamedTuple):
         # Of an assistant that knows few tokens all may be suppressed: then q is 0, and no draft is.
         return token, jnp.where(jnp.isfinite(scaled), jax.nn.softmax(scaled, axis=-1), 0)
 
-    def accept(self, logits, drafts, evidence, num_drafts, position):
+    def accept(self, logits, drafts, draft_probs, num_drafts, position):
         """See above."""
         scaled = self._scaled(logits)
         if not drafts.shape[1]:
             return jnp.zeros_like(num_drafts), _draw(_fold(self.keys, position), scaled[:, 0])
-        p, q = jax.nn.softmax(scaled, axis=-1), evidence
+        p, q = jax.nn.softmax(scaled, axis=-1), draft_probs
         p_of_draft, q_of_draft = (
             jnp.take_along_axis(x[:, : drafts.shape[1]], drafts[..., None], axis=-1)[..., 0]
             for x in (p, q)

@@ -113,7 +113,7 @@ class Gemma4Assistant(nnx.Module):
         positions: Int[Array, "B T"],
         caches: Mapping[str, Cache],
         layouts: Mapping[str, Layout],
-        k_scales: Mapping[str, Float[Array, " D"]] | None = None,
+        k_norms: Mapping[str, Float[Array, " D"]] | None = None,
     ) -> tuple[Float[Array, "B T V"], Float[Array, "B T A"]]:
         """One draft of every sequence (T = 1).
 
@@ -130,14 +130,14 @@ class Gemma4Assistant(nnx.Module):
                 own.
             caches: the target's last of each layer type, see `last_caches`.
             layouts: of each layer type, that the caches were made with.
-            k_scales: of the layers that made the caches, by type; a `CompactKVCache` needs it.
+            k_norms: of the layers that made the caches, by type; a `CompactKVCache` needs it.
 
         Returns:
             (logits, hidden): float32 [B, T, V], minus infinity for tokens of other centroids than
             the best; and [B, T, A] in `dtype`, to draft on from.
 
         Raises:
-            ValueError: an argument has the wrong shape or dtype, a cache, layout or k_scale is
+            ValueError: an argument has the wrong shape or dtype, a cache, layout or k_norm is
                 missing, or as `plan_step` raises.
         """
         positions = positions if hasattr(positions, "shape") else np.asarray(positions)
@@ -147,7 +147,7 @@ class Gemma4Assistant(nnx.Module):
                 f"{np.shape(embeddings)} it must be {np.shape(embeddings)[:2]}"
             )
         plans = self.plan(positions, layouts)
-        return self.step(embeddings, hidden, plans, caches, k_scales)
+        return self.step(embeddings, hidden, plans, caches, k_norms)
 
     def plan(
         self, positions: Int[Array, "B T"], layouts: Mapping[str, Layout]
@@ -165,7 +165,7 @@ class Gemma4Assistant(nnx.Module):
         hidden: Float[Array, "B T A"],
         plans: Mapping[str, StepPlan],
         caches: Mapping[str, Cache],
-        k_scales: Mapping[str, Float[Array, " D"]] | None = None,
+        k_norms: Mapping[str, Float[Array, " D"]] | None = None,
     ) -> tuple[Float[Array, "B T V"], Float[Array, "B T A"]]:
         """`__call__` with what `plan` made of positions and layouts."""
         self._check(embeddings, hidden, caches)
@@ -173,7 +173,7 @@ class Gemma4Assistant(nnx.Module):
         x = self._linear(inputs, self.pre_projection)
         h = rms_norm(x, self.layers[0].input_norm[...], eps=self.config.text.rms_norm_eps)
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
-        scales = {} if k_scales is None else k_scales
+        scales = {} if k_norms is None else k_norms
         for layer, layer_type, norm in zip(
             self.layers, self.config.text.layer_types, next_norms, strict=True
         ):
@@ -183,7 +183,7 @@ class Gemma4Assistant(nnx.Module):
                 plans[layer_type],
                 caches[layer_type],
                 norm[...],
-                k_scale=scales.get(layer_type),
+                k_norm=scales.get(layer_type),
             )
         return self.logits(h), self._linear(h, self.post_projection)
 
@@ -269,11 +269,10 @@ def last_caches(
         caches: its caches, of every layer that has one.
 
     Returns:
-        (caches, k_scales): by layer type, of the last layer that has a cache.
+        (caches, k_norms): by layer type, of the last layer that has a cache.
     """
     last = {target.config.layer_types[index]: index for index in sorted(caches)}
-    k_scales = {
-        layer_type: target.layers[index].attention.k_scale[...]
-        for layer_type, index in last.items()
+    k_norms = {
+        layer_type: target.layers[index].attention.k_norm[...] for layer_type, index in last.items()
     }
-    return {layer_type: caches[index] for layer_type, index in last.items()}, k_scales
+    return {layer_type: caches[index] for layer_type, index in last.items()}, k_norms

@@ -294,7 +294,7 @@ class Gemma4Decoder(nnx.Module):
                 plans[self.config.layer_types[attention.layer]],
                 caches[kv_layer],
                 norms[attention.layer][...],
-                k_scale=self.layers[kv_layer].attention.k_scale[...] if is_shared else None,
+                k_norm=self.layers[kv_layer].attention.k_norm[...] if is_shared else None,
                 per_layer_input=None if per_layer is None else per_layer[:, :, attention.layer],
             )
             caches = caches | {kv_layer: cache}

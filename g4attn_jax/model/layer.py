@@ -96,7 +96,7 @@ class Gemma4DecoderLayer(nnx.Module):
         cache: Cache | None,
         next_norm: Float[Array, " E"],
         *,
-        k_scale: Float[Array, " D"] | None = None,
+        k_norm: Float[Array, " D"] | None = None,
         per_layer_input: Float[Array, "B T P"] | None = None,
     ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"], Cache]:
         """One step of the layer.
@@ -107,21 +107,21 @@ class Gemma4DecoderLayer(nnx.Module):
             plan: from `plan_step`, for the layer's type.
             cache: of layer `attention.spec.kv_layer`; None: the layer makes one of these tokens.
             next_norm: [E], `input_norm` of the next layer, after the last one the model's norm.
-            k_scale: of the cache's layer if it is another one, else None.
+            k_norm: of the cache's layer if it is another one, else None.
             per_layer_input: [B, T, P] with PLE, else None.
 
         Returns:
             (x, h, cache): x and rms(x) * next_norm, [B, T, E] in the dtype x came in, and the
             updated cache.
         """
-        y, cache = self.attention.parts(h, plan, cache, k_scale)
+        y, cache = self.attention.partial_sums(h, plan, cache, k_norm)
         norms = [self.pre_feedforward_norm[...]]
         if self.moe is not None:
             norms.append(self.pre_feedforward_norm_2[...])
         x, (h, *of_moe) = self._add(x, y, self.post_attention_norm, norms)
-        y = self.mlp.parts(h)
+        y = self.mlp.partial_sums(h)
         if self.moe is not None:
-            y = self._norm(ops.sum_parts(y, jnp.float32), self.post_feedforward_norm_1)
+            y = self._norm(ops.add_partial_sums(y, jnp.float32), self.post_feedforward_norm_1)
             y += self._norm(self.moe(x, *of_moe), self.post_feedforward_norm_2)
         last = [next_norm], self.layer_scalar[...]
         if per_layer_input is None:
@@ -134,12 +134,14 @@ class Gemma4DecoderLayer(nnx.Module):
 
     def _tell(self, x, per_layer_input):
         """In parts."""
-        gate = ops.sum_parts(self._parts(x, self.per_layer_gate), jnp.float32)
+        gate = ops.add_partial_sums(self._parts(x, self.per_layer_gate), jnp.float32)
         told = jax.nn.gelu(gate, approximate=True) * per_layer_input
         return self._parts(told.astype(x.dtype), self.per_layer_projection)
 
     def _parts(self, x, weight):
-        return ops.linear_parts(x, weight[...].astype(x.dtype), implementation=self.implementation)
+        return ops.linear_partial_sums(
+            x, weight[...].astype(x.dtype), implementation=self.implementation
+        )
 
     def _norm(self, x, scale):
         """In float32: not rounded before the sum."""

@@ -55,11 +55,11 @@ class Gemma4MLP(nnx.Module):
         Args:
             x: [B, T, E]; cast to `dtype`.
         """
-        return ops.sum_parts(self.parts(x), self.dtype)
+        return ops.add_partial_sums(self.partial_sums(x), self.dtype)
 
-    def parts(self, x: Float[Array, "B T E"]) -> Float[Array, "parts B T E"]:
-        """The same in parts that add up to it, see `ops.linear_parts`."""
+    def partial_sums(self, x: Float[Array, "B T E"]) -> Float[Array, "parts B T E"]:
+        """The same in parts that add up to it, see `ops.linear_partial_sums`."""
         x = x.astype(self.dtype)
         gate_up, down = (w[...].astype(self.dtype) for w in (self.gate_up_proj, self.down_proj))
         gated = ops.geglu(x, gate_up, implementation=self.implementation)
-        return ops.linear_parts(gated, down, implementation=self.implementation)
+        return ops.linear_partial_sums(gated, down, implementation=self.implementation)

@@ -5,7 +5,7 @@ from g4attn_jax.ops.decode_attention import decode_attention
 from g4attn_jax.ops.grouped_gated_matmul import grouped_gated_matmul
 from g4attn_jax.ops.grouped_matmul import grouped_matmul
 from g4attn_jax.ops.implementation import Implementation
-from g4attn_jax.ops.linear import geglu, linear, linear_parts, sum_parts
+from g4attn_jax.ops.linear import add_partial_sums, geglu, linear, linear_partial_sums
 from g4attn_jax.ops.prefill_attention import prefill_attention
 from g4attn_jax.ops.q_keqv_rms_norm import q_keqv_rms_norm
 from g4attn_jax.ops.qkv_norm_rope import qkv_norm_rope
@@ -14,17 +14,17 @@ from g4attn_jax.ops.qkv_rms_norm import qkv_rms_norm
 
 __all__ = [
     "Implementation",
+    "add_partial_sums",
     "add_rms_norm",
     "decode_attention",
     "geglu",
     "grouped_gated_matmul",
     "grouped_matmul",
     "linear",
-    "linear_parts",
+    "linear_partial_sums",
     "prefill_attention",
     "q_keqv_rms_norm",
     "qkv_norm_rope",
     "qkv_norm_rope_write",
     "qkv_rms_norm",
-    "sum_parts",
 ]

@@ -47,17 +47,17 @@ def check_packed(qkv: jax.Array, mode: ProjectionMode) -> None:
         )
 
 
-def check_k_scale(k_scale: jax.Array | None, *, mode: ProjectionMode) -> None:
+def check_k_norm(k_norm: jax.Array | None, *, mode: ProjectionMode) -> None:
     """Refuses a missing or a surplus scale of K.
 
     Raises:
         ValueError: naming the argument, what was given and what is accepted.
     """
     if mode is ProjectionMode.Q_ONLY:
-        if k_scale is not None:
-            raise ValueError("k_scale was given; Q_ONLY normalises no K and accepts None")
-    elif k_scale is None:
-        raise ValueError(f"k_scale is missing; {mode.name} needs it, of shape (D,)")
+        if k_norm is not None:
+            raise ValueError("k_norm was given; Q_ONLY normalises no K and accepts None")
+    elif k_norm is None:
+        raise ValueError(f"k_norm is missing; {mode.name} needs it, of shape (D,)")
 
 
 def check_cache(

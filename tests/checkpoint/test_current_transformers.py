@@ -125,12 +125,12 @@ def drafts_of(assistant, target, tokens):
         hidden, caches = target.hidden(
             jnp.asarray(tokens[:, :LENGTH]), positions, target.init_caches(layouts), layouts
         )
-        read, k_scales = last_caches(target, caches)
+        read, k_norms = last_caches(target, caches)
         token, hidden, drafts = jnp.asarray(tokens[:, LENGTH:]), hidden[:, -1:], []
         for _ in range(DRAFTS):
             embeddings = embed(target.embed_tokens[...], token)
             at = jnp.full((batch, 1), LENGTH)
-            logits, hidden = assistant(embeddings, hidden, at, read, layouts, k_scales)
+            logits, hidden = assistant(embeddings, hidden, at, read, layouts, k_norms)
             token = jnp.argmax(logits, axis=-1)
             drafts.append(token)
     return np.concatenate(drafts, axis=1)

@@ -123,7 +123,7 @@ def launch_decoder(tokens, dtype, implementation="triton"):
     """Matmuls of few tokens and the residual sum, of sizes that no block divides."""
     x, w, gate_up, *norms = decoder_arguments(tokens, dtype)
     run = {"implementation": implementation}
-    parts = ops.linear_parts(x, w, **run)
+    parts = ops.linear_partial_sums(x, w, **run)
     outputs = [ops.linear(x, w, **run), ops.geglu(x, gate_up, **run)]
     outputs += ops.add_rms_norm(x, parts, *norms, **run)
     jax.block_until_ready(outputs)
@@ -141,10 +141,10 @@ def launch_case(case):
 
 def launch_norm_rope(case):
     """The prologue without a cache."""
-    qkv, q_scale, k_scale, cos, sin, *_ = made_on_the_cpu(case.arguments)()
-    k_scale = None if case.mode is ProjectionMode.Q_ONLY else k_scale
+    qkv, q_norm, k_norm, cos, sin, *_ = made_on_the_cpu(case.arguments)()
+    k_norm = None if case.mode is ProjectionMode.Q_ONLY else k_norm
     run = functools.partial(ops.qkv_norm_rope, mode=case.mode, implementation="triton")
-    jax.block_until_ready(run(qkv, q_scale, k_scale, cos, sin))
+    jax.block_until_ready(run(qkv, q_norm, k_norm, cos, sin))
     return 1
 
 

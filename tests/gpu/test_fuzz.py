@@ -159,9 +159,9 @@ def test_norm_rope(fuzz):
         d = 2 * int(rng.integers(1, 300))
         rotary_dim = 2 * int(rng.integers(0, d // 2 + 1))
         case = PrologueCase(mode, KVCache, *heads(rng), d, rotary_dim, int(rng.integers(1, 400)))
-        qkv, q_scale, k_scale, cos, sin, *_ = case.arguments(dtype)
-        k_scale = None if mode is ProjectionMode.Q_ONLY else k_scale
-        arguments = qkv, q_scale, k_scale, cos, sin
+        qkv, q_norm, k_norm, cos, sin, *_ = case.arguments(dtype)
+        k_norm = None if mode is ProjectionMode.Q_ONLY else k_norm
+        arguments = qkv, q_norm, k_norm, cos, sin
         ours = ops.qkv_norm_rope(*arguments, mode=mode, implementation="triton")
         exact = oracle.qkv_norm_rope(*arguments, mode=mode)
         for x, y in zip(*map(jax.tree.leaves, (ours, exact)), strict=True):
@@ -184,8 +184,8 @@ def test_products(fuzz):
         exact = test_linear.exact(x, w)
         y = ops.linear(x, w, implementation="triton")
         check_sums(y, exact, k, dtype, tokens, k, n)
-        parts = ops.linear_parts(x, w, implementation="triton")
-        check_sums(ops.sum_parts(parts, dtype), exact, k, dtype, tokens, k, n)
+        parts = ops.linear_partial_sums(x, w, implementation="triton")
+        check_sums(ops.add_partial_sums(parts, dtype), exact, k, dtype, tokens, k, n)
         x, w = test_linear.case(tokens, k, 2, n, dtype=dtype)
         gate, up = np.moveaxis(test_linear.exact(x, w), 2, 0)
         y = ops.geglu(x, w, implementation="triton")

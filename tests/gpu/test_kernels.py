@@ -168,19 +168,19 @@ def test_results_are_bitwise_repeatable(case):
 @on_a_gpu("qkv_norm_rope")
 @pytest.mark.parametrize("mode", ProjectionMode)
 def test_derivative_of_the_prologue(mode):
-    qkv, q_scale, k_scale, cos, sin, *_ = cases.PrologueCase(
+    qkv, q_norm, k_norm, cos, sin, *_ = cases.PrologueCase(
         mode, KVCache, 8, 2, 256, 64, 6
     ).arguments(jnp.float32)
-    k_scale = None if mode is ProjectionMode.Q_ONLY else k_scale
+    k_norm = None if mode is ProjectionMode.Q_ONLY else k_norm
 
-    def loss(qkv, q_scale, implementation):
+    def loss(qkv, q_norm, implementation):
         outputs = ops.qkv_norm_rope(
-            qkv, q_scale, k_scale, cos, sin, mode=mode, implementation=implementation
+            qkv, q_norm, k_norm, cos, sin, mode=mode, implementation=implementation
         )
         return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(outputs))
 
     ours, reference = (
-        jax.grad(loss, argnums=(0, 1))(qkv, q_scale, implementation)
+        jax.grad(loss, argnums=(0, 1))(qkv, q_norm, implementation)
         for implementation in ("triton", "xla")
     )
     for a, b in zip(ours, reference, strict=True):

@@ -59,11 +59,11 @@ def test_against_float64(sizes, implementation):
     x, w = case(*sizes)
     with jax.default_matmul_precision("highest"):
         y = ops.linear(x, w, implementation=implementation)
-        parts = ops.linear_parts(x, w, implementation=implementation)
+        parts = ops.linear_partial_sums(x, w, implementation=implementation)
     truth = exact(x, w)
     error = sizes[1] ** 0.5 * EPS * np.linalg.norm(truth)
     close(y, truth, error)
-    close(ops.sum_parts(parts, x.dtype), truth, error)
+    close(ops.add_partial_sums(parts, x.dtype), truth, error)
     assert len(parts) == 1 or implementation != "xla"
 
 
@@ -104,12 +104,12 @@ def test_one_rounding(dtype, implementation):
 def test_parts(implementation):
     """As many as fill a GPU, none of them empty where there are tiles enough."""
     x, w = case(4, 2048, 640)
-    parts = ops.linear_parts(x, w, implementation=implementation)
+    parts = ops.linear_partial_sums(x, w, implementation=implementation)
     assert parts.shape == (8, 4, 1, 640) and parts.dtype == jnp.float32
     assert (np.abs(parts).max(axis=(1, 2, 3)) > 0).all()
     wide = jnp.zeros((2048, 64 * 264), x.dtype)
-    assert len(ops.linear_parts(x, wide, implementation=implementation)) == 1
-    shallow = ops.linear_parts(x[..., :130], w[:130], implementation=implementation)
+    assert len(ops.linear_partial_sums(x, wide, implementation=implementation)) == 1
+    shallow = ops.linear_partial_sums(x[..., :130], w[:130], implementation=implementation)
     assert len(shallow) == 3
 
 
@@ -124,9 +124,9 @@ def test_who_gets_what():
     narrow, wide = jnp.zeros((64, 640)), jnp.zeros((64, 64 * 96))
     assert runs_kernel(ops.linear, few, wide) and not runs_kernel(ops.linear, few, narrow)
     assert not runs_kernel(ops.linear, many, wide)
-    assert runs_kernel(ops.linear_parts, few, narrow)
-    assert not runs_kernel(ops.linear_parts, many, narrow)
-    assert not runs_kernel(ops.linear_parts, few, narrow, "xla")
+    assert runs_kernel(ops.linear_partial_sums, few, narrow)
+    assert not runs_kernel(ops.linear_partial_sums, many, narrow)
+    assert not runs_kernel(ops.linear_partial_sums, few, narrow, "xla")
     assert runs_kernel(ops.geglu, few, wide.reshape(64, 2, -1).repeat(2, axis=2))
     assert not runs_kernel(ops.geglu, few, wide.reshape(64, 2, -1))
 
@@ -136,7 +136,9 @@ def test_transformations(implementation):
     x, w = case(4, 96, 160)
 
     def loss(x, w, implementation=implementation):
-        y = ops.sum_parts(ops.linear_parts(x, w, implementation=implementation), x.dtype)
+        y = ops.add_partial_sums(
+            ops.linear_partial_sums(x, w, implementation=implementation), x.dtype
+        )
         return jnp.sum(jnp.sin(y))
 
     with jax.default_matmul_precision("highest"):
@@ -150,7 +152,7 @@ def test_transformations(implementation):
         close(batched, truth, 96**0.5 * EPS * np.linalg.norm(truth))
 
 
-@pytest.mark.parametrize("f", [ops.linear, ops.linear_parts, ops.geglu])
+@pytest.mark.parametrize("f", [ops.linear, ops.linear_partial_sums, ops.geglu])
 def test_symbolic_numbers_of_tokens(f):
     shape = (64, 2, 6400) if f is ops.geglu else (64, 6400)
     x = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 64), jnp.float32)
@@ -195,7 +197,7 @@ def test_launches_fit(shared_memory, tokens):
         (ops.linear, (2, 8), (9, 4), r"w has shape \(9, 4\); with x of shape \(2, 8\) accepted"),
         (ops.linear, (2, 8), (8, 4, 4), r"w has shape \(8, 4, 4\)"),
         (ops.linear, (), (8, 4), r"x has shape \(\)"),
-        (ops.linear_parts, (2, 8), (8, 0), r"none of K, N may be 0"),
+        (ops.linear_partial_sums, (2, 8), (8, 0), r"none of K, N may be 0"),
         (ops.geglu, (2, 8), (8, 4), r"w has shape \(8, 4\)"),
         (ops.geglu, (2, 8), (8, 3, 4), r"w has shape \(8, 3, 4\); accepted: \[K, 2, N\]"),
     ],

@@ -28,15 +28,15 @@ def random_arguments(batch, num_q_heads, num_kv_heads, head_dim, dtype=jnp.float
     num_kv_heads=st.integers(1, 4),
     head_dim=st.one_of(st.integers(1, 70), st.sampled_from([96, 128, 320, 512])),
     dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
-    v_scale=st.booleans(),
+    v_norm=st.booleans(),
     scale_offset=st.sampled_from([0.0, 1.0]),
 )
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 def test_any_shape(
-    implementation, batch, num_q_heads, num_kv_heads, head_dim, dtype, v_scale, scale_offset
+    implementation, batch, num_q_heads, num_kv_heads, head_dim, dtype, v_norm, scale_offset
 ):
     arguments = random_arguments(batch, num_q_heads, num_kv_heads, head_dim, dtype)
-    if v_scale:
+    if v_norm:
         arguments = (*arguments, 1 + arguments[-1])
     run = {"scale_offset": scale_offset}
     ours = ops.q_keqv_rms_norm(*arguments, **run, implementation=implementation)
@@ -50,12 +50,12 @@ def test_any_shape(
 
 @pytest.mark.parametrize("implementation", RUNS_HERE)
 def test_is_the_packed_op_on_unpacked_buffers(implementation):
-    q, kv, q_scale, k_scale = random_arguments((5,), 8, 2, 64)
+    q, kv, q_norm, k_norm = random_arguments((5,), 8, 2, 64)
     packed = jnp.concatenate([q.reshape(5, 2, 4, 64), kv[:, :, None]], axis=2)
     chex.assert_trees_all_equal(
-        ops.q_keqv_rms_norm(q, kv, q_scale, k_scale, implementation=implementation),
+        ops.q_keqv_rms_norm(q, kv, q_norm, k_norm, implementation=implementation),
         ops.qkv_rms_norm(
-            packed, q_scale, k_scale, mode=ProjectionMode.QK_ONLY, implementation=implementation
+            packed, q_norm, k_norm, mode=ProjectionMode.QK_ONLY, implementation=implementation
         ),
     )
 
@@ -64,15 +64,15 @@ def test_is_the_packed_op_on_unpacked_buffers(implementation):
 def test_transformations_agree_with_the_formula(implementation):
     arguments = random_arguments((3,), 4, 2, 32)
 
-    def loss(norm, q, kv, q_scale, k_scale):
-        q, k, v = norm(q, kv, q_scale, k_scale)
+    def loss(norm, q, kv, q_norm, k_norm):
+        q, k, v = norm(q, kv, q_norm, k_norm)
         return jnp.sum(jnp.sin(q)) + jnp.sum(jnp.cos(k)) + jnp.sum(jnp.sin(2 * v))
 
-    def formula(q, kv, q_scale, k_scale):
+    def formula(q, kv, q_norm, k_norm):
         def rms(x):
             return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
 
-        return rms(q) * q_scale, rms(kv) * k_scale, rms(kv)
+        return rms(q) * q_norm, rms(kv) * k_norm, rms(kv)
 
     def ours(*a):
         return ops.q_keqv_rms_norm(*a, implementation=implementation)
@@ -105,8 +105,8 @@ def test_no_tokens(implementation):
         (1, np.zeros((6, 2, 32), np.float32), r"kv has shape .* it must be \(5, Nkv, 32\)"),
         (1, np.zeros((2, 32), np.float32), r"kv has shape .* it must be \(5, Nkv, 32\)"),
         (1, np.zeros((5, 2, 32), np.float16), "kv has dtype float16; accepted: that of q, float32"),
-        (2, np.zeros(31, np.float32), r"q_scale has shape \(31,\); accepted: \(32,\)"),
-        (3, None, "k_scale is missing"),
+        (2, np.zeros(31, np.float32), r"q_norm has shape \(31,\); accepted: \(32,\)"),
+        (3, None, "k_norm is missing"),
     ],
 )
 def test_bad_input_is_refused(position, value, message):

@@ -16,10 +16,10 @@ def random_arguments(mode, batch, num_kv_heads, group, head_dim, rotary_dim, dty
     keys = jax.random.split(jax.random.key(head_dim), 3)
     shape = (*batch, num_kv_heads, group + mode.num_kv_projections, head_dim)
     qkv = jax.random.normal(keys[0], shape).astype(dtype)
-    q_scale, k_scale = jax.random.normal(keys[1], (2, head_dim)).astype(dtype)
+    q_norm, k_norm = jax.random.normal(keys[1], (2, head_dim)).astype(dtype)
     positions = jax.random.randint(keys[2], batch, 0, 262144)
     cos, sin = rope_cos_sin(positions, theta=1e4, head_dim=head_dim, rotary_dim=rotary_dim)
-    return [qkv, q_scale, None if mode is ProjectionMode.Q_ONLY else k_scale, cos, sin]
+    return [qkv, q_norm, None if mode is ProjectionMode.Q_ONLY else k_norm, cos, sin]
 
 
 @pytest.mark.parametrize("implementation", RUNS_HERE)
@@ -109,10 +109,10 @@ class TestDifferentiation:
         assert kept == given
 
     def test_vmap_jit_and_gradient_together(self, mode, implementation):
-        qkv, q_scale, k_scale, cos, sin = random_arguments(mode, (4,), 2, 3, 32, 16)
+        qkv, q_norm, k_norm, cos, sin = random_arguments(mode, (4,), 2, 3, 32, 16)
 
         def loss(qkv, cos, sin):
-            outputs = self.run(mode, implementation)(qkv, q_scale, k_scale, cos, sin)
+            outputs = self.run(mode, implementation)(qkv, q_norm, k_norm, cos, sin)
             return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(outputs))
 
         expected = jax.grad(loss)(qkv, cos, sin)
@@ -126,10 +126,10 @@ class TestBadInput:
         [
             ({"qkv": jnp.zeros((5, 2, 4, 31))}, r"qkv has shape .* its last size, D, must be even"),
             ({"qkv": jnp.zeros((5, 2, 1, 32))}, "qkv has 1 rows per KV head; QK_ONLY needs"),
-            ({"q_scale": None}, "q_scale is missing"),
-            ({"q_scale": jnp.zeros(16)}, r"q_scale has shape \(16,\); accepted: \(32,\)"),
-            ({"k_scale": None}, "k_scale is missing; QK_ONLY needs it"),
-            ({"mode": ProjectionMode.Q_ONLY}, "k_scale was given; Q_ONLY normalises no K"),
+            ({"q_norm": None}, "q_norm is missing"),
+            ({"q_norm": jnp.zeros(16)}, r"q_norm has shape \(16,\); accepted: \(32,\)"),
+            ({"k_norm": None}, "k_norm is missing; QK_ONLY needs it"),
+            ({"mode": ProjectionMode.Q_ONLY}, "k_norm was given; Q_ONLY normalises no K"),
             ({"cos": jnp.zeros((5, 4), jnp.bfloat16)}, "cos is .* of dtype bfloat16; accepted"),
             (
                 {"cos": np.zeros((5, 4), np.float64)},
@@ -145,7 +145,7 @@ class TestBadInput:
     )
     def test_refused(self, change, message):
         mode = ProjectionMode.QK_ONLY
-        names = "qkv", "q_scale", "k_scale", "cos", "sin"
+        names = "qkv", "q_norm", "k_norm", "cos", "sin"
         values = random_arguments(mode, (5,), 2, 3, 32, 16)
         arguments = dict(zip(names, values, strict=True)) | {"mode": mode}
         with pytest.raises(ValueError, match=message):

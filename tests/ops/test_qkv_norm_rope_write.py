@@ -62,9 +62,9 @@ def test_other_bytes_stay(mode, form, dtype, implementation):
     """Slots permuted, negative, past the end, and overwritten by a second step."""
     case = PrologueCase(mode, form, 4, 2, 32, 8, 11)
     scale = jnp.full(2, 0.05) if dtype == FLOAT8 else None
-    qkv, q_scale, k_scale, cos, sin, slots, cache = case.arguments(dtype)
+    qkv, q_norm, k_norm, cos, sin, slots, cache = case.arguments(dtype)
     if dtype == FLOAT8:
-        qkv, q_scale, k_scale = (x.astype(jnp.bfloat16) for x in (qkv, q_scale, k_scale))
+        qkv, q_norm, k_norm = (x.astype(jnp.bfloat16) for x in (qkv, q_norm, k_norm))
     num_slots = cache.v.shape[0] * cache.v.shape[1]
     slots = slots.at[:5].set(jnp.array([-1, -(2**31), num_slots, num_slots + 3, 2**31 - 1]))
     poison = jax.tree.map(lambda x: random_bits(x.shape, dtype), cache)
@@ -72,8 +72,8 @@ def test_other_bytes_stay(mode, form, dtype, implementation):
     for _ in range(2):
         _, written = ops.qkv_norm_rope_write(
             qkv,
-            q_scale,
-            k_scale,
+            q_norm,
+            k_norm,
             cos,
             sin,
             slots,
@@ -110,11 +110,11 @@ def test_leading_dims(mode, form, implementation):
 def test_q_only_touches_no_cache(implementation):
     for form in (KVCache, CompactKVCache):
         case = PrologueCase(ProjectionMode.Q_ONLY, form, 4, 2, 32, 8, 5)
-        qkv, q_scale, k_scale, cos, sin, _, cache = case.arguments()
+        qkv, q_norm, k_norm, cos, sin, _, cache = case.arguments()
         _, same = ops.qkv_norm_rope_write(
             qkv,
-            q_scale,
-            k_scale,
+            q_norm,
+            k_norm,
             cos,
             sin,
             None,
@@ -196,12 +196,12 @@ def test_vmap(mode, form, storage, implementation):
     singles, scale = [], jnp.full(2, 0.05) if storage == FLOAT8 else None
     for seed in range(3):
         case = PrologueCase(mode, form, 4, 2, 32, 8, 5)
-        qkv, q_scale, k_scale, cos, sin, slots, _ = case.arguments(jnp.float32, seed)
+        qkv, q_norm, k_norm, cos, sin, slots, _ = case.arguments(jnp.float32, seed)
         cache = case.arguments(storage)[6]._replace(scale=scale)
         singles.append((qkv, cos, sin, slots, cache))
 
     def run(qkv, cos, sin, slots, cache):
-        return case.run([qkv, q_scale, k_scale, cos, sin, slots, cache], implementation)
+        return case.run([qkv, q_norm, k_norm, cos, sin, slots, cache], implementation)
 
     batched = jax.vmap(run)(*jax.tree.map(lambda *x: jnp.stack(x), *singles))
     for i, single in enumerate(singles):
@@ -260,7 +260,7 @@ class TestBadInput:
             ({"slots": None}, "slots is a NoneType .* accepted: an array of int32 .5,."),
             ({"slots": jnp.zeros(5)}, "slots is .* dtype float32; accepted: .* int32"),
             ({"slots": jnp.zeros((5, 1), jnp.int32)}, r"slots is .* shape \(5, 1\)"),
-            ({"k_scale": None}, "k_scale is missing; QK_ONLY with a CompactKVCache needs it"),
+            ({"k_norm": None}, "k_norm is missing; QK_ONLY with a CompactKVCache needs it"),
             ({"cache": None}, "cache is a NoneType; accepted: KVCache or CompactKVCache"),
             ({"cache": KVCache(1, 2)}, "cache.k is a int of dtype None; accepted: an array"),
             (
@@ -289,7 +289,7 @@ class TestBadInput:
     def test_refused(self, change, message):
         mode = ProjectionMode.QK_ONLY
         case = PrologueCase(mode, CompactKVCache, 4, 2, 32, 8, 5)
-        names = "qkv", "q_scale", "k_scale", "cos", "sin", "slots", "cache"
+        names = "qkv", "q_norm", "k_norm", "cos", "sin", "slots", "cache"
         arguments = dict(zip(names, case.arguments(jnp.float32), strict=True)) | {"mode": mode}
         with pytest.raises(ValueError, match=message):
             ops.qkv_norm_rope_write(**(arguments | change))
@@ -301,9 +301,9 @@ class TestBadInput:
 
     def test_q_only_needs_the_producers_scale(self):
         case = PrologueCase(ProjectionMode.Q_ONLY, CompactKVCache, 4, 2, 32, 8, 5)
-        qkv, q_scale, _, *rest = case.arguments()
-        with pytest.raises(ValueError, match="k_scale is missing; Q_ONLY with a CompactKVCache"):
-            case.run([qkv, q_scale, None, *rest], None)
+        qkv, q_norm, _, *rest = case.arguments()
+        with pytest.raises(ValueError, match="k_norm is missing; Q_ONLY with a CompactKVCache"):
+            case.run([qkv, q_norm, None, *rest], None)
 
     def test_triton_without_a_gpu(self):
         if jax.default_backend() == "gpu":

@@ -11,13 +11,13 @@ from g4attn_jax import ProjectionMode, ops, oracle
 RUNS_HERE = ("xla", "triton_interpret")
 
 
-def random_arguments(mode, shape, *, dtype=jnp.float32, scale_dtype=jnp.float32, v_scale=False):
+def random_arguments(mode, shape, *, dtype=jnp.float32, scale_dtype=jnp.float32, v_norm=False):
     keys = jax.random.split(jax.random.key(len(shape)), 4)
     qkv = jax.random.normal(keys[0], shape).astype(dtype)
     scales = [jax.random.normal(k, shape[-1:]).astype(scale_dtype) for k in keys[1:]]
     if mode is ProjectionMode.Q_ONLY:
         return qkv, scales[0], None, None
-    return qkv, scales[0], scales[1], scales[2] if v_scale else None
+    return qkv, scales[0], scales[1], scales[2] if v_norm else None
 
 
 def assert_no_worse_than_usual(ours, arguments, **kwargs):
@@ -42,7 +42,7 @@ def assert_no_worse_than_usual(ours, arguments, **kwargs):
     head_dim=st.one_of(st.integers(1, 70), st.sampled_from([96, 128, 320, 512])),
     dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
     scale_dtype=st.sampled_from(["bfloat16", "float32"]),
-    v_scale=st.booleans(),
+    v_norm=st.booleans(),
     scale_offset=st.sampled_from([0.0, 1.0]),
     eps=st.sampled_from([1e-6, 1e-5, 1e-2]),
 )
@@ -56,12 +56,12 @@ def test_any_shape(
     head_dim,
     dtype,
     scale_dtype,
-    v_scale,
+    v_norm,
     scale_offset,
     eps,
 ):
     shape = (*batch, num_kv_heads, group + mode.num_kv_projections, head_dim)
-    arguments = random_arguments(mode, shape, dtype=dtype, scale_dtype=scale_dtype, v_scale=v_scale)
+    arguments = random_arguments(mode, shape, dtype=dtype, scale_dtype=scale_dtype, v_norm=v_norm)
     constants = {"mode": mode, "eps": eps, "scale_offset": scale_offset}
     ours = ops.qkv_rms_norm(*arguments, **constants, implementation=implementation)
     assert_no_worse_than_usual(ours, arguments, **constants)
@@ -79,12 +79,12 @@ def test_no_tokens(mode, implementation):
 
 @pytest.mark.parametrize("implementation", RUNS_HERE)
 def test_k_and_v_of_one_row_share_their_norm(implementation):
-    """In QK_ONLY k is v * k_scale, the same rrms: in float32 to the last bit or two."""
-    qkv, q_scale, k_scale, _ = random_arguments(ProjectionMode.QK_ONLY, (9, 2, 5, 512))
+    """In QK_ONLY k is v * k_norm, the same rrms: in float32 to the last bit or two."""
+    qkv, q_norm, k_norm, _ = random_arguments(ProjectionMode.QK_ONLY, (9, 2, 5, 512))
     _, k, v = ops.qkv_rms_norm(
-        qkv, q_scale, k_scale, mode=ProjectionMode.QK_ONLY, implementation=implementation
+        qkv, q_norm, k_norm, mode=ProjectionMode.QK_ONLY, implementation=implementation
     )
-    np.testing.assert_allclose(k, v * k_scale, rtol=3e-7)
+    np.testing.assert_allclose(k, v * k_norm, rtol=3e-7)
 
 
 @pytest.mark.parametrize("implementation", RUNS_HERE)
@@ -102,7 +102,7 @@ class TestDifferentiation:
         return loss
 
     def test_forward_and_reverse_against_finite_differences(self, mode, implementation):
-        arguments = random_arguments(mode, (2, 1, 2 + mode.num_kv_projections, 8), v_scale=True)
+        arguments = random_arguments(mode, (2, 1, 2 + mode.num_kv_projections, 8), v_norm=True)
         jax.test_util.check_grads(
             self.loss(mode, implementation),
             arguments,
@@ -115,7 +115,7 @@ class TestDifferentiation:
 
     def test_gradient_against_the_formula(self, mode, implementation):
         """dx = r (g - n mean(n g)) with n = x r, and dscale = sum of n dy, in float64."""
-        arguments = random_arguments(mode, (7, 2, 3 + mode.num_kv_projections, 48), v_scale=True)
+        arguments = random_arguments(mode, (7, 2, 3 + mode.num_kv_projections, 48), v_norm=True)
         outputs, pullback = jax.vjp(
             lambda *a: ops.qkv_rms_norm(*a, mode=mode, implementation=implementation), *arguments
         )
@@ -267,14 +267,14 @@ class TestBadInput:
             ),
             ({"qkv": jnp.zeros((4, 9, 64), jnp.int32)}, "qkv has dtype int32; accepted: bfloat16"),
             ({"qkv": jnp.zeros((4, 9, 0))}, "qkv has shape .*; none of Nkv, G . P, D may be 0"),
-            ({"q_scale": jnp.zeros(63)}, r"q_scale has shape \(63,\); accepted: \(64,\)"),
-            ({"q_scale": None}, "q_scale is missing"),
-            ({"k_scale": jnp.zeros((1, 64))}, r"k_scale has shape \(1, 64\); accepted: \(64,\)"),
-            ({"k_scale": jnp.zeros(64, jnp.int8)}, "k_scale has dtype int8; accepted: bfloat16"),
-            ({"k_scale": None}, "k_scale is missing; QK_ONLY needs it"),
-            ({"v_scale": jnp.zeros(32)}, r"v_scale has shape \(32,\); accepted: \(64,\)"),
+            ({"q_norm": jnp.zeros(63)}, r"q_norm has shape \(63,\); accepted: \(64,\)"),
+            ({"q_norm": None}, "q_norm is missing"),
+            ({"k_norm": jnp.zeros((1, 64))}, r"k_norm has shape \(1, 64\); accepted: \(64,\)"),
+            ({"k_norm": jnp.zeros(64, jnp.int8)}, "k_norm has dtype int8; accepted: bfloat16"),
+            ({"k_norm": None}, "k_norm is missing; QK_ONLY needs it"),
+            ({"v_norm": jnp.zeros(32)}, r"v_norm has shape \(32,\); accepted: \(64,\)"),
             ({"mode": "QK_ONLY"}, "mode is 'QK_ONLY'; accepted: ProjectionMode.Q_ONLY"),
-            ({"mode": ProjectionMode.Q_ONLY}, "k_scale was given; Q_ONLY normalises no K"),
+            ({"mode": ProjectionMode.Q_ONLY}, "k_norm was given; Q_ONLY normalises no K"),
             ({"eps": -1.0}, "eps is -1.0; accepted: 0 or more"),
             ({"eps": "small"}, "eps is 'small'; accepted: a finite Python number"),
             ({"eps": float("inf")}, "eps is inf; accepted: a finite Python number"),
@@ -286,15 +286,15 @@ class TestBadInput:
         ],
     )
     def test_refused(self, change, message):
-        qkv, q_scale, k_scale, _ = qkv_of()
-        arguments = {"qkv": qkv, "q_scale": q_scale, "k_scale": k_scale, "mode": self.mode}
+        qkv, q_norm, k_norm, _ = qkv_of()
+        arguments = {"qkv": qkv, "q_norm": q_norm, "k_norm": k_norm, "mode": self.mode}
         with pytest.raises(ValueError, match=message):
             ops.qkv_rms_norm(**(arguments | change))
 
     def test_v_scale_is_surplus_for_q_only(self):
-        with pytest.raises(ValueError, match="v_scale was given"):
+        with pytest.raises(ValueError, match="v_norm was given"):
             ops.qkv_rms_norm(
-                jnp.zeros((2, 3, 8)), jnp.ones(8), v_scale=jnp.ones(8), mode=ProjectionMode.Q_ONLY
+                jnp.zeros((2, 3, 8)), jnp.ones(8), v_norm=jnp.ones(8), mode=ProjectionMode.Q_ONLY
             )
 
     def test_triton_without_a_gpu(self):

@@ -6,7 +6,7 @@ A buffer is a list of rows [groups * rows_per_group, D]. In every group, rows `f
     norm = x * rsqrt(mean(x^2) + eps)           one load, one rsqrt
     y_i  = norm * (scale_offset + scale_i)      one output per scale; norm itself where it is None
 
-so K = V heads, scales (k_scale, None), are read once and written twice. y_i lists the heads of a
+so K = V heads, scales (k_norm, None), are read once and written twice. y_i lists the heads of a
 kind one after the other, [groups * count, D], which is [..., heads, D] for the caller.
 """
 

@@ -21,7 +21,9 @@ MAX_TOKENS = 64
 # one overtakes the other has not been measured.
 _MIN_COLUMNS = 6144
 
-_linear_parts = differentiable_op(kernel=triton.linear_parts, reference=reference.linear_parts)
+_linear_parts = differentiable_op(
+    kernel=triton.linear_partial_sums, reference=reference.linear_partial_sums
+)
 _geglu = differentiable_op(kernel=triton.geglu, reference=reference.geglu)
 
 
@@ -55,7 +57,7 @@ def linear(
     return _linear_parts(x, w, num_parts=1, implementation=_whole(x, w, implementation))[0]
 
 
-def linear_parts(
+def linear_partial_sums(
     x: Float[Array, "*batch K"],
     w: Float[Array, "K N"],
     *,
@@ -85,10 +87,10 @@ def linear_parts(
     return _linear_parts(x, w, num_parts=parts, implementation=implementation)
 
 
-def sum_parts(
+def add_partial_sums(
     parts: Float[Array, "parts *batch N"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "*batch N"]:
-    """What `linear_parts` made parts of.
+    """What `linear_partial_sums` made parts of.
 
     Args:
         parts: [parts, ..., N].

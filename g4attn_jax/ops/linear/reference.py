@@ -1,11 +1,11 @@
-"""`linear_parts` and `geglu` in `jnp`."""
+"""`linear_partial_sums` and `geglu` in `jnp`."""
 
 import jax
 import jax.numpy as jnp
 
 
-def linear_parts(x, w, *, num_parts):
-    """See `g4attn_jax.ops.linear_parts`; the first part is all."""
+def linear_partial_sums(x, w, *, num_parts):
+    """See `g4attn_jax.ops.linear_partial_sums`; the first part is all."""
     if num_parts == 1:
         return (x @ w)[None]
     y = jnp.matmul(x, w, preferred_element_type=jnp.float32)

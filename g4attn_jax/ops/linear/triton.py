@@ -70,8 +70,8 @@ def choose_launch(
     return Launch(block_columns, block_k, 4, max(2, min(most, gpu.shared_memory // tile)))
 
 
-def linear_parts(x, w, *, num_parts, interpret=False, launch=None):
-    """See `g4attn_jax.ops.linear_parts`; `launch` overrides the choice, for tuning."""
+def linear_partial_sums(x, w, *, num_parts, interpret=False, launch=None):
+    """See `g4attn_jax.ops.linear_partial_sums`; `launch` overrides the choice, for tuning."""
     return _launch(x, w[:, None], _product, "linear", num_parts, interpret, launch)
 
 

@@ -12,9 +12,9 @@ _op = differentiable_op(kernel=triton.q_keqv_rms_norm, reference=reference.q_keq
 def q_keqv_rms_norm(
     q: Float[Array, "*batch Nq D"],
     kv: Float[Array, "*batch Nkv D"],
-    q_scale: Float[Array, " D"],
-    k_scale: Float[Array, " D"],
-    v_scale: Float[Array, " D"] | None = None,
+    q_norm: Float[Array, " D"],
+    k_norm: Float[Array, " D"],
+    v_norm: Float[Array, " D"] | None = None,
     *,
     eps: float = 1e-6,
     scale_offset: float = 0.0,
@@ -24,7 +24,7 @@ def q_keqv_rms_norm(
 
     With rms(x) = x * rsqrt(mean(x^2) + eps), in float32 and rounded once at the end:
 
-        q = rms(q) * q_scale        k = rms(kv) * k_scale       v = rms(kv)
+        q = rms(q) * q_norm        k = rms(kv) * k_norm       v = rms(kv)
 
     Every row of `kv` is loaded once and has one rsqrt. `jit`, `vmap`, `jvp`, `grad`, `jax.export`
     and the letters are as in `qkv_rms_norm`.
@@ -33,9 +33,9 @@ def q_keqv_rms_norm(
         q: projected queries, [..., Nq, D]. bfloat16, float16 or float32.
         kv: the projection that is both K and V, [..., Nkv, D], of the dtype of `q`. Nq need not be
             a multiple of Nkv.
-        q_scale: learned scale of Q, [D].
-        k_scale: learned scale of K, [D].
-        v_scale: learned scale of V, [D], for models that have one. Gemma 4 has none.
+        q_norm: learned scale of Q, [D].
+        k_norm: learned scale of K, [D].
+        v_norm: learned scale of V, [D], for models that have one. Gemma 4 has none.
         eps: added to the mean square.
         scale_offset: added to every scale given; 1.0 for checkpoints in the form of Gemma 3.
         implementation: as in `qkv_rms_norm`.
@@ -59,19 +59,19 @@ def q_keqv_rms_norm(
         )
     if kv.dtype != q.dtype:
         raise ValueError(f"kv has dtype {kv.dtype}; accepted: that of q, {q.dtype}")
-    for name, scale in (("q_scale", q_scale), ("k_scale", k_scale)):
+    for name, scale in (("q_norm", q_norm), ("k_norm", k_norm)):
         if scale is None:
             raise ValueError(f"{name} is missing; it must have shape ({q.shape[-1]},)")
     checks.check_scales(
-        {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}, head_dim=q.shape[-1]
+        {"q_norm": q_norm, "k_norm": k_norm, "v_norm": v_norm}, head_dim=q.shape[-1]
     )
     checks.check_eps(eps, scale_offset)
     return _op(
         q,
         kv,
-        q_scale,
-        k_scale,
-        v_scale,
+        q_norm,
+        k_norm,
+        v_norm,
         implementation=implementation,
         eps=eps,
         scale_offset=scale_offset,

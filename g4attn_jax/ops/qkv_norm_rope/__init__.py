@@ -12,8 +12,8 @@ _op = differentiable_op(kernel=triton.qkv_norm_rope, reference=reference.qkv_nor
 
 def qkv_norm_rope(
     qkv: Float[Array, "*batch Nkv rows D"],
-    q_scale: Float[Array, " D"],
-    k_scale: Float[Array, " D"] | None,
+    q_norm: Float[Array, " D"],
+    k_norm: Float[Array, " D"] | None,
     cos: Float[Array, "*batch R/2"],
     sin: Float[Array, "*batch R/2"],
     *,
@@ -29,7 +29,7 @@ def qkv_norm_rope(
 
     With rms(x) = x * rsqrt(mean(x^2) + eps), in float32 and rounded once at the end:
 
-        q = rope(rms(x_q) * q_scale)      k = rope(rms(x_k) * k_scale)      v = rms(x_v)
+        q = rope(rms(x_q) * q_norm)      k = rope(rms(x_k) * k_norm)      v = rms(x_v)
 
     where rope rotates dims i and i + D/2 by the angle of pair i < R/2. In QK_ONLY x_k and x_v are
     the same row. Works under `jit`, `vmap`, `jvp`, `grad`; the derivative keeps the arguments only.
@@ -37,8 +37,8 @@ def qkv_norm_rope(
     Args:
         qkv: [..., Nkv, G + P, D], for each KV head its G query heads, then K, then V. bfloat16,
             float16 or float32; D even, fastest as a power of two.
-        q_scale: learned scale of Q, [D], of any dtype that `qkv` may have.
-        k_scale: learned scale of K, [D]; required unless mode is Q_ONLY, where it must be None.
+        q_norm: learned scale of Q, [D], of any dtype that `qkv` may have.
+        k_norm: learned scale of K, [D]; required unless mode is Q_ONLY, where it must be None.
         cos: float32 [..., R/2], from `rope.rope_cos_sin`; R is 0 to D.
         sin: float32 [..., R/2].
         mode: which heads the buffer holds.
@@ -56,12 +56,12 @@ def qkv_norm_rope(
 
     Source: Gemma 4's attention in Hugging Face transformers; Su et al., "RoFormer" (2021).
     """
-    check_heads(qkv, q_scale, k_scale, cos, sin, mode=mode, eps=eps)
-    checks.check_k_scale(k_scale, mode=mode)
-    return _op(qkv, q_scale, k_scale, cos, sin, implementation=implementation, mode=mode, eps=eps)
+    check_heads(qkv, q_norm, k_norm, cos, sin, mode=mode, eps=eps)
+    checks.check_k_norm(k_norm, mode=mode)
+    return _op(qkv, q_norm, k_norm, cos, sin, implementation=implementation, mode=mode, eps=eps)
 
 
-def check_heads(qkv, q_scale, k_scale, cos, sin, *, mode, eps) -> None:
+def check_heads(qkv, q_norm, k_norm, cos, sin, *, mode, eps) -> None:
     """Refuses what neither this op nor `qkv_norm_rope_write` takes.
 
     Raises:
@@ -71,9 +71,9 @@ def check_heads(qkv, q_scale, k_scale, cos, sin, *, mode, eps) -> None:
     head_dim = qkv.shape[-1]
     if head_dim % 2:
         raise ValueError(f"qkv has shape {qkv.shape}; its last size, D, must be even")
-    if q_scale is None:
-        raise ValueError(f"q_scale is missing; it must have shape ({head_dim},)")
-    checks.check_scales({"q_scale": q_scale, "k_scale": k_scale}, head_dim=head_dim)
+    if q_norm is None:
+        raise ValueError(f"q_norm is missing; it must have shape ({head_dim},)")
+    checks.check_scales({"q_norm": q_norm, "k_norm": k_norm}, head_dim=head_dim)
     batch = qkv.shape[:-3]
     for name, array in (("cos", cos), ("sin", sin)):
         if getattr(array, "dtype", None) != "float32":

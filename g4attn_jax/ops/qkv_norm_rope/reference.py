@@ -7,15 +7,15 @@ from g4attn_jax.ops.qkv_rms_norm import reference as qkv_norm
 from g4attn_jax.rope import apply_rope
 
 
-def qkv_norm_rope(qkv, q_scale, k_scale, cos, sin, *, mode, eps):
+def qkv_norm_rope(qkv, q_norm, k_norm, cos, sin, *, mode, eps):
     """See `g4attn_jax.ops.qkv_norm_rope`."""
-    heads = unrounded(qkv, q_scale, k_scale, cos, sin, mode=mode, eps=eps)
+    heads = unrounded(qkv, q_norm, k_norm, cos, sin, mode=mode, eps=eps)
     return jax.tree.map(lambda x: x.astype(qkv.dtype), heads)
 
 
-def unrounded(qkv, q_scale, k_scale, cos, sin, *, mode, eps):
+def unrounded(qkv, q_norm, k_norm, cos, sin, *, mode, eps):
     """The same, still in float32."""
     q, k, v = qkv_norm.qkv_rms_norm(
-        qkv.astype(jnp.float32), q_scale, k_scale, None, mode=mode, eps=eps, scale_offset=0.0
+        qkv.astype(jnp.float32), q_norm, k_norm, None, mode=mode, eps=eps, scale_offset=0.0
     )
     return apply_rope(q, cos, sin), None if k is None else apply_rope(k, cos, sin), v

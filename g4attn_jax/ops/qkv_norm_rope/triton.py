@@ -5,8 +5,8 @@ lo = x[:D/2], hi = x[D/2:],
 
     rrms = rsqrt(mean(x^2) + eps)
     v    = x * rrms
-    k    = rotate(x * k_scale) * rrms
-    q    = rotate(x * q_scale) * rrms
+    k    = rotate(x * k_norm) * rrms
+    q    = rotate(x * q_norm) * rrms
     rotate(lo, hi) = (lo cos - hi sin, hi cos + lo sin)     for dims i < R/2 of a half, else as is
 
 A head is loaded as its two halves, so that a rotation needs no exchange between threads. K = V
@@ -49,8 +49,8 @@ class Inputs(NamedTuple):
     """What the kernel reads; None is not there."""
 
     x: jax.Array  # [..., Nkv, G + P, D], in the kernel [M * Nkv * (G + P), D]
-    q_scale: jax.Array  # [D]
-    k_scale: jax.Array | None  # [D]
+    q_norm: jax.Array  # [D]
+    k_norm: jax.Array | None  # [D]
     cos: jax.Array | None  # float32 [..., R/2], in the kernel [M, R/2]; None if R = 0
     sin: jax.Array | None
     slots: jax.Array | None  # int32 [...], in the kernel [M]; None: token m is in slot m
@@ -65,7 +65,7 @@ class Outputs(NamedTuple):
     v: jax.Array | None  # [slots * Nkv, D]
 
 
-def qkv_norm_rope(qkv, q_scale, k_scale, cos, sin, *, mode, eps, interpret=False, launch=None):
+def qkv_norm_rope(qkv, q_norm, k_norm, cos, sin, *, mode, eps, interpret=False, launch=None):
     """See `g4attn_jax.ops.qkv_norm_rope`; `launch` overrides the heuristics, for tuning."""
     *batch, num_kv_heads, rows, head_dim = qkv.shape
     num_q_heads = num_kv_heads * (rows - mode.num_kv_projections)
@@ -74,7 +74,7 @@ def qkv_norm_rope(qkv, q_scale, k_scale, cos, sin, *, mode, eps, interpret=False
     if mode is not ProjectionMode.Q_ONLY:
         kv = jax.ShapeDtypeStruct((math.prod(batch) * num_kv_heads, head_dim), qkv.dtype)
     q, k, v = norm_rope(
-        Inputs(qkv, q_scale, k_scale, cos, sin, None, None),
+        Inputs(qkv, q_norm, k_norm, cos, sin, None, None),
         Outputs(q, kv, kv),
         mode=mode,
         eps=eps,
@@ -310,12 +310,12 @@ def _band(output, piece, low, high, row, mask, first=0):
 
 
 def _store_q(piece, inputs, outputs, row, mask):
-    scaled = piece.scaled(piece.low, piece.high, inputs.q_scale)
+    scaled = piece.scaled(piece.low, piece.high, inputs.q_norm)
     rotated = piece.rotated(*scaled)
     if outputs.q.shape[-1] == 2 * piece.half:
         return _whole("q", piece, *rotated, row, mask)
     # The absorbed query of a compact cache: scaled as a key, zero where it rotates; what rotates.
-    low, high = piece.scaled(*scaled, inputs.k_scale)
+    low, high = piece.scaled(*scaled, inputs.k_norm)
     if piece.rotates is not False:
         still = jnp.zeros(piece.shape, bool) if piece.rotates is None else ~piece.rotates
         low, high = jnp.where(still, low, 0), jnp.where(still, high, 0)
@@ -326,7 +326,7 @@ def _store_q(piece, inputs, outputs, row, mask):
 
 
 def _store_k(piece, inputs, outputs, row, mask):
-    rotated = piece.rotated(*piece.scaled(piece.low, piece.high, inputs.k_scale))
+    rotated = piece.rotated(*piece.scaled(piece.low, piece.high, inputs.k_norm))
     stores = _whole if outputs.k.shape[-1] == 2 * piece.half else _band
     return stores("k", piece, *rotated, row, mask)
 

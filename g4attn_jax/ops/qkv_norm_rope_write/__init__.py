@@ -27,8 +27,8 @@ _query_op = differentiable_op(kernel=triton.query, reference=reference.query)
 
 def qkv_norm_rope_write(
     qkv: Float[Array, "*batch Nkv rows D"],
-    q_scale: Float[Array, " D"],
-    k_scale: Float[Array, " D"] | None,
+    q_norm: Float[Array, " D"],
+    k_norm: Float[Array, " D"] | None,
     cos: Float[Array, "*batch R/2"],
     sin: Float[Array, "*batch R/2"],
     slots: Int[Array, "*batch"] | None,
@@ -42,7 +42,7 @@ def qkv_norm_rope_write(
 
     With rms(x) = x * rsqrt(mean(x^2) + eps), in float32 and rounded once, where it is stored:
 
-        q = rope(rms(x_q) * q_scale)      k = rope(rms(x_k) * k_scale)      v = rms(x_v)
+        q = rope(rms(x_q) * q_norm)      k = rope(rms(x_k) * k_norm)      v = rms(x_v)
 
     A `KVCache` takes k and v. A `CompactKVCache` takes v and the R rotating dims of k, and q is the
     absorbed query, of D + R numbers (see there). A Q_ONLY layer writes nothing.
@@ -53,8 +53,8 @@ def qkv_norm_rope_write(
     Args:
         qkv: [..., Nkv, G + P, D], for each KV head its G query heads, then K, then V. bfloat16,
             float16 or float32; D even, fastest as a power of two; any number of tokens.
-        q_scale: learned scale of Q, [D], of any dtype that `qkv` may have.
-        k_scale: learned scale of K, [D]. For Q_ONLY that of the layer that made the cache, which
+        q_norm: learned scale of Q, [D], of any dtype that `qkv` may have.
+        k_norm: learned scale of K, [D]. For Q_ONLY that of the layer that made the cache, which
             is needed if it is compact.
         cos: float32 [..., R/2], from `rope.rope_cos_sin`; R is 0 to D.
         sin: float32 [..., R/2].
@@ -77,7 +77,7 @@ def qkv_norm_rope_write(
 
     Source: Gemma 4's attention in Hugging Face transformers; the compact form is this project's.
     """
-    check_heads(qkv, q_scale, k_scale, cos, sin, mode=mode, eps=eps)
+    check_heads(qkv, q_norm, k_norm, cos, sin, mode=mode, eps=eps)
     checks.check_cache(
         cache,
         mode=mode,
@@ -89,14 +89,14 @@ def qkv_norm_rope_write(
     constants = {"mode": mode, "eps": eps, "implementation": implementation}
     form = type(cache)
     compact = form is CompactKVCache
-    if k_scale is None and (compact or mode is not ProjectionMode.Q_ONLY):
+    if k_norm is None and (compact or mode is not ProjectionMode.Q_ONLY):
         raise ValueError(
-            f"k_scale is missing; {mode.name} with a {form.__name__} needs it, of shape "
+            f"k_norm is missing; {mode.name} with a {form.__name__} needs it, of shape "
             f"({qkv.shape[-1]},)"
         )
     if mode is ProjectionMode.Q_ONLY:
-        k_scale = k_scale if compact else None
-        return _query_op(qkv, q_scale, k_scale, cos, sin, form=form, **constants), cache
+        k_norm = k_norm if compact else None
+        return _query_op(qkv, q_norm, k_norm, cos, sin, form=form, **constants), cache
     shape, dtype = getattr(slots, "shape", None), getattr(slots, "dtype", None)
     if dtype != "int32" or shape != qkv.shape[:-3]:
         raise ValueError(
@@ -104,4 +104,4 @@ def qkv_norm_rope_write(
             f"array of int32 {qkv.shape[:-3]}"
         )
     constants |= for_cache(implementation, cache)
-    return _write_op(qkv, q_scale, k_scale, cos, sin, slots, cache, **constants)
+    return _write_op(qkv, q_norm, k_norm, cos, sin, slots, cache, **constants)

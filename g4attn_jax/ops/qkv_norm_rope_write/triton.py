@@ -12,8 +12,8 @@ from g4attn_jax.ops.qkv_norm_rope.triton import Inputs, Outputs, norm_rope
 
 def qkv_norm_rope_write(
     qkv,
-    q_scale,
-    k_scale,
+    q_norm,
+    k_norm,
     cos,
     sin,
     slots,
@@ -36,15 +36,15 @@ def qkv_norm_rope_write(
         )
 
     run = apart_if_float8(run, cache)
-    q, new_k, new_v = run(Inputs(qkv, q_scale, k_scale, cos, sin, slots, cache.scale), k, v)
+    q, new_k, new_v = run(Inputs(qkv, q_norm, k_norm, cos, sin, slots, cache.scale), k, v)
     arrays = {names[0]: new_k.reshape(k.shape), names[1]: new_v.reshape(v.shape)}
     return _heads(q, qkv, mode), cache._replace(**arrays)
 
 
-def query(qkv, q_scale, k_scale, cos, sin, *, form, mode, eps, interpret=False, launch=None):
+def query(qkv, q_norm, k_norm, cos, sin, *, form, mode, eps, interpret=False, launch=None):
     """Q_ONLY: the query for a cache of the given form."""
     q, _, _ = norm_rope(
-        Inputs(qkv, q_scale, k_scale, cos, sin, None, None),
+        Inputs(qkv, q_norm, k_norm, cos, sin, None, None),
         Outputs(_query(qkv, cos, mode, form), None, None),
         mode=mode,
         eps=eps,

@@ -12,9 +12,9 @@ _op = differentiable_op(kernel=triton.qkv_rms_norm, reference=reference.qkv_rms_
 
 def qkv_rms_norm(
     qkv: Float[Array, "*batch Nkv rows D"],
-    q_scale: Float[Array, " D"],
-    k_scale: Float[Array, " D"] | None = None,
-    v_scale: Float[Array, " D"] | None = None,
+    q_norm: Float[Array, " D"],
+    k_norm: Float[Array, " D"] | None = None,
+    v_norm: Float[Array, " D"] | None = None,
     *,
     mode: ProjectionMode,
     eps: float = 1e-6,
@@ -29,7 +29,7 @@ def qkv_rms_norm(
 
     With rms(x) = x * rsqrt(mean(x^2) + eps), in float32 and rounded once at the end:
 
-        q = rms(x_q) * q_scale      k = rms(x_k) * k_scale      v = rms(x_v)
+        q = rms(x_q) * q_norm      k = rms(x_k) * k_norm      v = rms(x_v)
 
     In QK_ONLY x_k and x_v are the same row: it is loaded once and has one rsqrt. Letters: Nq and
     Nkv query and KV heads, G = Nq / Nkv, P = 0, 1, 2 for Q_ONLY, QK_ONLY, QKV_FULL, D head dim.
@@ -42,9 +42,9 @@ def qkv_rms_norm(
     Args:
         qkv: [..., Nkv, G + P, D], for each KV head its G query heads, then K, then V. bfloat16,
             float16 or float32; any number of tokens, none included; fastest for D a power of two.
-        q_scale: learned scale of Q, [D], of any dtype that `qkv` may have.
-        k_scale: learned scale of K, [D]; required unless mode is Q_ONLY, where it must be None.
-        v_scale: learned scale of V, [D], for models that have one. Gemma 4 has none.
+        q_norm: learned scale of Q, [D], of any dtype that `qkv` may have.
+        k_norm: learned scale of K, [D]; required unless mode is Q_ONLY, where it must be None.
+        v_norm: learned scale of V, [D], for models that have one. Gemma 4 has none.
         mode: which heads the buffer holds.
         eps: added to the mean square.
         scale_offset: added to every scale given; 1.0 for checkpoints in the form of Gemma 3, whose
@@ -64,20 +64,20 @@ def qkv_rms_norm(
     QKV norms (PR 25461).
     """
     checks.check_packed(qkv, mode)
-    checks.check_k_scale(k_scale, mode=mode)
-    if mode is ProjectionMode.Q_ONLY and v_scale is not None:
-        raise ValueError("v_scale was given; Q_ONLY normalises no V and accepts None")
-    if q_scale is None:
-        raise ValueError(f"q_scale is missing; it must have shape ({qkv.shape[-1]},)")
+    checks.check_k_norm(k_norm, mode=mode)
+    if mode is ProjectionMode.Q_ONLY and v_norm is not None:
+        raise ValueError("v_norm was given; Q_ONLY normalises no V and accepts None")
+    if q_norm is None:
+        raise ValueError(f"q_norm is missing; it must have shape ({qkv.shape[-1]},)")
     checks.check_scales(
-        {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}, head_dim=qkv.shape[-1]
+        {"q_norm": q_norm, "k_norm": k_norm, "v_norm": v_norm}, head_dim=qkv.shape[-1]
     )
     checks.check_eps(eps, scale_offset)
     return _op(
         qkv,
-        q_scale,
-        k_scale,
-        v_scale,
+        q_norm,
+        k_norm,
+        v_norm,
         implementation=implementation,
         mode=mode,
         eps=eps,

@@ -8,12 +8,12 @@ from g4attn_jax.ops.head_norm.triton import Heads, head_norm
 
 
 def qkv_rms_norm(
-    qkv, q_scale, k_scale, v_scale, *, mode, eps, scale_offset, interpret=False, launch=None
+    qkv, q_norm, k_norm, v_norm, *, mode, eps, scale_offset, interpret=False, launch=None
 ):
     """See `g4attn_jax.ops.qkv_rms_norm`; `launch` overrides the heuristics, for tuning."""
     *batch, num_kv_heads, _, head_dim = qkv.shape
     outputs = head_norm(  # q, k, v, or q alone
-        packed_heads(qkv, q_scale, k_scale, v_scale, mode=mode),
+        packed_heads(qkv, q_norm, k_norm, v_norm, mode=mode),
         groups=math.prod(batch) * num_kv_heads,
         eps=eps,
         scale_offset=scale_offset,
@@ -29,16 +29,16 @@ def qkv_rms_norm(
     return q, k, v
 
 
-def packed_heads(qkv, q_scale, k_scale, v_scale, *, mode) -> list[Heads]:
+def packed_heads(qkv, q_norm, k_norm, v_norm, *, mode) -> list[Heads]:
     """The kinds of head in a packed buffer [..., Nkv, G + P, D]; a group is a token's KV head."""
     *_, rows, head_dim = qkv.shape
     packed = qkv.reshape(-1, head_dim)
     group = rows - mode.num_kv_projections
-    heads = [Heads(packed, first=0, count=group, scales=(q_scale,))]
+    heads = [Heads(packed, first=0, count=group, scales=(q_norm,))]
     match mode:
         case ProjectionMode.QK_ONLY:
-            heads.append(Heads(packed, first=group, count=1, scales=(k_scale, v_scale)))
+            heads.append(Heads(packed, first=group, count=1, scales=(k_norm, v_norm)))
         case ProjectionMode.QKV_FULL:
-            heads.append(Heads(packed, first=group, count=1, scales=(k_scale,)))
-            heads.append(Heads(packed, first=group + 1, count=1, scales=(v_scale,)))
+            heads.append(Heads(packed, first=group, count=1, scales=(k_norm,)))
+            heads.append(Heads(packed, first=group + 1, count=1, scales=(v_norm,)))
     return heads
