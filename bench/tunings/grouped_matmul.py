@@ -1,28 +1,18 @@
 """Kernel time of the experts' products for launches; `choose_launch` is fitted to it.
 
-    python -m bench.tune_grouped_matmul [--out DIR]
-
-Writes tune_grouped_matmul.json, a row for each product, number of tokens and launch. Launches that
-the shared memory does not hold are left out.
+Launches that the shared memory does not hold are left out.
 """
 
 import functools
-import itertools
 
-from bench.measure import (
-    kernel_times,
-    launch_rows,
-    machine,
-    output_folder,
-    read_gbps,
-    write_json,
-)
-from bench.moe_shapes import EMBED, EXPERTS, PRODUCTS, WIDTH, Shape
+from bench import measure
+from bench.benchmark import Benchmark
+from bench.ops import grouped_matmul as benchmark
+from bench.tunings._launches import launch_rows
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.grouped_gated_matmul.triton import grouped_gated_matmul
 from g4attn_jax.ops.grouped_matmul.triton import Launch, Sizes, choose_launch, grouped_matmul
 
-TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 KERNELS = {"gated": grouped_gated_matmul, "down": grouped_matmul}
 
 # Rows, columns of all parts, depth, warps, stages.
@@ -55,37 +45,36 @@ _MANY_ROWS = (
 )
 
 
-def launches(sizes: Sizes, chosen: Launch) -> list[Launch]:
+def launches(sizes, chosen):
     """Those of the lists for so many rows, and the chosen one."""
-    listed = _FEW_ROWS if sizes.rows <= 8 * EXPERTS else _MANY_ROWS
+    listed = _FEW_ROWS if sizes.rows <= 8 * sizes.groups else _MANY_ROWS
     of_parts = {Launch(rows, width // sizes.parts, *rest) for rows, width, *rest in listed}
     return sorted(of_parts | {chosen})
 
 
-def main():
-    """Measures, prints the best launch and the chosen one, writes."""
-    folder = output_folder(__doc__)
-    gbps = read_gbps()
-    rows = []
-    for product, tokens in itertools.product(PRODUCTS, TOKENS):
-        shape = Shape(product, tokens)
-        parts = (EMBED, 2, WIDTH) if product == "gated" else (WIDTH, 1, EMBED)
-        sizes = Sizes(shape.num_rows, EXPERTS, *parts, 2)
+def rows(points, _):
+    """A row for each point and launch."""
+    for point in points:
+        case, product = point.subject, point.fields["product"]
+        parts = 2 if product == "gated" else 1
+        sizes = Sizes(case.num_rows, case.groups, case.depth, parts, case.columns, 2)
         chosen = choose_launch(gpu(), sizes)
         functions = {
             launch: functools.partial(KERNELS[product], launch=launch)
             for launch in launches(sizes, chosen)
         }
-        times = {
-            launch: time.us for launch, time in kernel_times(functions, shape.calls(), 5).items()
-        }
-        rows += launch_rows(shape, tokens, shape.num_rows, times, chosen)
-    head = machine() | {
-        "read_gbps": round(gbps, 1),
-        "command": "python -m bench.tune_grouped_matmul",
-    }
-    write_json(folder / "tune_grouped_matmul.json", head, rows)
+        times = measure.kernel_times(functions, measure.calls_from_memory(case), 5)
+        times = {launch: time.us for launch, time in times.items()}
+        yield from launch_rows(point, times, chosen, {"num_rows": case.num_rows})
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    name="tune_grouped_matmul",
+    about="tiles, warps and stages of the experts' products",
+    identity=(*benchmark.BENCHMARK.identity, *Launch._fields),
+    fields=("num_rows", "us"),
+    points=benchmark.points,
+    measure=rows,
+    watched={"us": None},
+    rate="read_gbps",
+)
