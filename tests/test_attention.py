@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, oracle
+from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache, zeros
 from g4attn_jax.layout import Contiguous, plan_step
+from g4attn_jax.testing import oracle
 
 # Small, with everything: a window shorter than the sequences, K = V in one model, a shared tail in
 # the other, G of 2 to 4.

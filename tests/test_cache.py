@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from g4attn_jax import Gemma4Config, ProjectionMode, oracle
+from g4attn_jax import Gemma4Config, ProjectionMode
 from g4attn_jax.cache import (
     FLOAT8,
     CompactKVCache,
@@ -20,6 +20,7 @@ from g4attn_jax.cache import (
 )
 from g4attn_jax.layout import Ring
 from g4attn_jax.rope import apply_rope
+from g4attn_jax.testing import oracle
 from tests.test_attention import K_EQ_V, KV_SHARED
 
 PAGES, PAGE, N, D, R = 3, 4, 2, 16, 8

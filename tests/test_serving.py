@@ -14,10 +14,11 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, oracle
+from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode
 from g4attn_jax.cache import CompactKVCache, KVCache
 from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
 from g4attn_jax.page_allocator import OutOfPages, PageAllocator
+from g4attn_jax.testing import oracle
 from tests.ops.kernel import kernel_of
 from tests.test_attention import COMMON, K_EQ_V, layer_of, weights_of
 

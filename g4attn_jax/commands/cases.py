@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from g4attn_jax import ops, oracle
+from g4attn_jax import ops
 from g4attn_jax.cache import Cache, CompactKVCache, KVCache
 from g4attn_jax.config import ProjectionMode
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
 from g4attn_jax.rope import rope_cos_sin
+from g4attn_jax.testing import oracle
 
 # The sweep of the original kernel's tests (SGLang PR 25461).
 HEAD_DIMS = (128, 256, 512)

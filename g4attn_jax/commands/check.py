@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from g4attn_jax import oracle
 from g4attn_jax.commands.cases import Case, attention_sweep, norm_sweep, prologue_sweep
 from g4attn_jax.commands.progress import Progress
 from g4attn_jax.ops.implementation import triton_refusal
+from g4attn_jax.testing import oracle
 
 # Pallas' interpreter takes half a minute for a case of 1024 tokens.
 MAX_INTERPRETED_TOKENS = 64

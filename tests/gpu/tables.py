@@ -7,8 +7,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from g4attn_jax import ops, oracle
+from g4attn_jax import ops
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
+from g4attn_jax.testing import oracle
 from tests.ops.test_decode_attention import case
 from tests.pairwise import pairwise
 

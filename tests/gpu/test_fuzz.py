@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from g4attn_jax import ProjectionMode, ops, oracle
+from g4attn_jax import ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.commands.cases import NormCase, PrologueCase
+from g4attn_jax.testing import oracle
 from tests.ops import test_add_rms_norm, test_grouped_matmul, test_linear
 from tests.ops.test_decode_attention import case as attention_case
 

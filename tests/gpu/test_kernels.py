@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, ops, oracle
+from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache, float8_scale
 from g4attn_jax.commands import cases, check, decode
 from g4attn_jax.layout import Contiguous
 from g4attn_jax.rope import rope_cos_sin
+from g4attn_jax.testing import oracle
 from tests.test_golden import LAYOUTS_AND_FORMS, run_layer
 
 on_a_gpu = pytest.mark.gpu  # with the ops that a test is evidence for

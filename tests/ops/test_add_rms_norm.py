@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from g4attn_jax import ops, oracle
+from g4attn_jax import ops
+from g4attn_jax.testing import oracle
 from tests.ops.kernel import kernel_of
 
 KERNEL = kernel_of("add_rms_norm")

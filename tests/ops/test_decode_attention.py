@@ -16,7 +16,7 @@ from g4attn_jax.ops.flash_attention.tiles import Shape, slots
 from g4attn_jax.ops.gpu import Gpu
 from g4attn_jax.ops.matmul_tiles.triton import pad
 from g4attn_jax.ops.prefill_attention.triton import choose_launch as choose_prefill_launch
-from g4attn_jax.oracle import cached_attention as formula
+from g4attn_jax.testing.oracle import cached_attention as formula
 from tests.ops.kernel import kernel_of
 
 KERNEL = kernel_of("decode_attention")

@@ -12,7 +12,7 @@ import pytest
 from g4attn_jax import ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.ops.gpu import Gpu
-from g4attn_jax.oracle import cached_attention as formula
+from g4attn_jax.testing.oracle import cached_attention as formula
 from tests import gpu_target
 from tests.ops.test_decode_attention import case
 

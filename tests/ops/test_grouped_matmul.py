@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g4attn_jax import ops, oracle
+from g4attn_jax import ops
 from g4attn_jax.ops.gpu import Gpu
 from g4attn_jax.ops.grouped_matmul import triton
 from g4attn_jax.ops.grouped_matmul.triton import Launch, Sizes, choose_launch
+from g4attn_jax.testing import oracle
 from tests.ops.kernel import kernel_of
 
 KERNEL = kernel_of("grouped_matmul", "grouped_gated_matmul")

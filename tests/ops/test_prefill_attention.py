@@ -13,7 +13,7 @@ from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
 from g4attn_jax.ops.matmul_tiles.triton import pad
 from g4attn_jax.ops.prefill_attention import cudnn, reference, triton
 from g4attn_jax.ops.prefill_attention.triton import choose_launch
-from g4attn_jax.oracle import cached_attention as formula
+from g4attn_jax.testing.oracle import cached_attention as formula
 from tests.ops.kernel import kernel_of
 from tests.ops.test_decode_attention import GPUS, case
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from g4attn_jax import ProjectionMode, ops, oracle
+from g4attn_jax import ProjectionMode, ops
+from g4attn_jax.testing import oracle
 
 RUNS_HERE = ("xla", "triton_interpret")
 

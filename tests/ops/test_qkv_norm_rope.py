@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from g4attn_jax import ProjectionMode, ops, oracle
+from g4attn_jax import ProjectionMode, ops
 from g4attn_jax.rope import rope_cos_sin
+from g4attn_jax.testing import oracle
 
 RUNS_HERE = ("xla", "triton_interpret")
 

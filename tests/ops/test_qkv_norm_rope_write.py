@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from g4attn_jax import ProjectionMode, ops, oracle
+from g4attn_jax import ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache, float8_scale
 from g4attn_jax.commands.cases import PrologueCase, prologue_sweep
 from g4attn_jax.commands.check import judge
 from g4attn_jax.ops.qkv_norm_rope.triton import cache_rows, choose_launch
+from g4attn_jax.testing import oracle
 
 RUNS_HERE = ("xla", "triton_interpret")
 KINDS = [

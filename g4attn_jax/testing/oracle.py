@@ -140,6 +140,35 @@ def write(array, slots, rows):
     return written
 
 
+def qkv_norm_rope_write(
+    qkv,
+    q_norm,
+    k_norm,
+    cos,
+    sin,
+    slots,
+    cache,
+    *,
+    mode: ProjectionMode,
+    eps=1e-6,
+    norm: Norm = rms_norm,
+    turn=rotate,
+):
+    """`ops.qkv_norm_rope_write` with the given norm and rotation, float8 not rounded."""
+    q, k, v = qkv_norm_rope(qkv, q_norm, k_norm, cos, sin, mode=mode, eps=eps, norm=norm, turn=turn)
+    rotary_dim, arrays = 2 * cos.shape[-1], cache._asdict()
+    if "k_rot" in arrays:
+        q = absorbed_query(q, k_norm, rotary_dim)
+    if mode is ProjectionMode.Q_ONLY:
+        return q, cache
+    k_scale, v_scale = (1, 1) if cache.scale is None else np.asarray(cache.scale, np.float64)
+    rows = {"k": k / k_scale, "v": v / v_scale, "k_rot": band(k, rotary_dim) / k_scale}
+    written = {
+        name: write(array, slots, rows[name]) for name, array in arrays.items() if name in rows
+    }
+    return q, cache._replace(**written)
+
+
 def attention(spec: AttentionSpec, weights, x, kv=None):
     """A layer over whole sequences from position 0.
 
@@ -242,7 +271,7 @@ def grouped_gated_matmul(x, w, group_sizes, rows=None, *, rounded=lambda y: y):
     """`ops.grouped_gated_matmul` in float64; `rounded` says how the two products are."""
     x = x if rows is None else np.asarray(x)[np.asarray(rows)]
     gate, up = (rounded(grouped_matmul(x, w[:, :, part], group_sizes)) for part in (0, 1))
-    return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+    return gelu(gate) * up
 
 
 def usual_grouped_gated_matmul(x, w, group_sizes, rows=None):
@@ -253,6 +282,35 @@ def usual_grouped_gated_matmul(x, w, group_sizes, rows=None):
         return y.astype(dtype).astype(np.float64)
 
     return grouped_gated_matmul(x, w, group_sizes, rows, rounded=rounded).astype(dtype)
+
+
+def gelu(x):
+    """Its tanh form, in float64."""
+    x = np.asarray(x).astype(np.float64)
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def linear(x, w):
+    """`ops.linear`, x [..., K] times w [K, N], or [K, 2, N] with both products, in float64."""
+    x, w = (np.asarray(a).astype(np.float64) for a in (x, w))
+    return np.tensordot(x, w, axes=1)
+
+
+def geglu(x, w, *, rounded=lambda y: y):
+    """`ops.geglu` in float64; `rounded` says how the two products are."""
+    gate, up = np.moveaxis(rounded(linear(x, w)), -2, 0)
+    return gelu(gate) * up
+
+
+def add_rms_norm(x, y, scale, next_scales=(), factor=None, *, eps=1e-6):
+    """`ops.add_rms_norm` in float64; norms are of the sum as it is stored, in x's dtype."""
+    dtype = np.asarray(x).dtype
+    x, y = (np.asarray(a).astype(np.float64) for a in (x, y))
+    y = y if y.ndim == x.ndim else y.sum(axis=0)
+    total = x + rms_norm(y, scale, eps=eps)
+    total *= 1 if factor is None else np.float64(factor)
+    stored = total.astype(dtype)
+    return total, tuple(rms_norm(stored, s, eps=eps) for s in next_scales)
 
 
 def max_error(actual, exact) -> float:
