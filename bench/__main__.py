@@ -6,7 +6,8 @@
     python -m bench compare A.json B.json
 
 NAME may be "all". `run` compares variants of an op or of a step, `tune` the launches that an op's
-heuristic chooses from. Both write NAME.json (tune_NAME.json) to DIR, bench/results/h200 if left out.
+heuristic chooses from. Results are NAME.json and tune_NAME.json in DIR, by default
+bench/results/h200.
 `compare` has the exit status 1 if something became slower.
 """
 

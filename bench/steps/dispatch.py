@@ -1,7 +1,7 @@
 """Time that the host needs to dispatch a jitted decode step with as many arrays as 31B has.
 
-Sizes are tiny but layers are 31B's 60, so that weights and caches have 31B's leaves. A call is timed
-until it returns, which is before the device has finished; the device is idle when it comes.
+Sizes are tiny but layers are 31B's 60, so that weights and caches have 31B's leaves. A call is
+timed until it returns, which is before the device has finished; the device is idle when it comes.
 """
 
 import dataclasses
@@ -94,7 +94,7 @@ BENCHMARK = Benchmark(
             of="call_us",
             where={"variant": "tuple"},
             most=500,
-            why="a step of the smallest model takes 3 ms, and the host must be ready before it ends",
+            why="a step of a small model takes 3 ms, and the host has more to do in it than calls",
         ),
     ),
 )

@@ -3,7 +3,7 @@
 import functools
 
 from bench import measure
-from bench.benchmark import Benchmark
+from bench.benchmark import Benchmark, Point
 from bench.ops import qkv_norm_rope_write
 from bench.tunings._launches import launch_rows
 from g4attn_jax import ProjectionMode
@@ -16,6 +16,14 @@ LAUNCHES = tuple(
     Launch(rows, warps)
     for rows, warps in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 2), (8, 4), (16, 4))
 )
+
+
+def points():
+    """Those of the benchmark, without the rotary width, which the mode and the heads decide."""
+    return [
+        Point({k: v for k, v in fields.items() if k != "rotary_dim"}, case)
+        for fields, case in qkv_norm_rope_write.points()
+    ]
 
 
 def launched(case, launch):
@@ -49,9 +57,12 @@ def rows(points, _):
 BENCHMARK = Benchmark(
     name="tune_qkv_norm_rope_write",
     about="rows and warps of a program of the prologue",
-    identity=(*qkv_norm_rope_write.BENCHMARK.identity, *Launch._fields),
+    identity=(
+        *(name for name in qkv_norm_rope_write.BENCHMARK.identity if name != "rotary_dim"),
+        *Launch._fields,
+    ),
     fields=("num_rows", "us"),
-    points=qkv_norm_rope_write.points,
+    points=points,
     measure=rows,
     watched={"us": None},
 )
