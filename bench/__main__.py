@@ -4,11 +4,13 @@
     python -m bench run NAME ... [--where FIELD=VALUE,... ...] [--out DIR]
     python -m bench tune NAME ... [--where FIELD=VALUE,... ...] [--out DIR]
     python -m bench compare A.json B.json
+    python -m bench memory
 
 NAME may be "all". `run` compares variants of an op or of a step, `tune` the launches that an op's
 heuristic chooses from. Results are NAME.json and tune_NAME.json in DIR, by default
 bench/results/h200.
-`compare` has the exit status 1 if something became slower.
+`compare` has the exit status 1 if something became slower. `memory` prints which model fits on
+which card.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import compare, driver, registry, results
+from bench import compare, driver, memory, registry, results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _list()
         if args.command == "compare":
             return compare.compare_files(args.before, args.after)
+        if args.command == "memory":
+            print(memory.table())
+            return 0
         return _measure(args)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,6 +61,7 @@ def _parser():
         measuring.add_argument(
             "--out", type=Path, default=results.COMMITTED, metavar="DIR", help="for the results"
         )
+    commands.add_parser("memory", help="weights and caches of the models, and what fits on a card")
     comparing = commands.add_parser("compare", help="what became slower or faster")
     comparing.add_argument("before", type=Path, metavar="A.json")
     comparing.add_argument("after", type=Path, metavar="B.json")

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from bench import __main__ as command
-from bench import compare, driver, measure, registry, results
+from bench import compare, driver, measure, memory, registry, results
 from bench.benchmark import Bar, Benchmark, Point, field, select
 
 BENCHMARKS = [
@@ -286,3 +286,15 @@ def test_kernel_table():
 def test_fields_of_nested_objects():
     assert field({"a": {"b": 1}}, "a.b") == 1
     assert field({"a": None}, "a.b") is None
+
+
+def test_the_readme_has_the_table_of_memory():
+    assert memory.table() in (results.COMMITTED.parents[2] / "README.md").read_text()
+
+
+def test_memory_of_a_card():
+    free = 0.9 * 80 * 2**30 - memory.weight_bytes("31b")
+    count = memory.sequences("31b", 80, 8192)
+    assert count * memory.cache_bytes("31b", 8192) <= free
+    assert free < (count + 1) * memory.cache_bytes("31b", 8192)
+    assert memory.sequences("31b", 48, 8192) == 0
