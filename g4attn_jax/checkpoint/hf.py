@@ -32,49 +32,55 @@ _ARCHITECTURES = {
 }
 
 _MODEL = {
-    "embed_tokens.weight": Packed("VE", {"embed_tokens.weight": "V,E"}),
+    "embed_tokens.weight": Packed({"embed_tokens.weight": "vocab, embed"}),
     "per_layer_inputs.embed_tokens.weight": Packed(
-        "VLP", {"embed_tokens_per_layer.weight": "V,LP"}
+        {"embed_tokens_per_layer.weight": "vocab, layers per_layer"}
     ),
     "per_layer_inputs.projection.weight": Packed(
-        "ELP", {"per_layer_model_projection.weight": "LP,E"}
+        {"per_layer_model_projection.weight": "layers per_layer, embed"}
     ),
-    "per_layer_inputs.norm": Packed("P", {"per_layer_projection_norm.weight": "P"}),
-    "norm": Packed("E", {"norm.weight": "E"}),
+    "per_layer_inputs.norm": Packed({"per_layer_projection_norm.weight": "per_layer"}),
+    "norm": Packed({"norm.weight": "embed"}),
 }
 # Beside the language model, and under no prefix.
-_OWN_HEAD = {"lm_head.weight": Packed("VE", {HEAD: "V,E"})}
+_OWN_HEAD = {"lm_head.weight": Packed({HEAD: "vocab, embed"})}
 _LAYER = {
-    "attention.o_proj.weight": Packed("NDE", {"self_attn.o_proj.weight": "E,ND"}),
-    "attention.q_norm": Packed("D", {"self_attn.q_norm.weight": "D"}),
-    "attention.k_norm": Packed("D", {"self_attn.k_norm.weight": "D"}),
-    "input_norm": Packed("E", {"input_layernorm.weight": "E"}),
-    "post_attention_norm": Packed("E", {"post_attention_layernorm.weight": "E"}),
-    "pre_feedforward_norm": Packed("E", {"pre_feedforward_layernorm.weight": "E"}),
-    "post_feedforward_norm": Packed("E", {"post_feedforward_layernorm.weight": "E"}),
+    "attention.o_proj.weight": Packed({"self_attn.o_proj.weight": "embed, heads head_dim"}),
+    "attention.q_norm": Packed({"self_attn.q_norm.weight": "head_dim"}),
+    "attention.k_norm": Packed({"self_attn.k_norm.weight": "head_dim"}),
+    "input_norm": Packed({"input_layernorm.weight": "embed"}),
+    "post_attention_norm": Packed({"post_attention_layernorm.weight": "embed"}),
+    "pre_feedforward_norm": Packed({"pre_feedforward_layernorm.weight": "embed"}),
+    "post_feedforward_norm": Packed({"post_feedforward_layernorm.weight": "embed"}),
     "mlp.gate_up_proj.weight": Packed(
-        "ECF", {"mlp.gate_proj.weight": "CF,E", "mlp.up_proj.weight": "CF,E"}, "C", (1, 1)
+        {"mlp.gate_proj.weight": "gate_up mlp, embed", "mlp.up_proj.weight": "gate_up mlp, embed"},
+        "gate_up",
+        (1, 1),
     ),
-    "mlp.down_proj.weight": Packed("FE", {"mlp.down_proj.weight": "E,F"}),
-    "moe.router_scale": Packed("E", {"router.scale": "E"}),
-    "moe.router_proj.weight": Packed("EX", {"router.proj.weight": "X,E"}),
-    "moe.per_expert_scale": Packed("X", {"router.per_expert_scale": "X"}),
-    "moe.gate_up_proj.weight": Packed("XECF", {"experts.gate_up_proj": "X,CF,E"}),
-    "moe.down_proj.weight": Packed("XFE", {"experts.down_proj": "X,E,F"}),
-    "post_feedforward_norm_1": Packed("E", {"post_feedforward_layernorm_1.weight": "E"}),
-    "pre_feedforward_norm_2": Packed("E", {"pre_feedforward_layernorm_2.weight": "E"}),
-    "post_feedforward_norm_2": Packed("E", {"post_feedforward_layernorm_2.weight": "E"}),
-    "per_layer_gate.weight": Packed("EP", {"per_layer_input_gate.weight": "P,E"}),
-    "per_layer_projection.weight": Packed("PE", {"per_layer_projection.weight": "E,P"}),
-    "post_per_layer_norm": Packed("E", {"post_per_layer_input_norm.weight": "E"}),
-    "layer_scalar": Packed("", {"layer_scalar": "1"}),
+    "mlp.down_proj.weight": Packed({"mlp.down_proj.weight": "embed, mlp"}),
+    "moe.router_scale": Packed({"router.scale": "embed"}),
+    "moe.router_proj.weight": Packed({"router.proj.weight": "experts, embed"}),
+    "moe.per_expert_scale": Packed({"router.per_expert_scale": "experts"}),
+    "moe.gate_up_proj.weight": Packed(
+        {"experts.gate_up_proj": "experts, gate_up expert_mlp, embed"}
+    ),
+    "moe.down_proj.weight": Packed({"experts.down_proj": "experts, embed, expert_mlp"}),
+    "post_feedforward_norm_1": Packed({"post_feedforward_layernorm_1.weight": "embed"}),
+    "pre_feedforward_norm_2": Packed({"pre_feedforward_layernorm_2.weight": "embed"}),
+    "post_feedforward_norm_2": Packed({"post_feedforward_layernorm_2.weight": "embed"}),
+    "per_layer_gate.weight": Packed({"per_layer_input_gate.weight": "per_layer, embed"}),
+    "per_layer_projection.weight": Packed({"per_layer_projection.weight": "embed, per_layer"}),
+    "post_per_layer_norm": Packed({"post_per_layer_input_norm.weight": "embed"}),
+    "layer_scalar": Packed({"layer_scalar": "1"}),
 }
 
 
 def _qkv(spec: AttentionSpec) -> Packed:
     names = ("q_proj", "k_proj", "v_proj")[: 1 + spec.mode.num_kv_projections]
-    tensors = {f"self_attn.{name}.weight": "KGD,E" for name in names}
-    return Packed("EKGD", tensors, "G", (spec.group_size, 1, 1)[: len(names)])
+    tensors = {
+        f"self_attn.{name}.weight": "kv_heads heads_per_group head_dim, embed" for name in names
+    }
+    return Packed(tensors, "heads_per_group", (spec.group_size, 1, 1)[: len(names)])
 
 
 def packing_table(config: Gemma4Config, prefix: str) -> dict[str, Packed]:

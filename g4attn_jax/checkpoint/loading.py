@@ -1,5 +1,6 @@
 """From the tensors of a checkpoint to the parameters of a model, whatever the format."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -9,6 +10,7 @@ from flax import nnx
 from g4attn_jax.checkpoint.errors import CheckpointError, listed
 from g4attn_jax.checkpoint.packing import Packed, Shape
 from g4attn_jax.checkpoint.report import LoadReport
+from g4attn_jax.model.linear import weight_axes
 
 Model = TypeVar("Model", bound=nnx.Module)
 Progress = Callable[[int, int], None]
@@ -32,7 +34,7 @@ def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
 
 
 def table_of(model: nnx.Module, table: Mapping[str, Packed]) -> dict[str, Packed]:
-    """What of a format's table this model has.
+    """The part of a format's table that this model has, with the axes of its weights.
 
     Raises:
         CheckpointError: the model has a parameter that the format does not know.
@@ -40,7 +42,8 @@ def table_of(model: nnx.Module, table: Mapping[str, Packed]) -> dict[str, Packed
     names = parameters(model)
     if unknown := names.keys() - table.keys():
         raise CheckpointError(f"the format has no place for {listed(unknown)} of the model")
-    return {name: table[name] for name in names}
+    axes = weight_axes(model)
+    return {name: dataclasses.replace(table[name], axes=axes.get(name)) for name in names}
 
 
 def load(

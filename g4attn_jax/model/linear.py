@@ -332,6 +332,15 @@ class Embedding(Weight):
         )
 
 
+def weight_axes(model: nnx.Module) -> dict[str, tuple[str, ...]]:
+    """Names of the axes of every weight, by its path such as "layers.0.mlp.down_proj.weight"."""
+    return {
+        ".".join(map(str, (*path, "weight"))): module.axes
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Weight)
+    }
+
+
 def _keeping_variance(num_inputs, num_outputs, num_groups=0):
     """Uniform numbers whose variance is one over the number of inputs."""
     inputs = tuple(range(num_groups, num_groups + num_inputs))
