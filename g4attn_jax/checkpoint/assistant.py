@@ -1,4 +1,4 @@
-"""The assistant's directory in Hugging Face's form, read.
+"""Hugging Face directories of assistants, read.
 
 Source of names and shapes: `Gemma4AssistantForCausalLM` of Hugging Face transformers 5.24.
 """
@@ -31,7 +31,7 @@ _ASSISTANT = {
 
 
 def packing_table(config: Gemma4Config) -> dict[str, Packed]:
-    """From paths of our parameters to the tensors they are made of, for any assistant.
+    """Tensors of every parameter that an assistant can have, by the parameter's path.
 
     Args:
         config: of the assistant's layers.

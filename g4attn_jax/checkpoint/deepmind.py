@@ -81,7 +81,7 @@ def _qkv(spec: AttentionSpec) -> Packed:
 
 
 def _table(config: Gemma4Config) -> dict[str, Packed]:
-    """From paths of our parameters to what they are made of, for all a Gemma 4 model can have."""
+    """Arrays of every parameter that a Gemma 4 model can have, by the parameter's path."""
     table = dict(_MODEL)
     for layer in range(config.num_hidden_layers):
         rows = _ATTENTION | (_MOE if config.enable_moe_block else _DENSE)
@@ -162,7 +162,7 @@ def _named_arrays(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _why_skipped(name, config):
-    """Under which heading the report counts this array; None if it is to be loaded."""
+    """Heading under which the report counts an array that is skipped; None if it is loaded."""
     if tower := _OTHER_TOWERS.match(name):
         return tower[0]
     unused = _UNUSED_IF_SHARED.match(name)

@@ -84,7 +84,12 @@ def _qkv(spec: AttentionSpec) -> Packed:
 
 
 def packing_table(config: Gemma4Config, prefix: str) -> dict[str, Packed]:
-    """From paths of our parameters to what they are made of, for all a Gemma 4 model can have."""
+    """Tensors of every parameter that a Gemma 4 model can have, by the parameter's path.
+
+    Args:
+        config: of the decoder, or of an assistant's layers.
+        prefix: of the names of tensors.
+    """
     table = _OWN_HEAD | {name: packed.under(prefix) for name, packed in _MODEL.items()}
     for layer in range(config.num_hidden_layers):
         rows = _LAYER | {"attention.qkv_proj.weight": _qkv(config.attention_spec(layer))}
@@ -99,8 +104,8 @@ def load_hf_into(
     """Loads a Hugging Face checkpoint straight to the device.
 
     Tensors are read through memory maps and packed on the device, one parameter at a time. Beside
-    the model itself that takes host and device memory for the tensors of one parameter. Of other
-    towers (vision, audio) and of what KV-shared layers do not use nothing is read.
+    the model itself that takes host and device memory for the tensors of one parameter. Tensors of
+    other towers (vision, audio), and projections that KV-shared layers do not use, are not read.
 
     A `lm_head.weight` that equals the table is skipped. One that differs is used, as by
     transformers, though the config says that they are tied: the model returned then has a `lm_head`
@@ -151,7 +156,7 @@ def load_hf_into(
 
 
 def _with_own_head(model):
-    """The model with a head beside its table, as an untied config has it."""
+    """An untied copy of the model, whose head is a copy of its table."""
     graph, state = nnx.split(model)
     untied = nnx.merge(graph, state, copy=True)
     untied.config = dataclasses.replace(model.config, tie_word_embeddings=False)
@@ -200,12 +205,17 @@ def save_hf(
         raise CheckpointError(
             f"{directory} cannot be made a directory: {error.strerror}"
         ) from error
-    weight_map, total = {}, 0
+    _write_tensors(directory, model, table, shards)
+    _write_json(directory / "config.json", _text_config(config, model))
+
+
+def _write_tensors(directory, model, table, shards):
+    """Writes the files, and an index where they are several."""
+    weight_map, total, values = {}, 0, parameters(model)
     for number, names in enumerate(shards, start=1):
         file = SINGLE_FILE
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        values = parameters(model)
         tensors = {
             tensor: np.asarray(value)
             for name in names
@@ -218,22 +228,22 @@ def save_hf(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / INDEX_FILE, index)
+
+
+def _text_config(config, model):
+    """Contents of `config.json` of the text model alone."""
     text = text_config_of(config)
     text.pop("quantization_config", None)
-    _write_json(
-        directory / "config.json",
-        text
-        | {
-            "layer_types": list(model.config.layer_types),
-            "tie_word_embeddings": model.config.tie_word_embeddings,
-            "architectures": [_ARCHITECTURES[text["model_type"]]],
-            "dtype": str(model.embed_tokens.weight.dtype),
-        },
-    )
+    return text | {
+        "layer_types": list(model.config.layer_types),
+        "tie_word_embeddings": model.config.tie_word_embeddings,
+        "architectures": [_ARCHITECTURES[text["model_type"]]],
+        "dtype": str(model.embed_tokens.weight.dtype),
+    }
 
 
 def _shards(model: nnx.Module, max_bytes: int) -> Iterator[list[str]]:
-    """The names of parameters, file by file."""
+    """Names of parameters, file by file."""
     names, size = [], 0
     for name, variable in parameters(model).items():
         value = variable.get_value()
@@ -247,13 +257,15 @@ def _shards(model: nnx.Module, max_bytes: int) -> Iterator[list[str]]:
 
 
 def check_config(given, model_config, config_class, fields=vars):
-    """Refuses a `config.json` of another model; None in either is unknown.
+    """Refuses a `config.json` of another model.
+
+    A field that is None in one of the two is not compared.
 
     Args:
         given: contents of the file.
         model_config: what the model was built with.
         config_class: of which `model_config` is, with the method `from_hf`.
-        fields: from a config to its fields by the names they have in the file.
+        fields: makes of a config its fields, by the names they have in the file.
 
     Raises:
         CheckpointError: a field differs, or the contents are no such config.

@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to the parameters of a model, whatever the format."""
+"""Tensors of a checkpoint made parameters of a model, whatever the format."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ class Tensor(Protocol):
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """The parameters of a model by their paths, such as "layers.0.attention.qkv_proj.weight"."""
+    """Parameters of a model by their paths, such as "layers.0.attention.qkv_proj.weight"."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): variable for path, variable in flat}
 
@@ -55,14 +55,14 @@ def load(
 ) -> tuple[Model, LoadReport]:
     """A model with the parameters that the tensors make up.
 
-    All is checked before the first tensor is read. Then one parameter after the other is read,
-    packed on the device and waited for, so that beside the model the tensors of one are held.
+    Everything is checked before the first tensor is read. Then each parameter is read, packed on
+    the device and waited for before the next, so that beside the model the tensors of one are held.
 
     Args:
         model: gives structure, shapes, dtypes and shardings; its parameters may be abstract.
         table: of the format, for at least the parameters of the model.
         tensors: of the checkpoint, without those that are skipped.
-        skipped: for the report.
+        skipped: numbers of tensors that are not loaded, for the report.
         progress: called with (bytes done, bytes in all).
 
     Raises:

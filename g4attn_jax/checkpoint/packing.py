@@ -1,4 +1,4 @@
-"""How one parameter of ours is made of tensors of a checkpoint, and back.
+"""Parameters of ours packed from tensors of a checkpoint, and unpacked into them.
 
 A table maps names of parameters to `Packed`; each checkpoint format has one, and loading and saving
 both follow it. Axes have the names of `model.linear`.
@@ -49,7 +49,7 @@ class Packed:
         return dataclasses.replace(self, tensors=tensors)
 
     def shapes(self, shape: Shape) -> dict[str, Shape]:
-        """The shape of every tensor of a parameter of this shape."""
+        """Shapes of the tensors of a parameter of this shape, by name."""
         return {
             name: _stored_shape(axes, sizes)
             for (name, axes), sizes in zip(self.tensors.items(), self._sizes(shape), strict=True)
@@ -62,7 +62,7 @@ class Packed:
         dtype: jax.typing.DTypeLike,
         sharding: jax.sharding.Sharding | None = None,
     ) -> Float[Array, "..."]:
-        """The parameter: computed where the tensors are, never an alias of one of them.
+        """Makes the parameter, where the tensors are; it is never an alias of one of them.
 
         Args:
             tensors: in the order of `self.tensors`, of shapes `self.shapes(shape)`.
@@ -76,7 +76,7 @@ class Packed:
         return compiled(tuple(tensors), sizes, jnp.dtype(dtype))
 
     def unpack(self, parameter: Float[Array, "..."]) -> dict[str, Float[Array, "..."]]:
-        """The inverse of `pack`."""
+        """Makes the tensors of a parameter, by name: the inverse of `pack`."""
         parts = _unpack(
             parameter, self._axes(), self.along, self.split, tuple(self.tensors.values())
         )
@@ -89,7 +89,7 @@ class Packed:
         return _stored_axes(axes)
 
     def _sizes(self, shape):
-        """For each tensor, from axes to sizes."""
+        """Sizes of each tensor's axes by their names."""
         whole = dict(zip(self._axes(), shape, strict=True))
         if not self.along:
             return [whole]
