@@ -33,7 +33,6 @@ from g4attn_jax.layout import Layout
 from g4attn_jax.model.acceptance import Rule
 from g4attn_jax.model.assistant import Gemma4Assistant, last_caches
 from g4attn_jax.model.decoder import Gemma4Decoder
-from g4attn_jax.model.embedding import embed
 from g4attn_jax.model.sampling import token_log_probs
 
 # What is tested; attention would take up to 15 (`ops.decode_attention.MAX_DECODE_TOKENS`).
@@ -132,7 +131,7 @@ def draft(
 
     def one(carry, at):
         token, hidden = carry
-        embeddings = embed(decoder.embed_tokens[...], token[:, None]).astype(decoder.dtype)
+        embeddings = decoder.embed_tokens(token[:, None])
         logits, hidden = assistant.step(embeddings, hidden, plans, read, k_norms)
         token, draft_probs = rule.draft(logits[:, 0], at)
         return (token, hidden), (token, draft_probs)
