@@ -63,7 +63,7 @@ def layouts_of(kind, window):
         # Pages from the end of the pool, every other one another's.
         pages = -(-CAPACITY // 16)
         table = 2 * (2 * pages - 1 - np.arange(2 * pages)).reshape(2, pages)
-        layout = Paged(jnp.asarray(table, jnp.int32), 4 * pages, 16)
+        layout = Paged(4 * pages, 16, jnp.asarray(table, jnp.int32))
         return {"sliding_attention": layout, "full_attention": layout}
     full = Contiguous(2, CAPACITY)
     sliding = Ring(2, window, CHUNK) if kind == "ring" else full

@@ -39,7 +39,7 @@ def layouts_of(kind, config, batch=2, max_new_tokens=LENGTH):
         # Pages from the end of the pool, every other one another's.
         pages = -(-LENGTH // 16)
         table = 2 * (batch * pages - 1 - np.arange(batch * pages)).reshape(batch, pages)
-        layout = Paged(jnp.asarray(table, jnp.int32), 2 * batch * pages, 16)
+        layout = Paged(2 * batch * pages, 16, jnp.asarray(table, jnp.int32))
         return {"sliding_attention": layout, "full_attention": layout}
     full = Contiguous(batch, LENGTH)
     ring = Ring(batch, config.sliding_window, max_new_tokens)

@@ -63,7 +63,7 @@ def layout_of(kind, spec, page_table):
         return Contiguous(batch, LENGTH)
     if kind == "ring":
         return Ring(batch, spec.sliding_window, max_new_tokens=8)
-    return Paged(page_table, NUM_PAGES, PAGE)
+    return Paged(NUM_PAGES, PAGE, page_table)
 
 
 @functools.cache

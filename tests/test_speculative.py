@@ -179,7 +179,7 @@ def paged(batch):
     """Pages from the end of the pool, every other one another's; none past the capacity."""
     columns = -(-CAPACITY // 16)
     table = 2 * (batch * columns - 1 - np.arange(batch * columns)).reshape(batch, columns)
-    return Paged(jnp.asarray(table, jnp.int32), 2 * batch * columns, 16)
+    return Paged(2 * batch * columns, 16, jnp.asarray(table, jnp.int32))
 
 
 @pytest.mark.parametrize(
