@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from g4attn_jax import cache as caches
 from g4attn_jax import ops
 from g4attn_jax.cache import Cache, KVCache, ReadableCache
+from g4attn_jax.checks import check_array
 from g4attn_jax.config import Gemma4Config, ProjectionMode
 from g4attn_jax.layout import (
     Contiguous,
@@ -174,8 +175,9 @@ class Gemma4Attention(nnx.Module):
     ) -> tuple[Float[Array, "parts B T E"], Cache | ReadableCache]:
         """`__call__` with y in parts that add up to it, see `ops.linear_partial_sums`."""
         x = jnp.asarray(x)
-        self._check_hidden(x)
-        given, (cache, k_norm) = cache, self._own(cache)
+        check_array("x", x, ("B", "T", self.hidden_size), "floating", empty=True)
+        given = cache
+        cache, k_norm = self._with_k_norm(cache)
         if cache is not None:
             checks.check_cache(
                 cache,
@@ -187,13 +189,18 @@ class Gemma4Attention(nnx.Module):
             )
         plan = self._plan(x, positions, cache)
         x = x.astype(self.dtype)
-        qkv = ops.linear(x, self._weight(self.qkv_proj, 1), implementation=self.implementation)
-        qkv = qkv.reshape(*x.shape[:2], *self.qkv_proj.shape[1:])
-        q, cache = self._prologue(qkv, k_norm, plan, cache, self.implementation)
-        o = self._attend(q, cache, plan, self.implementation)
-        o = o.reshape(*x.shape[:2], -1)
-        w = self._weight(self.o_proj, 2)
-        return ops.linear_partial_sums(o, w, implementation=self.implementation), cache
+        with jax.named_scope("qkv_proj"):
+            qkv = ops.linear(x, self._weight(self.qkv_proj, 1), implementation=self.implementation)
+            qkv = qkv.reshape(*x.shape[:2], *self.qkv_proj.shape[1:])
+        with jax.named_scope("norm_rope"):
+            q, cache = self._prologue(qkv, k_norm, plan, cache, self.implementation)
+        with jax.named_scope("attend"):
+            o = self._attend(q, cache, plan, self.implementation)
+        with jax.named_scope("o_proj"):
+            o = o.reshape(*x.shape[:2], -1)
+            w = self._weight(self.o_proj, 2)
+            parts = ops.linear_partial_sums(o, w, implementation=self.implementation)
+        return parts, given if isinstance(given, ReadableCache) else cache
 
     def load_hf(self, state_dict: Mapping[str, Any]) -> None:
         """Takes the weights of a Hugging Face `Gemma4TextAttention`, cast to the param dtype.
@@ -268,12 +275,6 @@ class Gemma4Attention(nnx.Module):
         attend = ops.decode_attention if is_step else ops.prefill_attention
         return attend(*arguments, **constants)
 
-    def _check_hidden(self, x):
-        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x has shape {x.shape}; accepted: [B, T, {self.hidden_size}]")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"x has dtype {x.dtype}; accepted: a floating-point dtype")
-
     def _plan(self, x, positions, cache):
         """The plan of the step, made here unless it was given, and checked against the cache."""
         if not isinstance(positions, StepPlan):
@@ -311,7 +312,7 @@ class Gemma4Attention(nnx.Module):
             raise ValueError(f"x has shape {x.shape}; without a cache B and T must not be 0")
         return Contiguous(*x.shape[:2])
 
-    def _own(self, cache):
+    def _with_k_norm(self, cache):
         """(cache, norm scale of its keys), of this layer or of the one whose cache it reads."""
         if self.k_norm is None:
             return cache if isinstance(cache, ReadableCache) else (cache, None)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from g4attn_jax.attention import Gemma4Attention
-from g4attn_jax.cache import Cache, CompactKVCache, KVCache, bytes_per_token
+from g4attn_jax.cache import Cache, CompactKVCache, KVCache, ReadableCache, bytes_per_token
 from g4attn_jax.commands.layers import Job
 from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
 from g4attn_jax.layout import Contiguous
@@ -172,11 +172,18 @@ def count_launches(compiled_text: str, kernel: str) -> int:
 
 
 def _jitted(attention):
-    """(f, params), f(params, x, positions, cache, k_norm) jitted, the cache donated."""
+    """(f, params), f(params, x, positions, cache, k_norm) jitted, the cache donated.
+
+    k_norm is that of the layer whose cache a Q_ONLY layer reads, else None.
+    """
     graph, params = nnx.split(attention)
 
     def forward(params, x, positions, cache, k_norm):
-        return nnx.merge(graph, params)(x, positions, cache, k_norm)
+        attention = nnx.merge(graph, params)
+        if k_norm is None:
+            return attention(x, positions, cache)
+        y, _ = attention(x, positions, ReadableCache(cache, k_norm))
+        return y, cache
 
     return jax.jit(forward, donate_argnums=3), params
 

@@ -17,6 +17,7 @@ from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import model_bytes
 from g4attn_jax.chat import ChatTemplate
 from g4attn_jax.checkpoint import CheckpointError, load_assistant, load_hf
+from g4attn_jax.checks import check_integer
 from g4attn_jax.commands import memory
 from g4attn_jax.commands.answers import Answers
 from g4attn_jax.config import Gemma4Config
@@ -28,7 +29,7 @@ from g4attn_jax.generation.settings import GenerationSettings
 from g4attn_jax.model import Gemma4Assistant, Gemma4Decoder
 from g4attn_jax.model.embedding import num_embedded_tokens
 from g4attn_jax.model.sampling import Sampling
-from g4attn_jax.speculative import DraftStatistics, check_draft_tokens
+from g4attn_jax.speculative import MAX_DRAFT_TOKENS, DraftStatistics
 
 # The kernels read caches in whole tiles.
 _CAPACITY_TILE = 64
@@ -231,8 +232,7 @@ def _rngs(seed):
 def _check_assistant(job):
     if job.assistant is None:
         return
-    if job.draft_tokens is not None:
-        check_draft_tokens(job.draft_tokens)
+    check_integer("draft_tokens", job.draft_tokens, most=MAX_DRAFT_TOKENS, none=True)
     try:
         _assistant_config(job.assistant).check_target(job.config)
     except ValueError as error:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from g4attn_jax import ops
 from g4attn_jax.cache import Cache, KVCache, ReadableCache
+from g4attn_jax.checks import check_array, check_type
 from g4attn_jax.config import Gemma4Config
 from g4attn_jax.layout import Contiguous, Layout, SegmentIds, select_tokens
 from g4attn_jax.model.embedding import embed, num_embedded_tokens, per_layer_inputs
@@ -236,15 +237,15 @@ class Gemma4Decoder(nnx.Module):
 
     def _whole_sequences(self, tokens, segment_ids, at):
         """Final hidden states of sequences that begin here, whose keys and values nobody keeps."""
-        _check_integers("tokens", tokens)
+        check_array("tokens", tokens, ("B", "T"), "integer")
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is not None:
-            _check_integers("segment_ids", segment_ids, tokens.shape)
+            check_array("segment_ids", segment_ids, tokens.shape, "integer")
             ids = jnp.asarray(segment_ids, jnp.int32)
             # Rotations depend on distances alone, so a sequence may begin anywhere in its row.
             positions, segment_ids = jnp.where(ids == 0, -1, positions), SegmentIds(ids, ids)
         self._check_known_tokens(tokens, positions)
-        self._check_at(tokens, at)
+        check_array("logits_at", at, (tokens.shape[0], "n"), "integer", none=True, empty=True)
         layouts = dict.fromkeys(self.config.layer_types, Contiguous(*tokens.shape))
         with jax.named_scope("plan"):
             step = Step.plan(self._specs(), positions, layouts, segment_ids=segment_ids)
@@ -311,9 +312,13 @@ class Gemma4Decoder(nnx.Module):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """Scaled embeddings in `dtype`."""
+        return embed(self.embed_tokens[...], tokens).astype(self.dtype)
+
     def _embed(self, tokens):
         """The residual stream [B, T, E], and what each layer is told of each token [B, T, L, P]."""
-        x = embed(self.embed_tokens[...], tokens).astype(self.dtype)
+        x = self.embed(tokens)
         if not self.config.hidden_size_per_layer_input:
             return x, None
         return x, per_layer_inputs(
@@ -329,33 +334,17 @@ class Gemma4Decoder(nnx.Module):
         return range(self.config.num_hidden_layers - self.config.num_kv_shared_layers)
 
     def _check_step(self, tokens, step, cache, at):
-        _check_integers("tokens", tokens)
-        for name, given, accepted in (("step", step, Step), ("cache", cache, ModelCache)):
-            if not isinstance(given, accepted):
-                raise ValueError(
-                    f"{name} is a {type(given).__name__}; accepted: {accepted.__name__}, see "
-                    f"Gemma4Decoder.{'plan' if name == 'step' else 'init_cache'}"
-                )
-        if tokens.shape != step.positions.shape:
-            raise ValueError(
-                f"tokens has shape {tokens.shape}; with positions of shape {step.positions.shape} "
-                f"it must be {step.positions.shape}"
-            )
+        check_array("tokens", tokens, ("B", "T"), "integer")
+        check_type("step", step, Step)
+        check_type("cache", cache, ModelCache)
+        check_array("step.positions", step.positions, tokens.shape, "integer")
         self._check_known_tokens(tokens, step.positions)
-        self._check_at(tokens, at)
+        check_array("logits_at", at, (tokens.shape[0], "n"), "integer", none=True, empty=True)
         if len(cache.layers) != len(self._producers()):
             raise ValueError(
                 f"cache has {len(cache.layers)} layers; accepted: the {len(self._producers())} of "
                 "init_cache"
             )
-
-    def _check_at(self, tokens, at):
-        if at is None:
-            return
-        if at.ndim != 2 or at.shape[0] != tokens.shape[0]:
-            raise ValueError(f"logits_at has shape {at.shape}; accepted: [{tokens.shape[0]}, n]")
-        if not jnp.issubdtype(at.dtype, jnp.integer):
-            raise ValueError(f"logits_at has dtype {at.dtype}; accepted: an integer")
 
     def _check_known_tokens(self, tokens, positions):
         """Refuses tokens without an embedding, unless they are traced or known to be padding."""
@@ -388,14 +377,3 @@ def _is_known(array):
     """Whether the numbers of an array are to be had here: neither traced nor of other hosts."""
     is_traced = isinstance(array, jax.core.Tracer)
     return not is_traced and getattr(array, "is_fully_addressable", True)
-
-
-def _check_integers(name, array, shape=None):
-    """Refuses what is no integer array [B, T], of a shape that is known if one is given."""
-    if not hasattr(array, "shape") or array.ndim != 2:
-        raise ValueError(f"{name} is {array!r}; accepted: an integer array [B, T]")
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name} has dtype {array.dtype}; accepted: an integer")
-    if 0 in array.shape or shape not in (None, array.shape):
-        accepted = "[B, T], neither 0" if shape is None else shape
-        raise ValueError(f"{name} has shape {array.shape}; accepted: {accepted}")

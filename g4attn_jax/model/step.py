@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple, Self
 
-import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from g4attn_jax.cache import Cache
 from g4attn_jax.config import AttentionSpec
