@@ -115,7 +115,7 @@ class Case:
         for path, leaf in jax.tree.leaves_with_path(self.params):
             name = jax.tree_util.keystr(path)
             size = leaf.size * leaf.dtype.itemsize
-            if "embed_tokens_per_layer" in name:
+            if "['per_layer_inputs']['embed_tokens']" in name:
                 size *= self.batch / config.vocab_size_per_layer_input
             elif "['moe']" in name and leaf.ndim > 2:
                 chosen = config.top_k_experts / config.num_experts

@@ -1,6 +1,5 @@
 """One attention layer of a Gemma 4 model, as a Flax NNX module."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,9 +22,9 @@ from g4attn_jax.layout import (
     check_layout,
     plan_step,
 )
+from g4attn_jax.model.linear import Linear, ModuleOptions
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
-from g4attn_jax.ops.implementation import check_implementation
 
 
 class Gemma4Attention(nnx.Module):
@@ -41,11 +40,11 @@ class Gemma4Attention(nnx.Module):
 
     Attributes:
         spec: `AttentionSpec` of the layer.
-        qkv_proj: packed weight [E, Nkv, G + P, D]: for each KV head its query heads, then K, then
-            V. Query head g * G + r is row r of KV head g.
+        qkv_proj: `Linear`, packed [E, Nkv, G + P, D]: for each KV head its query heads, then K,
+            then V. Query head g * G + r is row r of KV head g.
         q_norm: [D].
         k_norm: [D]; None for Q_ONLY.
-        o_proj: [Nq, D, E].
+        o_proj: `Linear`, [Nq, D, E].
 
     Source: `Gemma4TextAttention` of Hugging Face transformers 5.23.
     """
@@ -58,7 +57,7 @@ class Gemma4Attention(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         param_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        implementation: ops.Implementation | None = None,
+        implementation: str | None = None,
     ):
         """Builds the layer with random weights.
 
@@ -68,32 +67,30 @@ class Gemma4Attention(nnx.Module):
             rngs: stream `params` draws the weights.
             dtype: of activations, and of caches unless `init_cache` is told otherwise.
             param_dtype: of the weights; cast to `dtype` in every call where they differ.
-            implementation: of the kernels, see `ops.qkv_norm_rope_write`.
+            implementation: of the kernels: None, or a name that is demanded of every op that has a
+                kernel of that name; other ops choose for themselves.
 
         Raises:
             ValueError: the model has no such layer, a dtype is not bfloat16, float16 or float32, or
                 there is no such implementation.
             NotImplementedError: "triton" was demanded and there is no supported GPU.
         """
-        check_implementation(implementation)
-        checks.check_dtype("dtype", dtype)
-        checks.check_dtype("param_dtype", param_dtype)
+        options = ModuleOptions(rngs, dtype, param_dtype, implementation)
         spec = config.attention_spec(layer)
         self.spec = spec
         self.layer = layer
         self.hidden_size = config.hidden_size
-        self.dtype = jnp.dtype(dtype)
-        self.implementation = implementation
-        rows = spec.group_size + spec.mode.num_kv_projections
-        qkv_init = nnx.initializers.lecun_uniform(in_axis=0, out_axis=(1, 2, 3))
-        o_init = nnx.initializers.lecun_uniform(in_axis=(0, 1), out_axis=2)
-        qkv_shape = (config.hidden_size, spec.num_kv_heads, rows, spec.head_dim)
-        o_shape = (spec.num_q_heads, spec.head_dim, config.hidden_size)
-        self.qkv_proj = nnx.Param(qkv_init(rngs.params(), qkv_shape, param_dtype))
-        self.o_proj = nnx.Param(o_init(rngs.params(), o_shape, param_dtype))
-        self.q_norm = nnx.Param(jnp.ones(spec.head_dim, param_dtype))
+        self.dtype, self.implementation = options.dtype, options.implementation
+        embed, head_dim = {"embed": config.hidden_size}, {"head_dim": spec.head_dim}
+        rows = {
+            "kv_heads": spec.num_kv_heads,
+            "heads_per_group": spec.group_size + spec.mode.num_kv_projections,
+        }
+        self.qkv_proj = Linear(embed, rows | head_dim, options)
+        self.o_proj = Linear({"heads": spec.num_q_heads} | head_dim, embed, options)
+        self.q_norm = options.scale(head_dim)
         projects_k = spec.mode is not ProjectionMode.Q_ONLY
-        self.k_norm = nnx.Param(jnp.ones(spec.head_dim, param_dtype)) if projects_k else None
+        self.k_norm = options.scale(head_dim) if projects_k else None
 
     def init_cache(
         self,
@@ -188,18 +185,14 @@ class Gemma4Attention(nnx.Module):
                 rotary_dim=self.spec.rotary_dim,
             )
         plan = self._plan(x, positions, cache)
-        x = x.astype(self.dtype)
         with jax.named_scope("qkv_proj"):
-            qkv = ops.linear(x, self._weight(self.qkv_proj, 1), implementation=self.implementation)
-            qkv = qkv.reshape(*x.shape[:2], *self.qkv_proj.shape[1:])
-        with jax.named_scope("norm_rope"):
+            qkv = self.qkv_proj(x)
+        with jax.named_scope("qkv_norm_rope"):
             q, cache = self._prologue(qkv, k_norm, plan, cache, self.implementation)
-        with jax.named_scope("attend"):
+        with jax.named_scope("attention"):
             o = self._attend(q, cache, plan, self.implementation)
         with jax.named_scope("o_proj"):
-            o = o.reshape(*x.shape[:2], -1)
-            w = self._weight(self.o_proj, 2)
-            parts = ops.linear_partial_sums(o, w, implementation=self.implementation)
+            parts = self.o_proj.partial_sums(o)
         return parts, given if isinstance(given, ReadableCache) else cache
 
     def load_hf(self, state_dict: Mapping[str, Any]) -> None:
@@ -239,16 +232,11 @@ class Gemma4Attention(nnx.Module):
         rows += [
             tensors[n].reshape(spec.num_kv_heads, 1, spec.head_dim, embed) for n in kv_projections
         ]
-        _assign(self.qkv_proj, jnp.concatenate(rows, axis=1).transpose(3, 0, 1, 2))
-        _assign(self.o_proj, tensors["o_proj.weight"].T.reshape(-1, spec.head_dim, embed))
+        _assign(self.qkv_proj.weight, jnp.concatenate(rows, axis=1).transpose(3, 0, 1, 2))
+        _assign(self.o_proj.weight, tensors["o_proj.weight"].T.reshape(-1, spec.head_dim, embed))
         _assign(self.q_norm, tensors["q_norm.weight"])
         if kv_projections:
             _assign(self.k_norm, tensors["k_norm.weight"])
-
-    def _weight(self, weight, input_axes):
-        """As a matrix: inputs, which are the first axes, by outputs."""
-        w = weight[...].astype(self.dtype)
-        return w.reshape(math.prod(w.shape[:input_axes]), -1)
 
     def _prologue(self, qkv, k_norm, plan, cache, implementation):
         """Queries, and the cache with the new keys and values."""

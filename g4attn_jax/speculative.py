@@ -166,7 +166,7 @@ def draft(
     def one(carry, at):
         token, hidden = carry
         with jax.named_scope("embed"):
-            embeddings = decoder.embed(token[:, None])
+            embeddings = decoder.embed_tokens(token[:, None])
         logits, hidden = assistant(embeddings, hidden, step, readable)
         with jax.named_scope("sample"):
             token, draft_probs = rule.draft(logits[:, 0], at)

@@ -16,7 +16,6 @@ from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import CompactKVCache, KVCache
 from g4attn_jax.checkpoint import CheckpointError, load_assistant_into, load_hf_into
 from g4attn_jax.model import Gemma4Assistant, last_caches
-from g4attn_jax.model.embedding import embed
 
 GOLDEN = Path(__file__).parent / "golden_assistant"
 TARGETS = Path(__file__).parent / "golden_model"
@@ -129,14 +128,15 @@ def drafter_of(name, kind, implementation=None):
     target, tokens = target_of(name)
     assistant, _ = assistant_of(name, implementation)
     layouts = layouts_of(kind, target.config.sliding_window)
-    table = target.embed_tokens[...]
     graph, params = nnx.split(assistant)
 
     @jax.jit
     def one(params, token, hidden, positions, caches, k_norms):
         with jax.default_matmul_precision("highest"):
             assistant = nnx.merge(graph, params)
-            return assistant(embed(table, token), hidden, positions, caches, layouts, k_norms)
+            return assistant(
+                target.embed_tokens(token), hidden, positions, caches, layouts, k_norms
+            )
 
     def draft(caches, k_norms):
         token, hidden = tokens[np.arange(2), LENGTHS][:, None], prompt_of(name)[1]
@@ -210,7 +210,7 @@ def test_tokens_of_a_call_and_padding_are_on_their_own():
     target, tokens = target_of("gemma-4-31b")
     assistant, golden = assistant_of("gemma-4-31b")
     layouts, caches, _ = caches_of("gemma-4-31b", "contiguous", KVCache)
-    newest = embed(target.embed_tokens[...], tokens[np.arange(2), LENGTHS][:, None])
+    newest = target.embed_tokens(tokens[np.arange(2), LENGTHS][:, None])
     repeated = (jnp.tile(x, (1, 3, 1)) for x in (newest, prompt_of("gemma-4-31b")[1]))
     positions = np.stack([LENGTHS - 1, LENGTHS, np.full(2, -1)], axis=1)
     graph, params = nnx.split(assistant)

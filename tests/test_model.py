@@ -14,7 +14,7 @@ from flax import nnx
 from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Paged, Ring, split_weights
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.checkpoint import load_hf_into
-from g4attn_jax.model import Gemma4MoE
+from g4attn_jax.model import Gemma4MoE, ModuleOptions
 
 GOLDEN = Path(__file__).parent / "golden_model"
 MODELS = ("gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b")
@@ -259,13 +259,7 @@ def test_float8_caches():
 @pytest.mark.parametrize("implementation", ["xla", "triton_interpret"])
 def test_experts_are_a_loop_over_tokens(implementation, tokens):
     config = model_of("gemma-4-26b-a4b")[0].config
-    moe = Gemma4MoE(
-        config,
-        rngs=nnx.Rngs(1),
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        implementation=implementation,
-    )
+    moe = Gemma4MoE(config, ModuleOptions(nnx.Rngs(1), jnp.float32, jnp.float32, implementation))
     rng = np.random.default_rng(0)
     moe.router_scale[...] = jnp.asarray(1 + 0.3 * rng.normal(size=moe.router_scale.shape))
     moe.per_expert_scale[...] = jnp.asarray(1 + 0.3 * rng.normal(size=moe.per_expert_scale.shape))
@@ -273,14 +267,8 @@ def test_experts_are_a_loop_over_tokens(implementation, tokens):
     # One token takes the same experts as another, most experts none.
     x[0, 1] = x[0, 0]
     weights = {
-        name: np.asarray(getattr(moe, name)[...], np.float64)
-        for name in (
-            "router_scale",
-            "router_proj",
-            "per_expert_scale",
-            "gate_up_proj",
-            "down_proj",
-        )
+        path[0]: np.asarray(param[...], np.float64)
+        for path, param in nnx.to_flat_state(nnx.state(moe))
     }
     exact = np.zeros(h.shape)
     for token in np.ndindex(x.shape[:2]):

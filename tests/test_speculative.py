@@ -412,7 +412,7 @@ def drawn_from_chains(sampling, same_chain=False):
     """
     target, assistant = chain(0), chain(0 if same_chain else 1)
     decoder = SimpleNamespace(
-        embed_tokens=jnp.arange(VOCAB, dtype=jnp.float32)[:, None],
+        embed_tokens=lambda tokens: tokens[..., None].astype(jnp.float32),
         dtype=jnp.dtype(jnp.float32),
         hidden=lambda tokens, positions, caches, layouts: (tokens[..., None], caches),
         logits=lambda hidden: jnp.asarray(target)[hidden[..., 0]],

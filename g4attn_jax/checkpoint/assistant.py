@@ -24,9 +24,9 @@ _PREFIX = "model."
 _TOKEN_ORDERING = "masked_embedding.token_ordering"
 # Letters as in `packing`; A is the target's width, here C counts centroids.
 _ASSISTANT = {
-    "pre_projection": Packed("AE", {"pre_projection.weight": "E,A"}),
-    "post_projection": Packed("EA", {"post_projection.weight": "A,E"}),
-    "centroids": Packed("EC", {"masked_embedding.centroids.weight": "C,E"}),
+    "pre_projection.weight": Packed("AE", {"pre_projection.weight": "E,A"}),
+    "post_projection.weight": Packed("EA", {"post_projection.weight": "A,E"}),
+    "centroids.weight": Packed("EC", {"masked_embedding.centroids.weight": "C,E"}),
 }
 
 

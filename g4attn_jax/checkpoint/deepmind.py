@@ -24,41 +24,45 @@ _OTHER_TOWERS = re.compile(r"vision_encoder/|audio_encoder/|embedder/mm_|embedde
 _UNUSED_IF_SHARED = re.compile(r"layer_(\d+)/attn/(kv_einsum|k_einsum|key_norm/scale)$")
 
 _MODEL = {
-    "embed_tokens": Packed("VE", {"embedder/input_embedding": "V,E"}),
-    "embed_tokens_per_layer": Packed("VLP", {"embedder/per_layer_embeddings": "V,L,P"}),
-    "per_layer_model_projection": Packed("ELP", {"embedder/per_layer_model_projection": "E,L,P"}),
-    "per_layer_projection_norm": Packed("P", {"embedder/per_layer_projection_norm/scale": "P"}),
+    "embed_tokens.weight": Packed("VE", {"embedder/input_embedding": "V,E"}),
+    "per_layer_inputs.embed_tokens.weight": Packed(
+        "VLP", {"embedder/per_layer_embeddings": "V,L,P"}
+    ),
+    "per_layer_inputs.projection.weight": Packed(
+        "ELP", {"embedder/per_layer_model_projection": "E,L,P"}
+    ),
+    "per_layer_inputs.norm": Packed("P", {"embedder/per_layer_projection_norm/scale": "P"}),
     "norm": Packed("E", {"final_norm/scale": "E"}),
 }
 _ATTENTION = {
-    "attention.o_proj": Packed("NDE", {"attn/attn_vec_einsum": "N,D,E"}),
+    "attention.o_proj.weight": Packed("NDE", {"attn/attn_vec_einsum": "N,D,E"}),
     "attention.q_norm": Packed("D", {"attn/query_norm/scale": "D"}),
     "attention.k_norm": Packed("D", {"attn/key_norm/scale": "D"}),
     "input_norm": Packed("E", {"pre_attention_norm/scale": "E"}),
     "post_attention_norm": Packed("E", {"post_attention_norm/scale": "E"}),
     "post_feedforward_norm": Packed("E", {"post_ffw_norm/scale": "E"}),
-    "per_layer_gate": Packed("EP", {"per_layer_input_gate": "E,P"}),
-    "per_layer_projection": Packed("PE", {"per_layer_projection": "P,E"}),
+    "per_layer_gate.weight": Packed("EP", {"per_layer_input_gate": "E,P"}),
+    "per_layer_projection.weight": Packed("PE", {"per_layer_projection": "P,E"}),
     "post_per_layer_norm": Packed("E", {"post_per_layer_input_norm/scale": "E"}),
     "layer_scalar": Packed("", {"skip_scale": "1"}),
 }
 _DENSE = {
     "pre_feedforward_norm": Packed("E", {"pre_ffw_norm/scale": "E"}),
-    "mlp.gate_up_proj": Packed("ECF", {"mlp/gating_einsum": "C,F,E"}),
-    "mlp.down_proj": Packed("FE", {"mlp/linear": "F,E"}),
+    "mlp.gate_up_proj.weight": Packed("ECF", {"mlp/gating_einsum": "C,F,E"}),
+    "mlp.down_proj.weight": Packed("FE", {"mlp/linear": "F,E"}),
 }
 # With experts, `mlp` and the norms around it are theirs, and the dense MLP is the second.
 _MOE = {
     "pre_feedforward_norm": Packed("E", {"pre_ffw2_norm/scale": "E"}),
-    "mlp.gate_up_proj": Packed("ECF", {"mlp2/gating_einsum": "C,F,E"}),
-    "mlp.down_proj": Packed("FE", {"mlp2/linear": "F,E"}),
+    "mlp.gate_up_proj.weight": Packed("ECF", {"mlp2/gating_einsum": "C,F,E"}),
+    "mlp.down_proj.weight": Packed("FE", {"mlp2/linear": "F,E"}),
     "post_feedforward_norm_1": Packed("E", {"post_ffw2_norm/scale": "E"}),
     "pre_feedforward_norm_2": Packed("E", {"pre_ffw_norm/scale": "E"}),
     "moe.router_scale": Packed("E", {"mlp/router_scale": "E"}),
-    "moe.router_proj": Packed("EX", {"mlp/router_logits": "E,X"}),
+    "moe.router_proj.weight": Packed("EX", {"mlp/router_logits": "E,X"}),
     "moe.per_expert_scale": Packed("X", {"mlp/per_expert_scale": "X"}),
-    "moe.gate_up_proj": Packed("XECF", {"mlp/gating_einsum": "X,C,F,E"}),
-    "moe.down_proj": Packed("XFE", {"mlp/linear": "X,F,E"}),
+    "moe.gate_up_proj.weight": Packed("XECF", {"mlp/gating_einsum": "X,C,F,E"}),
+    "moe.down_proj.weight": Packed("XFE", {"mlp/linear": "X,F,E"}),
     "post_feedforward_norm_2": Packed("E", {"post_ffw1_norm/scale": "E"}),
 }
 
@@ -79,7 +83,7 @@ def _table(config: Gemma4Config) -> dict[str, Packed]:
     table = dict(_MODEL)
     for layer in range(config.num_hidden_layers):
         rows = _ATTENTION | (_MOE if config.enable_moe_block else _DENSE)
-        rows |= {"attention.qkv_proj": _qkv(config.attention_spec(layer))}
+        rows |= {"attention.qkv_proj.weight": _qkv(config.attention_spec(layer))}
         table |= {f"layers.{layer}.{n}": row.under(f"layer_{layer}/") for n, row in rows.items()}
     return table
 

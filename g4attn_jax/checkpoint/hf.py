@@ -32,36 +32,40 @@ _ARCHITECTURES = {
 }
 
 _MODEL = {
-    "embed_tokens": Packed("VE", {"embed_tokens.weight": "V,E"}),
-    "embed_tokens_per_layer": Packed("VLP", {"embed_tokens_per_layer.weight": "V,LP"}),
-    "per_layer_model_projection": Packed("ELP", {"per_layer_model_projection.weight": "LP,E"}),
-    "per_layer_projection_norm": Packed("P", {"per_layer_projection_norm.weight": "P"}),
+    "embed_tokens.weight": Packed("VE", {"embed_tokens.weight": "V,E"}),
+    "per_layer_inputs.embed_tokens.weight": Packed(
+        "VLP", {"embed_tokens_per_layer.weight": "V,LP"}
+    ),
+    "per_layer_inputs.projection.weight": Packed(
+        "ELP", {"per_layer_model_projection.weight": "LP,E"}
+    ),
+    "per_layer_inputs.norm": Packed("P", {"per_layer_projection_norm.weight": "P"}),
     "norm": Packed("E", {"norm.weight": "E"}),
 }
 # Beside the language model, and under no prefix.
-_OWN_HEAD = {"lm_head": Packed("VE", {HEAD: "V,E"})}
+_OWN_HEAD = {"lm_head.weight": Packed("VE", {HEAD: "V,E"})}
 _LAYER = {
-    "attention.o_proj": Packed("NDE", {"self_attn.o_proj.weight": "E,ND"}),
+    "attention.o_proj.weight": Packed("NDE", {"self_attn.o_proj.weight": "E,ND"}),
     "attention.q_norm": Packed("D", {"self_attn.q_norm.weight": "D"}),
     "attention.k_norm": Packed("D", {"self_attn.k_norm.weight": "D"}),
     "input_norm": Packed("E", {"input_layernorm.weight": "E"}),
     "post_attention_norm": Packed("E", {"post_attention_layernorm.weight": "E"}),
     "pre_feedforward_norm": Packed("E", {"pre_feedforward_layernorm.weight": "E"}),
     "post_feedforward_norm": Packed("E", {"post_feedforward_layernorm.weight": "E"}),
-    "mlp.gate_up_proj": Packed(
+    "mlp.gate_up_proj.weight": Packed(
         "ECF", {"mlp.gate_proj.weight": "CF,E", "mlp.up_proj.weight": "CF,E"}, "C", (1, 1)
     ),
-    "mlp.down_proj": Packed("FE", {"mlp.down_proj.weight": "E,F"}),
+    "mlp.down_proj.weight": Packed("FE", {"mlp.down_proj.weight": "E,F"}),
     "moe.router_scale": Packed("E", {"router.scale": "E"}),
-    "moe.router_proj": Packed("EX", {"router.proj.weight": "X,E"}),
+    "moe.router_proj.weight": Packed("EX", {"router.proj.weight": "X,E"}),
     "moe.per_expert_scale": Packed("X", {"router.per_expert_scale": "X"}),
-    "moe.gate_up_proj": Packed("XECF", {"experts.gate_up_proj": "X,CF,E"}),
-    "moe.down_proj": Packed("XFE", {"experts.down_proj": "X,E,F"}),
+    "moe.gate_up_proj.weight": Packed("XECF", {"experts.gate_up_proj": "X,CF,E"}),
+    "moe.down_proj.weight": Packed("XFE", {"experts.down_proj": "X,E,F"}),
     "post_feedforward_norm_1": Packed("E", {"post_feedforward_layernorm_1.weight": "E"}),
     "pre_feedforward_norm_2": Packed("E", {"pre_feedforward_layernorm_2.weight": "E"}),
     "post_feedforward_norm_2": Packed("E", {"post_feedforward_layernorm_2.weight": "E"}),
-    "per_layer_gate": Packed("EP", {"per_layer_input_gate.weight": "P,E"}),
-    "per_layer_projection": Packed("PE", {"per_layer_projection.weight": "E,P"}),
+    "per_layer_gate.weight": Packed("EP", {"per_layer_input_gate.weight": "P,E"}),
+    "per_layer_projection.weight": Packed("PE", {"per_layer_projection.weight": "E,P"}),
     "post_per_layer_norm": Packed("E", {"post_per_layer_input_norm.weight": "E"}),
     "layer_scalar": Packed("", {"layer_scalar": "1"}),
 }
@@ -77,7 +81,7 @@ def packing_table(config: Gemma4Config, prefix: str) -> dict[str, Packed]:
     """From paths of our parameters to what they are made of, for all a Gemma 4 model can have."""
     table = _OWN_HEAD | {name: packed.under(prefix) for name, packed in _MODEL.items()}
     for layer in range(config.num_hidden_layers):
-        rows = _LAYER | {"attention.qkv_proj": _qkv(config.attention_spec(layer))}
+        rows = _LAYER | {"attention.qkv_proj.weight": _qkv(config.attention_spec(layer))}
         at = f"layers.{layer}."
         table |= {at + name: packed.under(prefix + at) for name, packed in rows.items()}
     return table
@@ -145,7 +149,7 @@ def _with_own_head(model):
     graph, state = nnx.split(model)
     untied = nnx.merge(graph, state, copy=True)
     untied.config = dataclasses.replace(model.config, tie_word_embeddings=False)
-    untied.lm_head = untied.embed_tokens.replace(untied.embed_tokens.get_value())
+    untied.lm_head = nnx.clone(untied.embed_tokens)
     return untied
 
 
@@ -217,7 +221,7 @@ def save_hf(
             "layer_types": list(model.config.layer_types),
             "tie_word_embeddings": model.config.tie_word_embeddings,
             "architectures": [_ARCHITECTURES[text["model_type"]]],
-            "dtype": str(model.embed_tokens.dtype),
+            "dtype": str(model.embed_tokens.weight.dtype),
         },
     )
 

@@ -26,7 +26,7 @@ class Tensor(Protocol):
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """The parameters of a model by their paths, such as "layers.0.attention.qkv_proj"."""
+    """The parameters of a model by their paths, such as "layers.0.attention.qkv_proj.weight"."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): variable for path, variable in flat}
 

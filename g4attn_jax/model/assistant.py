@@ -9,14 +9,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from g4attn_jax import ops
 from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import ReadableCache
 from g4attn_jax.checks import check_array, check_type
 from g4attn_jax.layout import LayerType
 from g4attn_jax.model.layer import Gemma4DecoderLayer
+from g4attn_jax.model.linear import Embedding, Linear, ModuleOptions
 from g4attn_jax.model.step import ModelCache, Step
-from g4attn_jax.ops.head_norm.reference import rms_norm
 from g4attn_jax.rope import rope_cos_sin
 
 
@@ -48,8 +47,8 @@ class Gemma4Assistant(nnx.Module):
         layers: `Gemma4DecoderLayer`s.
         norm: [E].
         post_projection: Wpost, [E, A].
-        embed_tokens: [V, E], the head.
-        centroids: [E, C], with ordered embeddings alone.
+        embed_tokens: `Embedding` [V, E], the head.
+        centroids: `Linear` [E, C], with ordered embeddings alone.
         token_ordering: int32 [V], with ordered embeddings alone.
 
     Source: `Gemma4AssistantForCausalLM` of Hugging Face transformers 5.23.
@@ -62,7 +61,7 @@ class Gemma4Assistant(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         param_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        implementation: ops.Implementation | None = None,
+        implementation: str | None = None,
     ):
         """Builds the model with random weights, and with tokens in their own order.
 
@@ -71,41 +70,27 @@ class Gemma4Assistant(nnx.Module):
             rngs: stream `params` draws the weights.
             dtype: of activations; the target's caches must have it too.
             param_dtype: of the weights; cast to `dtype` in every call where they differ.
-            implementation: of the kernels, see `ops.qkv_norm_rope_write`.
+            implementation: of the kernels, see `Gemma4Attention`.
 
         Raises:
             ValueError: as `Gemma4Attention` raises.
             NotImplementedError: "triton" was demanded and there is no supported GPU.
         """
+        options = ModuleOptions(rngs, dtype, param_dtype, implementation)
         self.config = config
-        self.dtype = jnp.dtype(dtype)
-        self.implementation = implementation
+        self.dtype = options.dtype
         text, target_size = config.text, config.backbone_hidden_size
-        size, vocab_size = text.hidden_size, text.vocab_size
-
-        def matrix(*shape):
-            init = nnx.initializers.lecun_uniform()
-            return nnx.Param(init(rngs.params(), shape, param_dtype))
-
-        self.pre_projection = matrix(2 * target_size, size)
+        embed, tokens = {"embed": text.hidden_size}, {"vocab": text.vocab_size}
+        self.pre_projection = Linear({"target_embed": 2 * target_size}, embed, options)
         self.layers = nnx.List(
-            Gemma4DecoderLayer(
-                text,
-                layer,
-                rngs=rngs,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                implementation=implementation,
-            )
-            for layer in range(text.num_hidden_layers)
+            Gemma4DecoderLayer(text, layer, options) for layer in range(text.num_hidden_layers)
         )
-        self.norm = nnx.Param(jnp.ones(size, param_dtype))
-        self.post_projection = matrix(size, target_size)
-        table_init = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform", in_axis=-1)
-        self.embed_tokens = nnx.Param(table_init(rngs.params(), (vocab_size, size), param_dtype))
+        self.norm = options.scale(embed)
+        self.post_projection = Linear(embed, {"target_embed": target_size}, options)
+        self.embed_tokens = Embedding(tokens, embed, options)
         if config.use_ordered_embeddings:
-            self.centroids = matrix(size, config.num_centroids)
-            self.token_ordering = TokenOrdering(jnp.arange(vocab_size, dtype=jnp.int32))
+            self.centroids = Linear(embed, {"centroids": config.num_centroids}, options)
+            self.token_ordering = TokenOrdering(jnp.arange(text.vocab_size, dtype=jnp.int32))
 
     def plan(
         self,
@@ -175,46 +160,35 @@ class Gemma4Assistant(nnx.Module):
         """
         self._check(embeddings, hidden, step, readable)
         inputs = jnp.concatenate([embeddings, hidden], axis=-1)
-        x = self._linear(inputs, self.pre_projection)
-        h = rms_norm(x, self.layers[0].input_norm[...], eps=self.config.text.rms_norm_eps)
+        x = self.pre_projection(inputs)
+        h = self.layers[0].first_norm(x)
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for index, (layer, layer_type, norm) in enumerate(
             zip(self.layers, self.config.text.layer_types, next_norms, strict=True)
         ):
             with jax.named_scope(f"layer_{index}"):
                 x, h, _ = layer(x, h, step.plans[layer_type], readable[layer_type], norm[...])
-        with jax.named_scope("logits"):
-            return self.logits(h), self._linear(h, self.post_projection)
+        return self.logits(h), self.post_projection(h)
 
     def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
         """Float32 logits of final hidden states before `post_projection`."""
-        table = self.embed_tokens[...].astype(self.dtype)
-        if not self.config.use_ordered_embeddings:
-            return jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
-        scores = jnp.einsum(
-            "bte,ec->btc",
-            hidden,
-            self.centroids[...].astype(self.dtype),
-            preferred_element_type=jnp.float32,
+        with jax.named_scope("logits"):
+            if self.config.use_ordered_embeddings:
+                return self._logits_of_best_groups(hidden)
+            return self.embed_tokens.logits(hidden)
+
+    def _logits_of_best_groups(self, hidden):
+        """Logits of tokens whose group is one of the best k, minus infinity for the others."""
+        _, best = jax.lax.top_k(
+            self.centroids.float32(hidden), self.config.centroid_intermediate_top_k
         )
-        _, best = jax.lax.top_k(scores, self.config.centroid_intermediate_top_k)
         groups = self.token_ordering[...].reshape(self.config.num_centroids, -1)
         tokens = groups[best].reshape(*hidden.shape[:2], -1)
-        # A row of each token, not a copy of the table: k V / C rows of V.
-        logits = jnp.einsum(
-            "bte,btne->btn",
-            hidden,
-            self.embed_tokens[...][tokens].astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits = self.embed_tokens.logits(hidden, tokens)
         # transformers gives the others the least logit of the whole batch less 1. A sample would
         # then be one of them more often than not, and depend on the other sequences.
-        others = jnp.full((*hidden.shape[:2], table.shape[0]), -jnp.inf)
+        others = jnp.full((*hidden.shape[:2], self.config.text.vocab_size), -jnp.inf)
         return jnp.put_along_axis(others, tokens, logits, axis=-1, inplace=False)
-
-    def _linear(self, x, weight):
-        w = weight[...].astype(self.dtype)
-        return ops.linear(x.astype(self.dtype), w, implementation=self.implementation)
 
     def _layer_types(self):
         return sorted(set(self.config.text.layer_types))

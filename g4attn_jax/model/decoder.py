@@ -9,15 +9,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from g4attn_jax import ops
 from g4attn_jax.cache import Cache, KVCache, ReadableCache
 from g4attn_jax.checks import check_array, check_type
 from g4attn_jax.config import Gemma4Config
 from g4attn_jax.layout import Contiguous, Layout, SegmentIds, select_tokens
-from g4attn_jax.model.embedding import embed, num_embedded_tokens, per_layer_inputs
+from g4attn_jax.model.embedding import PerLayerInputs, num_embedded_tokens
 from g4attn_jax.model.layer import Gemma4DecoderLayer
+from g4attn_jax.model.linear import Embedding, ModuleOptions
 from g4attn_jax.model.step import ModelCache, Step
-from g4attn_jax.ops.head_norm.reference import rms_norm
 
 
 class Gemma4Decoder(nnx.Module):
@@ -35,13 +34,11 @@ class Gemma4Decoder(nnx.Module):
     embeddings (PLE: E2B and E4B), Vp their vocabulary.
 
     Attributes:
-        embed_tokens: [V, E].
-        embed_tokens_per_layer: [Vp, L, P], PLE alone.
-        per_layer_model_projection: [E, L, P], PLE alone.
-        per_layer_projection_norm: [P], PLE alone.
+        embed_tokens: `Embedding` [V, E].
+        per_layer_inputs: `PerLayerInputs`, None without PLE.
         layers: L `Gemma4DecoderLayer`s.
         norm: [E].
-        lm_head: [V, E], without `tie_word_embeddings` alone.
+        lm_head: `Embedding` [V, E], without `tie_word_embeddings` alone.
 
     Source: `Gemma4ForCausalLM` of Hugging Face transformers 5.23.
     """
@@ -53,7 +50,7 @@ class Gemma4Decoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         param_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        implementation: ops.Implementation | None = None,
+        implementation: str | None = None,
     ):
         """Builds the model with random weights.
 
@@ -62,45 +59,26 @@ class Gemma4Decoder(nnx.Module):
             rngs: stream `params` draws the weights.
             dtype: of activations, and of caches unless `init_caches` is told otherwise.
             param_dtype: of the weights; cast to `dtype` in every call where they differ.
-            implementation: of the kernels, see `ops.qkv_norm_rope_write`.
+            implementation: of the kernels, see `Gemma4Attention`.
 
         Raises:
             ValueError: the config lacks a field, or as `Gemma4Attention` raises.
             NotImplementedError: "triton" was demanded and there is no supported GPU.
         """
         config.check_decoder()
+        options = ModuleOptions(rngs, dtype, param_dtype, implementation)
         self.config = config
-        self.dtype = jnp.dtype(dtype)
-        embed_size, layers = config.hidden_size, config.num_hidden_layers
-        # So that scaled embeddings and logits are of the order of 1.
-        table_init = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform", in_axis=-1)
-        self.embed_tokens = nnx.Param(
-            table_init(rngs.params(), (config.vocab_size, embed_size), param_dtype)
-        )
-        if width := config.hidden_size_per_layer_input:
-            shape = (config.vocab_size_per_layer_input, layers, width)
-            init = nnx.initializers.lecun_uniform(in_axis=0, out_axis=(1, 2))
-            self.embed_tokens_per_layer = nnx.Param(table_init(rngs.params(), shape, param_dtype))
-            self.per_layer_model_projection = nnx.Param(
-                init(rngs.params(), (embed_size, layers, width), param_dtype)
-            )
-            self.per_layer_projection_norm = nnx.Param(jnp.ones(width, param_dtype))
+        self.dtype = options.dtype
+        tokens, embed = {"vocab": config.vocab_size}, {"embed": config.hidden_size}
+        self.embed_tokens = Embedding(tokens, embed, options)
+        has_per_layer = bool(config.hidden_size_per_layer_input)
+        self.per_layer_inputs = PerLayerInputs(config, options) if has_per_layer else None
         self.layers = nnx.List(
-            Gemma4DecoderLayer(
-                config,
-                layer,
-                rngs=rngs,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                implementation=implementation,
-            )
-            for layer in range(layers)
+            Gemma4DecoderLayer(config, layer, options) for layer in range(config.num_hidden_layers)
         )
-        self.norm = nnx.Param(jnp.ones(embed_size, param_dtype))
+        self.norm = options.scale(embed)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Param(
-                table_init(rngs.params(), (config.vocab_size, embed_size), param_dtype)
-            )
+            self.lm_head = Embedding(tokens, embed, options)
 
     def init_cache(
         self,
@@ -253,9 +231,8 @@ class Gemma4Decoder(nnx.Module):
 
     def _hidden(self, tokens, step, caches, logits_at):
         """Final hidden states, and the producers' caches; one that is None its layer makes."""
-        with jax.named_scope("embed"):
-            x, per_layer = self._embed(jnp.asarray(tokens))
-            h = rms_norm(x, self.layers[0].input_norm[...], eps=self.config.rms_norm_eps)
+        x, per_layer = self._embed(jnp.asarray(tokens))
+        h = self.layers[0].first_norm(x)
         producers = self._producers()
         written = []
         for index in producers:
@@ -303,31 +280,16 @@ class Gemma4Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "B n E"]) -> Float[Array, "B n V"]:
         """Float32 logits of final hidden states."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = jnp.einsum(
-            "bne,ve->bnv",
-            hidden,
-            head[...].astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        """Scaled embeddings in `dtype`."""
-        return embed(self.embed_tokens[...], tokens).astype(self.dtype)
+        with jax.named_scope("logits"):
+            logits = head.logits(hidden)
+            cap = self.config.final_logit_softcapping
+            return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embed(self, tokens):
-        """The residual stream [B, T, E], and what each layer is told of each token [B, T, L, P]."""
-        x = self.embed(tokens)
-        if not self.config.hidden_size_per_layer_input:
-            return x, None
-        return x, per_layer_inputs(
-            x,
-            embed(self.embed_tokens_per_layer[...], tokens),
-            self.per_layer_model_projection[...],
-            self.per_layer_projection_norm[...],
-            eps=self.config.rms_norm_eps,
-        )
+        """The residual stream [B, T, E], and per-layer inputs [B, T, L, P] or None."""
+        with jax.named_scope("embed"):
+            x = self.embed_tokens(tokens)
+        return x, None if self.per_layer_inputs is None else self.per_layer_inputs(x, tokens)
 
     def _producers(self):
         """Layers that have a cache of their own."""

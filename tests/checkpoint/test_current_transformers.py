@@ -15,7 +15,6 @@ from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.checkpoint import load_assistant_into, load_hf_into, save_hf
 from g4attn_jax.generation import Generator
 from g4attn_jax.model import Gemma4Assistant, last_caches
-from g4attn_jax.model.embedding import embed
 from tests.checkpoint.directories import (
     abstract,
     assert_same_bytes,
@@ -128,7 +127,7 @@ def drafts_of(assistant, target, tokens):
         read, k_norms = last_caches(target, caches)
         token, hidden, drafts = jnp.asarray(tokens[:, LENGTH:]), hidden[:, -1:], []
         for _ in range(DRAFTS):
-            embeddings = embed(target.embed_tokens[...], token)
+            embeddings = target.embed_tokens(token)
             at = jnp.full((batch, 1), LENGTH)
             logits, hidden = assistant(embeddings, hidden, at, read, layouts, k_norms)
             token = jnp.argmax(logits, axis=-1)
