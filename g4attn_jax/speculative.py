@@ -160,6 +160,7 @@ def draft(
     """
     check_integer("draft_tokens", draft_tokens, most=MAX_DRAFT_TOKENS)
     batch = _check_last(last)
+    check_array("last.hidden", last.hidden, (batch, "E"), "floating")
     step = assistant.plan(last.position[:, None], cache, page_tables)
     readable = decoder.readable(cache)
 

@@ -25,7 +25,8 @@ def cached(decoder, tokens):
     """Logits of a prompt, written to caches."""
     layouts = dict.fromkeys(decoder.config.layer_types, Contiguous(*tokens.shape))
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    return decoder(tokens, positions, decoder.init_caches(layouts), layouts)[0]
+    cache = decoder.init_cache(layouts)
+    return decoder(tokens, decoder.plan(positions, cache), cache)[0]
 
 
 @on_every_model
@@ -144,18 +145,6 @@ class TestBadInput:
     def test_refused(self, change, message):
         with pytest.raises(ValueError, match=message):
             target_of("gemma-4-31b")(**({"tokens": self.TOKENS} | change))
-
-    def test_segments_with_caches(self):
-        decoder = target_of("gemma-4-31b")
-        layouts = dict.fromkeys(decoder.config.layer_types, Contiguous(2, 20))
-        with pytest.raises(ValueError, match="segment_ids are given with caches"):
-            decoder(
-                self.TOKENS,
-                np.tile(np.arange(20), (2, 1)),
-                decoder.init_caches(layouts),
-                layouts,
-                segment_ids=self.TOKENS,
-            )
 
     @pytest.mark.parametrize(
         ("segment_ids", "message"),
