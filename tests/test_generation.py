@@ -455,7 +455,7 @@ def test_a_prompt_may_fill_the_capacity():
             {"sampling": Sampling(suppress_tokens=range(128))},
             "suppress_tokens has all 128 tokens; accepted: all but one, or fewer",
         ),
-        ({"log_probs": 1}, "log_probs is 1; accepted: True or False"),
+        ({"log_probs": 1}, "log_probs is a int; accepted: bool"),
         ({"sampling": DRAWN}, "key is None; accepted with a temperature above 0: one of jax.ran"),
         ({"sampling": DRAWN, "key": 3}, "key is 3; accepted"),
         (
@@ -473,19 +473,19 @@ def test_calls_that_make_no_sense(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"capacity": 0}, "capacity is 0; accepted: an integer of 1 to 2147483647"),
-        ({"capacity": 2**31}, "capacity is 2147483648; accepted: an integer of 1 to 2147483647"),
-        ({"chunk_tokens": True}, "chunk_tokens is True; accepted: an integer of 1 to 2147483647"),
-        ({"chunk_tokens": 2**31}, "chunk_tokens is 2147483648; accepted: an integer of 1 to"),
+        ({"capacity": 0}, "capacity is 0; accepted: .* 1 to 2147483647"),
+        ({"capacity": 2**31}, "capacity is 2147483648; accepted: .* 1 to 2147483647"),
+        ({"chunk_tokens": True}, "chunk_tokens is True; accepted: .* 1 to 2147483647"),
+        ({"chunk_tokens": 2**31}, "chunk_tokens is 2147483648; accepted: .* 1 to 2147483647"),
         ({"decoder": "x"}, "decoder is a str; accepted: Gemma4Decoder"),
-        ({"forms": [1]}, r"forms is \[1\]; accepted: a dict by layer type, or None"),
+        ({"forms": [1]}, "forms is a list; accepted: Mapping, or None"),
         ({"forms": {"full": KVCache}}, "forms has 'full'; accepted: full_attention, sliding"),
         ({"forms": {"full_attention": CompactKVCache}}, "CompactKVCache holds one projection"),
         ({"sampling": None}, "sampling is a NoneType; accepted: Sampling"),
         ({"stop_tokens": None}, "stop_tokens is None; accepted: a sequence of tokens"),
         ({"stop_tokens": [128]}, "stop_tokens has 128; accepted: tokens 0 to 127"),
-        ({"cache_dtype": jnp.int8}, "cache_dtype is int8; accepted: float32 or float8_e4m3fn"),
-        ({"cache_dtype": "foo"}, "cache_dtype is 'foo'; accepted: float32 or float8_e4m3fn"),
+        ({"cache_dtype": jnp.int8}, "cache_dtype .*int8.*; accepted: float32, float8_e4m3fn"),
+        ({"cache_dtype": "foo"}, "cache_dtype .*foo; accepted: float32, float8_e4m3fn"),
     ],
 )
 def test_generators_that_make_no_sense(changes, message):

@@ -232,7 +232,8 @@ def _rngs(seed):
 def _check_assistant(job):
     if job.assistant is None:
         return
-    check_integer("draft_tokens", job.draft_tokens, most=MAX_DRAFT_TOKENS, none=True)
+    if job.draft_tokens is not None:
+        check_integer("draft_tokens", job.draft_tokens, most=MAX_DRAFT_TOKENS)
     try:
         _assistant_config(job.assistant).check_target(job.config)
     except ValueError as error:
