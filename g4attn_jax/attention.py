@@ -22,7 +22,7 @@ from g4attn_jax.layout import (
     check_layout,
     plan_step,
 )
-from g4attn_jax.model.linear import Linear, ModuleOptions
+from g4attn_jax.model.linear import Linear, ModuleOptions, assign
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
 
@@ -232,11 +232,12 @@ class Gemma4Attention(nnx.Module):
         rows += [
             tensors[n].reshape(spec.num_kv_heads, 1, spec.head_dim, embed) for n in kv_projections
         ]
-        _assign(self.qkv_proj.weight, jnp.concatenate(rows, axis=1).transpose(3, 0, 1, 2))
-        _assign(self.o_proj.weight, tensors["o_proj.weight"].T.reshape(-1, spec.head_dim, embed))
-        _assign(self.q_norm, tensors["q_norm.weight"])
+        # Tensors read through DLPack lie where PyTorch has them.
+        assign(self.qkv_proj.weight, jnp.concatenate(rows, axis=1).transpose(3, 0, 1, 2))
+        assign(self.o_proj.weight, tensors["o_proj.weight"].T.reshape(-1, spec.head_dim, embed))
+        assign(self.q_norm, tensors["q_norm.weight"])
         if kv_projections:
-            _assign(self.k_norm, tensors["k_norm.weight"])
+            assign(self.k_norm, tensors["k_norm.weight"])
 
     def _prologue(self, qkv, k_norm, plan, cache, implementation):
         """Queries, and the cache with the new keys and values."""
@@ -329,8 +330,3 @@ def _as_array(name, tensor, shape):
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} has dtype {array.dtype}; accepted: a floating-point dtype")
     return array
-
-
-def _assign(param, value):
-    # To where the parameter is: tensors read through DLPack lie where PyTorch has them.
-    param[...] = jax.device_put(value.astype(param.dtype), param[...].sharding)

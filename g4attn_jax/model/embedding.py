@@ -1,4 +1,4 @@
-"""From tokens to vectors, and from vectors to the per-layer inputs."""
+"""Tokens that a model can read, and the per-layer inputs of tokens."""
 
 import math
 

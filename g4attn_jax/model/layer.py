@@ -45,12 +45,7 @@ class Gemma4DecoderLayer(nnx.Module):
     Source: `Gemma4TextDecoderLayer` of Hugging Face transformers 5.23.
     """
 
-    def __init__(
-        self,
-        config: Gemma4Config,
-        layer: int,
-        options: ModuleOptions,
-    ):
+    def __init__(self, config: Gemma4Config, layer: int, options: ModuleOptions):
         """Builds the layer with random weights.
 
         Args:

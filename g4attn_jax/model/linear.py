@@ -32,7 +32,7 @@ Axes = Mapping[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class ModuleOptions:
-    """What all modules of a model share.
+    """Choices that all modules of a model share.
 
     Attributes:
         rngs: stream `params` draws the weights.
@@ -66,7 +66,7 @@ class ModuleOptions:
 
 
 class Weight(nnx.Module):
-    """A weight, for subclasses that say what it is multiplied with.
+    """A weight; subclasses multiply it.
 
     Attributes:
         weight: the parameter.
@@ -330,6 +330,20 @@ class Embedding(Weight):
             self.weight[...][tokens].astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
+
+
+def assign(param: nnx.Param, value: Float[Array, "..."]) -> None:
+    """Stores a value in a parameter: cast to its dtype, and moved to where the parameter is."""
+    param[...] = jax.device_put(value.astype(param.dtype), param[...].sharding)
+
+
+def weight_axes(model: nnx.Module) -> dict[str, tuple[str, ...]]:
+    """Names of the axes of every weight, by its path such as "layers.0.mlp.down_proj.weight"."""
+    return {
+        ".".join(map(str, (*path, "weight"))): module.axes
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Weight)
+    }
 
 
 def _keeping_variance(num_inputs, num_outputs, num_groups=0):
