@@ -59,6 +59,7 @@ def decode_layers(
     prompt_len: int,
     steps: int,
     seed: int = 0,
+    implementation: str | None = None,
 ) -> Iterator[Row]:
     """Runs each layer by itself: a prefill, then `steps` jitted steps of one token a sequence.
 
@@ -71,17 +72,21 @@ def decode_layers(
     runs = {}
     for layer in sorted({*layers, *producers}):
         producer = runs.get(config.attention_spec(layer).kv_layer)
-        runs[layer] = _LayerRun(config, layer, producer, batch, prompt_len, steps, seed)
+        runs[layer] = _LayerRun(
+            config, layer, producer, batch, prompt_len, steps, seed, implementation
+        )
         for row in runs[layer].decode():
             if layer in layers:
                 yield row
 
 
 class _LayerRun:
-    def __init__(self, config, layer, producer, batch, prompt_len, steps, seed):
+    def __init__(self, config, layer, producer, batch, prompt_len, steps, seed, implementation):
         self.config, self.layer = config, layer
         self.prompt_len, self.capacity = prompt_len, prompt_len + steps
-        self.attention = Gemma4Attention(config, layer, rngs=nnx.Rngs(seed + layer))
+        self.attention = Gemma4Attention(
+            config, layer, rngs=nnx.Rngs(seed + layer), implementation=implementation
+        )
         # With random weights and a scale of 1, scores reach sqrt(D) and softmax picks single keys,
         # which a rounding of q can swap. Trained scales keep the scores of order 1; so does this.
         head_dim = self.attention.spec.head_dim
@@ -188,7 +193,14 @@ def _jitted(attention):
     return jax.jit(forward, donate_argnums=3), params
 
 
-def decode(jobs: Sequence[Job], *, batch: int, prompt_len: int, steps: int) -> int:
+def decode(
+    jobs: Sequence[Job],
+    *,
+    batch: int,
+    prompt_len: int,
+    steps: int,
+    implementation: str | None = None,
+) -> int:
     """Runs `decode_layers` for each job and prints a row a layer.
 
     Returns:
@@ -214,6 +226,7 @@ def decode(jobs: Sequence[Job], *, batch: int, prompt_len: int, steps: int) -> i
             batch=batch,
             prompt_len=prompt_len,
             steps=steps,
+            implementation=implementation,
         )
         for row in rows:
             failures += not row.passed

@@ -34,7 +34,6 @@ from g4attn_jax.model.decoder import Gemma4Decoder
 from g4attn_jax.model.embedding import num_embedded_tokens
 from g4attn_jax.model.sampling import Sampling
 from g4attn_jax.model.weights import split_weights
-from g4attn_jax.ops import Implementation
 from g4attn_jax.speculative import DraftStatistics, LastTokens
 
 _GREEDY = Sampling()
@@ -147,7 +146,7 @@ class Generator:
         *,
         capacity: int,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        implementation: Implementation | None = None,
+        implementation: str | None = None,
         assistant: str | PathLike | None = None,
         progress: Progress | None = terminal_bar,
         **options: Any,
@@ -164,7 +163,7 @@ class Generator:
             directory: of the decoder.
             capacity: the most tokens of a prompt and what follows it.
             dtype: of weights and activations.
-            implementation: of the kernels, see `ops.qkv_norm_rope_write`.
+            implementation: of the kernels, see `Gemma4Decoder`.
             assistant: directory of an assistant that drafts tokens, or None.
             progress: of loading, see `load_hf`.
             options: of the constructor; sampling and stop_tokens replace the directory's.
