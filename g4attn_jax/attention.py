@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from g4attn_jax import cache as caches
 from g4attn_jax import ops
 from g4attn_jax.cache import Cache, KVCache
+from g4attn_jax.checks import check_dtype
 from g4attn_jax.config import Gemma4Config, ProjectionMode
 from g4attn_jax.layout import (
     Contiguous,
@@ -24,7 +25,7 @@ from g4attn_jax.layout import (
 )
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
-from g4attn_jax.ops.implementation import check_implementation
+from g4attn_jax.ops.op import check_implementation
 
 
 class Gemma4Attention(nnx.Module):
@@ -75,8 +76,8 @@ class Gemma4Attention(nnx.Module):
             NotImplementedError: "triton" was demanded and there is no supported GPU.
         """
         check_implementation(implementation)
-        checks.check_dtype("dtype", dtype)
-        checks.check_dtype("param_dtype", param_dtype)
+        check_dtype("dtype", dtype)
+        check_dtype("param_dtype", param_dtype)
         spec = config.attention_spec(layer)
         self.spec = spec
         self.layer = layer
