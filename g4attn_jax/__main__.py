@@ -134,7 +134,7 @@ def _decode(args: argparse.Namespace) -> Callable[[], int]:
     jobs = jobs_of(args.config, args.layers)
     _start_jax(args)
     from g4attn_jax.commands.decode import decode
-    from g4attn_jax.ops.implementation import check_implementation
+    from g4attn_jax.ops.op import check_implementation
 
     check_implementation(args.implementation)
     names = "batch", "prompt_len", "steps", "implementation"

@@ -29,7 +29,7 @@ from g4attn_jax.generation.settings import GenerationSettings
 from g4attn_jax.model import Gemma4Assistant, Gemma4Decoder
 from g4attn_jax.model.embedding import num_embedded_tokens
 from g4attn_jax.model.sampling import Sampling
-from g4attn_jax.ops.implementation import check_implementation
+from g4attn_jax.ops.op import check_implementation
 from g4attn_jax.speculative import MAX_DRAFT_TOKENS, DraftStatistics
 
 # The kernels read caches in whole tiles.
