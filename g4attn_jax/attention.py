@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from g4attn_jax import cache as caches
 from g4attn_jax import ops
-from g4attn_jax.cache import Cache, KVCache
+from g4attn_jax.cache import Cache, KVCache, ReadableCache
+from g4attn_jax.checks import check_array
 from g4attn_jax.config import Gemma4Config, ProjectionMode
 from g4attn_jax.layout import (
     Contiguous,
@@ -111,7 +112,7 @@ class Gemma4Attention(nnx.Module):
                 layout, form or dtype.
         """
         check_layout(layout)
-        layout.check_step(self.spec, num_tokens=0)
+        layout.check_layer(self.spec)
         if self.spec.mode is ProjectionMode.Q_ONLY:
             kv_layer = self.spec.kv_layer
             producer = "the target's last layer" if kv_layer is None else f"layer {kv_layer}"
@@ -135,9 +136,8 @@ class Gemma4Attention(nnx.Module):
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"] | StepPlan,
-        cache: Cache | None = None,
-        k_norm: Float[Array, " D"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], Cache]:
+        cache: Cache | ReadableCache | None = None,
+    ) -> tuple[Float[Array, "B T E"], Cache | ReadableCache]:
         """Attends from T new tokens per sequence to them and to what the cache holds.
 
         A token at position p sees positions 0 .. p, in a sliding layer the last `sliding_window`
@@ -150,10 +150,9 @@ class Gemma4Attention(nnx.Module):
                 layers of this type.
             cache: from `init_cache` or an earlier call, of either form. None is an empty one with
                 room for these T tokens (a prompt alone, or training): then the call can be
-                differentiated, with a cache it cannot. A Q_ONLY layer must be given the cache that
-                layer `spec.kv_layer` returned in this step.
-            k_norm: for a Q_ONLY layer that of layer `spec.kv_layer`, needed if the cache is a
-                `CompactKVCache`; for others None.
+                differentiated, with a cache it cannot. A Q_ONLY layer must be given the
+                `ReadableCache` of what layer `spec.kv_layer` returned in this step and its
+                `k_norm`; a `KVCache` may come by itself.
 
         Returns:
             (y, cache): y [B, T, E] in the layer's dtype, and the updated cache; a Q_ONLY layer
@@ -162,19 +161,20 @@ class Gemma4Attention(nnx.Module):
         Raises:
             ValueError: an argument has the wrong shape or dtype, or as `plan_step` raises.
         """
-        parts, cache = self.partial_sums(x, positions, cache, k_norm)
+        parts, cache = self.partial_sums(x, positions, cache)
         return ops.add_partial_sums(parts, self.dtype), cache
 
     def partial_sums(
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"] | StepPlan,
-        cache: Cache | None = None,
-        k_norm: Float[Array, " D"] | None = None,
-    ) -> tuple[Float[Array, "parts B T E"], Cache]:
+        cache: Cache | ReadableCache | None = None,
+    ) -> tuple[Float[Array, "parts B T E"], Cache | ReadableCache]:
         """`__call__` with y in parts that add up to it, see `ops.linear_partial_sums`."""
         x = jnp.asarray(x)
-        self._check_hidden(x)
+        check_array("x", x, ("B", "T", self.hidden_size), "floating", empty=True)
+        given = cache
+        cache, k_norm = self._with_k_norm(cache)
         if cache is not None:
             checks.check_cache(
                 cache,
@@ -185,7 +185,6 @@ class Gemma4Attention(nnx.Module):
                 rotary_dim=self.spec.rotary_dim,
             )
         plan = self._plan(x, positions, cache)
-        k_norm = self._scale_of_keys(k_norm)
         with jax.named_scope("qkv_proj"):
             qkv = self.qkv_proj(x)
         with jax.named_scope("qkv_norm_rope"):
@@ -193,7 +192,8 @@ class Gemma4Attention(nnx.Module):
         with jax.named_scope("attention"):
             o = self._attend(q, cache, plan, self.implementation)
         with jax.named_scope("o_proj"):
-            return self.o_proj.partial_sums(o), cache
+            parts = self.o_proj.partial_sums(o)
+        return parts, given if isinstance(given, ReadableCache) else cache
 
     def load_hf(self, state_dict: Mapping[str, Any]) -> None:
         """Takes the weights of a Hugging Face `Gemma4TextAttention`, cast to the param dtype.
@@ -253,7 +253,7 @@ class Gemma4Attention(nnx.Module):
         return ops.qkv_norm_rope_write(*heads, plan.slots, cache, **constants)
 
     def _attend(self, q, cache, plan, implementation):
-        arguments = q, cache, plan.layout.pages(), plan.placed()
+        arguments = q, cache, plan.layout.pages(), plan.placed
         constants = {
             "sliding_window": self.spec.sliding_window,
             "implementation": implementation,
@@ -263,12 +263,6 @@ class Gemma4Attention(nnx.Module):
         is_step = q.shape[1] <= MAX_DECODE_TOKENS
         attend = ops.decode_attention if is_step else ops.prefill_attention
         return attend(*arguments, **constants)
-
-    def _check_hidden(self, x):
-        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x has shape {x.shape}; accepted: [B, T, {self.hidden_size}]")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"x has dtype {x.dtype}; accepted: a floating-point dtype")
 
     def _plan(self, x, positions, cache):
         """The plan of the step, made here unless it was given, and checked against the cache."""
@@ -307,14 +301,16 @@ class Gemma4Attention(nnx.Module):
             raise ValueError(f"x has shape {x.shape}; without a cache B and T must not be 0")
         return Contiguous(*x.shape[:2])
 
-    def _scale_of_keys(self, given):
+    def _with_k_norm(self, cache):
+        """(cache, norm scale of its keys), of this layer or of the one whose cache it reads."""
         if self.k_norm is None:
-            return given
-        if given is not None:
+            return cache if isinstance(cache, ReadableCache) else (cache, None)
+        if isinstance(cache, ReadableCache):
             raise ValueError(
-                f"k_norm was given; layer {self.layer} is {self.spec.mode.name} and has its own"
+                f"cache is a ReadableCache; layer {self.layer} is {self.spec.mode.name} and "
+                "accepts a cache of its own"
             )
-        return self.k_norm[...]
+        return cache, self.k_norm[...]
 
 
 def _as_array(name, tensor, shape):

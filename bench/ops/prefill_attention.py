@@ -8,14 +8,14 @@ timed by CUPTI.
 import functools
 
 import jax
-from g4attn_jax.ops.prefill_attention.cases import CASES
-from g4attn_jax.testing.case import tagged
 
 from bench import measure
 from bench.benchmark import Bar, Benchmark, Point
 from bench.ops.qkv_norm_rope_write import FORMS
 from g4attn_jax import ops
 from g4attn_jax.ops.prefill_attention import cudnn
+from g4attn_jax.ops.prefill_attention.cases import CASES
+from g4attn_jax.testing.case import tagged
 
 try:
     import torch
@@ -81,7 +81,7 @@ def variants(case, arguments):
     """Functions that CUPTI times, by the prefix of their fields."""
     window = {"sliding_window": case.sliding_window}
     yield "kernel", functools.partial(ops.prefill_attention, implementation="triton", **window)
-    if cudnn.supports(*arguments[:3], **window, scale=1.0):
+    if cudnn.refusal(*arguments[:3], **window, scale=1.0) is None:
         yield "jax_nn_cudnn", functools.partial(jax_nn, implementation="cudnn", **window)
     if _is_plain(case) and case.tokens <= MAX_XLA_TOKENS:
         yield "jax_nn_xla", functools.partial(jax_nn, implementation="xla", **window)
@@ -101,7 +101,8 @@ def measured(case):
     """Fields of a case's row."""
     arguments = tuple(case.arguments())
     window = {"sliding_window": case.sliding_window}
-    by_cudnn = cudnn.takes(*arguments[:3], **window, scale=1.0)
+    refusal = cudnn.refusal(*arguments[:3], **window, scale=1.0)
+    by_cudnn = refusal is None and cudnn.is_faster(arguments[0])
     times = dict.fromkeys(("kernel", "jax_nn_cudnn", "jax_nn_xla"))
     functions = dict(variants(case, arguments))
     times |= measure.kernel_times(functions, [arguments], 20 if case.tokens <= 8192 else 5)

@@ -13,7 +13,7 @@ from bench.ops import decode_attention
 from bench.tunings._launches import launch_rows
 from g4attn_jax.cache import CompactKVCache
 from g4attn_jax.ops.decode_attention import triton
-from g4attn_jax.ops.flash_attention.launch import Launch
+from g4attn_jax.ops.flash_attention.launch import AttentionLaunch
 
 
 def points():
@@ -80,7 +80,7 @@ BENCHMARK = Benchmark(
     about="tiles, splits, warps and stages of decode attention by the kernel of all GPUs",
     identity=(
         *(name for name in decode_attention.BENCHMARK.identity if name != "layout"),
-        *Launch._fields,
+        *AttentionLaunch._fields,
     ),
     fields=("us",),
     points=points,

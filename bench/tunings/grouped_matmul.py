@@ -1,6 +1,6 @@
 """Kernel time of the experts' products for launches; `choose_launch` is fitted to it.
 
-Launches that the shared memory does not hold are left out.
+GroupedMatmulLaunches that the shared memory does not hold are left out.
 """
 
 import functools
@@ -11,7 +11,12 @@ from bench.ops import grouped_matmul as benchmark
 from bench.tunings._launches import launch_rows
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.grouped_gated_matmul.triton import grouped_gated_matmul
-from g4attn_jax.ops.grouped_matmul.triton import Launch, Sizes, choose_launch, grouped_matmul
+from g4attn_jax.ops.grouped_matmul.triton import (
+    GroupedMatmulLaunch,
+    GroupedMatmulSizes,
+    choose_launch,
+    grouped_matmul,
+)
 
 KERNELS = {"gated": grouped_gated_matmul, "down": grouped_matmul}
 
@@ -48,7 +53,9 @@ _MANY_ROWS = (
 def launches(sizes, chosen):
     """Those of the lists for so many rows, and the chosen one."""
     listed = _FEW_ROWS if sizes.rows <= 8 * sizes.groups else _MANY_ROWS
-    of_parts = {Launch(rows, width // sizes.parts, *rest) for rows, width, *rest in listed}
+    of_parts = {
+        GroupedMatmulLaunch(rows, width // sizes.parts, *rest) for rows, width, *rest in listed
+    }
     return sorted(of_parts | {chosen})
 
 
@@ -57,7 +64,7 @@ def rows(points, _):
     for point in points:
         case, product = point.subject, point.fields["product"]
         parts = 2 if product == "gated" else 1
-        sizes = Sizes(case.num_rows, case.groups, case.depth, parts, case.columns, 2)
+        sizes = GroupedMatmulSizes(case.num_rows, case.groups, case.depth, parts, case.columns, 2)
         chosen = choose_launch(gpu(), sizes)
         functions = {
             launch: functools.partial(KERNELS[product], launch=launch)
@@ -71,7 +78,7 @@ def rows(points, _):
 BENCHMARK = Benchmark(
     name="tune_grouped_matmul",
     about="tiles, warps and stages of the experts' products",
-    identity=(*benchmark.BENCHMARK.identity, *Launch._fields),
+    identity=(*benchmark.BENCHMARK.identity, *GroupedMatmulLaunch._fields),
     fields=("num_rows", "us"),
     points=benchmark.points,
     measure=rows,

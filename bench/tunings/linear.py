@@ -8,8 +8,6 @@ import functools
 import itertools
 
 import jax
-from g4attn_jax.ops.linear.cases import CASES
-from g4attn_jax.testing.case import tagged
 
 from bench import measure
 from bench.benchmark import Benchmark, Point
@@ -17,7 +15,9 @@ from bench.ops import linear
 from g4attn_jax import ops
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.linear import reference, triton
-from g4attn_jax.ops.linear.triton import Launch
+from g4attn_jax.ops.linear.cases import CASES
+from g4attn_jax.ops.linear.launch import MatmulLaunch, choose_launch
+from g4attn_jax.testing.case import tagged
 
 
 def points():
@@ -33,7 +33,7 @@ def launches(chosen, matrices):
     found = {chosen}
     for columns, k, stages in itertools.product((64, 128), (32, 64, 128), (3, 4, 5)):
         if 8 * 1024 <= 2 * columns * k * matrices <= 32 * 1024:
-            found.add(Launch(columns, k, 4, stages))
+            found.add(MatmulLaunch(columns, k, 4, stages))
     return sorted(found)
 
 
@@ -50,11 +50,11 @@ def functions(case, chosen, counts):
     if case.num_matrices == 2:
         yield None, reference.geglu
     else:
-        yield None, functools.partial(reference.linear_partial_sums, num_parts=1)
+        yield None, functools.partial(reference.linear_partial_sums, num_partial_sums=1)
     for launch, count in itertools.product(launches(chosen, case.num_matrices), counts):
         kernel = triton.geglu
         if case.num_matrices == 1:
-            kernel = functools.partial(triton.linear_partial_sums, num_parts=count)
+            kernel = functools.partial(triton.linear_partial_sums, num_partial_sums=count)
         yield (launch, count), functools.partial(kernel, launch=launch)
 
 
@@ -63,12 +63,12 @@ def rows(points, gbps):
     for point in points:
         case = point.subject
         counts = numbers_of_sums(case)
-        chosen = triton.choose_launch(
+        chosen = choose_launch(
             gpu(),
             rows=case.tokens,
             columns=case.columns,
             matrices=case.num_matrices,
-            num_parts=counts[0],
+            num_partial_sums=counts[0],
             itemsize=2,
         )
         calls = measure.calls_from_memory(case)
@@ -84,14 +84,14 @@ def rows(points, gbps):
         )
         for key, time in times.items():
             launch, count = key or (None, 1)
-            fields = dict.fromkeys(Launch._fields) if launch is None else launch._asdict()
+            fields = dict.fromkeys(MatmulLaunch._fields) if launch is None else launch._asdict()
             yield point.fields | {"parts": count} | fields | {"us": round(time.us, 2)}
 
 
 BENCHMARK = Benchmark(
     name="tune_linear",
     about="tiles, stages and partial sums of matmuls of few tokens",
-    identity=(*linear.BENCHMARK.identity, "tokens", "parts", *Launch._fields),
+    identity=(*linear.BENCHMARK.identity, "tokens", "parts", *MatmulLaunch._fields),
     fields=("us",),
     points=points,
     measure=rows,

@@ -8,7 +8,7 @@ from bench.benchmark import Benchmark
 from bench.ops import prefill_attention
 from bench.tunings._launches import launch_rows
 from g4attn_jax.cache import CompactKVCache, KVCache
-from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
+from g4attn_jax.ops.flash_attention.launch import AttentionLaunch, HeadSizes
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.prefill_attention import triton
 
@@ -35,7 +35,7 @@ def launches(case):
             tiles += itertools.product((64,), (16, 32), (2,), (4,), (2, 3))
             tiles += itertools.product((128,), (16, 32), (2,), (8,), (2, 3))
     return [
-        Launch(rows, keys, 1, value_blocks, num_warps, num_stages)
+        AttentionLaunch(rows, keys, 1, value_blocks, num_warps, num_stages)
         for rows, keys, value_blocks, num_warps, num_stages in tiles
     ]
 
@@ -60,7 +60,7 @@ def rows(points, _):
 BENCHMARK = Benchmark(
     name="tune_prefill_attention",
     about="tiles, warps and stages of prefill attention",
-    identity=(*prefill_attention.BENCHMARK.identity, *Launch._fields),
+    identity=(*prefill_attention.BENCHMARK.identity, *AttentionLaunch._fields),
     fields=("num_rows", "us"),
     points=points,
     measure=rows,

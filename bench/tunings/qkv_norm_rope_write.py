@@ -8,12 +8,12 @@ from bench.ops import qkv_norm_rope_write
 from bench.tunings._launches import launch_rows
 from g4attn_jax import ProjectionMode
 from g4attn_jax.cache import CompactKVCache
-from g4attn_jax.ops.head_norm.triton import Launch
+from g4attn_jax.ops.head_norm.triton import NormLaunch
 from g4attn_jax.ops.qkv_norm_rope.triton import choose_launch
 from g4attn_jax.ops.qkv_norm_rope_write import triton
 
 LAUNCHES = tuple(
-    Launch(rows, warps)
+    NormLaunch(rows, warps)
     for rows, warps in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 2), (8, 4), (16, 4))
 )
 
@@ -59,7 +59,7 @@ BENCHMARK = Benchmark(
     about="rows and warps of a program of the prologue",
     identity=(
         *(name for name in qkv_norm_rope_write.BENCHMARK.identity if name != "rotary_dim"),
-        *Launch._fields,
+        *NormLaunch._fields,
     ),
     fields=("num_rows", "us"),
     points=points,

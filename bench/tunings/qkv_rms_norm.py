@@ -6,11 +6,12 @@ from bench import measure
 from bench.benchmark import Benchmark
 from bench.ops import qkv_rms_norm
 from bench.tunings._launches import launch_rows
-from g4attn_jax.ops.head_norm.triton import Launch, choose_launch
+from g4attn_jax.ops.head_norm.triton import NormLaunch, choose_launch
 from g4attn_jax.ops.qkv_rms_norm import triton
 
 LAUNCHES = tuple(
-    Launch(rows, warps) for rows, warps in ((1, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 4), (8, 8))
+    NormLaunch(rows, warps)
+    for rows, warps in ((1, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 4), (8, 8))
 )
 
 
@@ -32,7 +33,7 @@ def rows(points, _):
 BENCHMARK = Benchmark(
     name="tune_qkv_rms_norm",
     about="rows and warps of a program of the norm",
-    identity=(*qkv_rms_norm.BENCHMARK.identity, *Launch._fields),
+    identity=(*qkv_rms_norm.BENCHMARK.identity, *NormLaunch._fields),
     fields=("num_rows", "us"),
     points=qkv_rms_norm.points,
     measure=rows,

@@ -9,7 +9,7 @@ import numpy as np
 
 from g4attn_jax.commands.cases import Case, attention_sweep, norm_sweep, prologue_sweep
 from g4attn_jax.commands.progress import Progress
-from g4attn_jax.ops.implementation import triton_refusal
+from g4attn_jax.ops.gpu import gpu_refusal
 from g4attn_jax.testing import oracle
 
 # Pallas' interpreter takes half a minute for a case of 1024 tokens.
@@ -89,7 +89,7 @@ def check(all_cases: bool = False) -> int:
     Returns:
         The number of failed cases.
     """
-    kernel = "triton_interpret" if triton_refusal() else "triton"
+    kernel = "triton_interpret" if gpu_refusal() else "triton"
     device = jax.devices()[0]
     print(f"bfloat16 on {device.device_kind} ({device.platform}), JAX {jax.__version__}")
     print(

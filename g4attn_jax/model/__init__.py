@@ -8,12 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from g4attn_jax.model.assistant import Gemma4Assistant, last_caches
+    from g4attn_jax.model.assistant import Gemma4Assistant
     from g4attn_jax.model.decoder import Gemma4Decoder
     from g4attn_jax.model.layer import Gemma4DecoderLayer
     from g4attn_jax.model.linear import ModuleOptions
     from g4attn_jax.model.mlp import Gemma4MLP
     from g4attn_jax.model.moe import Gemma4MoE
+    from g4attn_jax.model.step import ModelCache, Step
+    from g4attn_jax.model.weights import split_weights
 
 __all__ = [
     "Gemma4Assistant",
@@ -21,8 +23,10 @@ __all__ = [
     "Gemma4DecoderLayer",
     "Gemma4MLP",
     "Gemma4MoE",
+    "ModelCache",
     "ModuleOptions",
-    "last_caches",
+    "Step",
+    "split_weights",
 ]
 
 _MODULES = {
@@ -31,8 +35,10 @@ _MODULES = {
     "Gemma4DecoderLayer": "layer",
     "Gemma4MLP": "mlp",
     "Gemma4MoE": "moe",
+    "ModelCache": "step",
     "ModuleOptions": "linear",
-    "last_caches": "assistant",
+    "Step": "step",
+    "split_weights": "weights",
 }
 
 

@@ -1,6 +1,5 @@
 """The whole text model: tokens in, logits out, caches passed through."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import overload
 
@@ -10,12 +9,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from g4attn_jax.cache import Cache, KVCache
+from g4attn_jax.cache import Cache, KVCache, ReadableCache
+from g4attn_jax.checks import check_array, check_type
 from g4attn_jax.config import Gemma4Config
-from g4attn_jax.layout import Contiguous, Layout, SegmentIds, plan_step
+from g4attn_jax.layout import Contiguous, Layout, SegmentIds, select_tokens
 from g4attn_jax.model.embedding import PerLayerInputs, num_embedded_tokens
 from g4attn_jax.model.layer import Gemma4DecoderLayer
 from g4attn_jax.model.linear import Embedding, ModuleOptions
+from g4attn_jax.model.step import ModelCache, Step
 
 
 class Gemma4Decoder(nnx.Module):
@@ -28,7 +29,7 @@ class Gemma4Decoder(nnx.Module):
 
     The head is `embed_tokens`, or `lm_head` where the config says `tie_word_embeddings` False.
 
-    A call is a pure function of parameters, tokens, positions and caches; after `nnx.split` also to
+    A call is a pure function of parameters, tokens, step and cache; after `split_weights` also to
     JAX. Letters: B batch, T new tokens, V vocabulary, E embed, L layers, P width of the per-layer
     embeddings (PLE: E2B and E4B), Vp their vocabulary.
 
@@ -79,17 +80,18 @@ class Gemma4Decoder(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(tokens, embed, options)
 
-    def init_caches(
+    def init_cache(
         self,
         layouts: Mapping[str, Layout],
         forms: Mapping[str, type[Cache]] | None = None,
         *,
         dtype: jax.typing.DTypeLike | None = None,
-    ) -> dict[int, Cache]:
-        """Empty caches, one for every layer that is not Q_ONLY, by its index.
+    ) -> ModelCache:
+        """Empty caches of every layer that is not Q_ONLY.
 
         Args:
-            layouts: of each layer type, "sliding_attention" and "full_attention".
+            layouts: of each layer type, "sliding_attention" and "full_attention". Page tables
+                belong to steps: what `Paged` has of them is left out.
             forms: of each layer type; `KVCache` where none is named. Full layers with K = V can
                 have the `CompactKVCache`.
             dtype: of the storage, see `Gemma4Attention.init_cache`.
@@ -101,13 +103,40 @@ class Gemma4Decoder(nnx.Module):
         forms = {} if forms is None else forms
         self._check_layer_types("layouts", layouts)
         self._check_layer_types("forms", forms, all_needed=False)
-        caches = {}
+        layers = []
         for index in self._producers():
             layer_type = self.config.layer_types[index]
-            caches[index] = self.layers[index].attention.init_cache(
-                layouts[layer_type], forms.get(layer_type, KVCache), dtype=dtype
+            layers.append(
+                self.layers[index].attention.init_cache(
+                    layouts[layer_type], forms.get(layer_type, KVCache), dtype=dtype
+                )
             )
-        return caches
+        sizes = {key: layouts[key].sizes() for key in sorted(set(self.config.layer_types))}
+        return ModelCache(tuple(layers), sizes)
+
+    def plan(
+        self,
+        positions: Int[Array, "B T"],
+        cache: ModelCache,
+        page_tables: Mapping[str, Int[Array, "B pages"]] | None = None,
+    ) -> Step:
+        """Plans a step of T new tokens of every sequence.
+
+        Args:
+            positions: integer [B, T], where they are in their sequences. -1 marks padding: nothing
+                is written, and its logits mean nothing.
+            cache: from `init_cache` or an earlier step; only its sizes are looked at.
+            page_tables: integer [B, pages], of each layer type whose layout is `Paged`.
+
+        Raises:
+            ValueError: a page table is missing or surplus, or as `plan_step` raises.
+        """
+        with jax.named_scope("plan"):
+            return Step.plan(self._specs(), positions, cache.layouts, page_tables)
+
+    def readable(self, cache: ModelCache) -> dict[str, ReadableCache]:
+        """The last cache of each layer type, which KV-shared layers and an assistant read."""
+        return self._readable(cache.layers)
 
     @overload
     def __call__(
@@ -122,117 +151,131 @@ class Gemma4Decoder(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        caches: Mapping[int, Cache],
-        layouts: Mapping[str, Layout],
+        step: Step,
+        cache: ModelCache,
         *,
         logits_at: Int[Array, "B n"] | None = None,
-    ) -> tuple[Float[Array, "B n V"], dict[int, Cache]]: ...
+    ) -> tuple[Float[Array, "B n V"], ModelCache]: ...
 
-    def __call__(
-        self, tokens, positions=None, caches=None, layouts=None, *, segment_ids=None, logits_at=None
-    ):
-        """Logits of whole sequences; or, with caches, of one step of T new tokens of each.
+    def __call__(self, tokens, step=None, cache=None, *, segment_ids=None, logits_at=None):
+        """Logits of whole sequences; or, with a cache, of one step of T new tokens of each.
 
-            logits = decoder(tokens)                                        can be differentiated
-            logits, caches = decoder(tokens, positions, caches, layouts)    cannot
+            logits = decoder(tokens)                         can be differentiated
+            step = decoder.plan(positions, cache)
+            logits, cache = decoder(tokens, step, cache)     cannot
 
         Args:
-            tokens: integer [B, T]. Without caches each row is a sequence from its beginning, with
+            tokens: integer [B, T]. Without a cache each row is a sequence from its beginning, with
                 `segment_ids` several. Those that are known, not traced by `jax.jit`, are checked; a
                 traced one that the model cannot read makes its sequence NaN.
-            positions: integer [B, T], where they are in their sequences. -1 marks padding: nothing
-                is written, and its logits mean nothing. With caches alone.
-            caches: from `init_caches` or an earlier step. Donate them to a jitted step to update
-                them in place. None: there are none.
-            layouts: that the caches were made with, or with another page table.
+            step: from `plan`, for these tokens. With a cache alone.
+            cache: from `init_cache` or an earlier step. Donate it to a jitted step to update it in
+                place. None: there is none.
             segment_ids: integer [B, T], of sequences packed into one row, as for training: tokens
                 see those of their own id alone. Tokens of one id stand side by side; 0 marks
-                padding, whose logits mean nothing. Without caches alone; XLA computes attention.
+                padding, whose logits mean nothing. Without a cache alone; XLA computes attention.
             logits_at: integer [B, n], the indices into T whose logits are wanted; None is all. A
                 prompt wants one, a part of a prompt none ([B, 0]).
 
         Returns:
-            Float32 [B, n, V]; with caches (logits, caches), the latter updated.
+            Float32 [B, n, V]; with a cache (logits, cache), the latter updated.
 
         Raises:
             ValueError: an argument has the wrong shape or dtype, a token is none that the model can
-                read, a cache or layout is missing, or as `plan_step` raises.
+                read, or the cache is another model's.
             NotImplementedError: segment_ids are given to a model whose implementation is a kernel.
         """
-        if caches is None:
-            return self.logits(
-                self._whole_sequences(tokens, positions, layouts, segment_ids, logits_at)
-            )
+        if (step is None) != (cache is None):
+            given, lacking = ("step", "cache") if cache is None else ("cache", "step")
+            raise ValueError(f"{given} is given and {lacking} is not; accepted: both, or neither")
+        if cache is None:
+            return self.logits(self._whole_sequences(tokens, segment_ids, logits_at))
         if segment_ids is not None:
-            raise ValueError("segment_ids are given with caches; accepted: without caches")
-        h, caches = self.hidden(tokens, positions, caches, layouts, logits_at=logits_at)
-        return self.logits(h), caches
+            raise ValueError("segment_ids is given with a cache; accepted: without one")
+        h, cache = self.hidden(tokens, step, cache, logits_at=logits_at)
+        return self.logits(h), cache
 
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        caches: Mapping[int, Cache],
-        layouts: Mapping[str, Layout],
+        step: Step,
+        cache: ModelCache,
         *,
         logits_at: Int[Array, "B n"] | None = None,
-    ) -> tuple[Float[Array, "B n E"], dict[int, Cache]]:
-        """`__call__` with caches and without the head.
+    ) -> tuple[Float[Array, "B n E"], ModelCache]:
+        """Final hidden states of a step: `__call__` with a cache and without the head.
 
         Returns:
-            (hidden, caches): final hidden states after the norm, [B, n, E] in `dtype`, and the
-            updated caches.
+            (hidden, cache): final hidden states after the norm, [B, n, E] in `dtype`, and the
+            updated cache.
         """
-        self._check_step(tokens, positions, caches, logits_at)
-        self._check_layer_types("layouts", layouts)
-        plans = self._plans(positions, layouts)
-        return self._hidden(tokens, plans, dict(caches), logits_at)
+        self._check_step(tokens, step, cache, logits_at)
+        h, layers = self._hidden(tokens, step, list(cache.layers), logits_at)
+        return h, cache._replace(layers=tuple(layers))
 
-    def _whole_sequences(self, tokens, positions, layouts, segment_ids, at):
+    def _whole_sequences(self, tokens, segment_ids, at):
         """Final hidden states of sequences that begin here, whose keys and values nobody keeps."""
-        for name, given in (("positions", positions), ("layouts", layouts)):
-            if given is not None:
-                raise ValueError(f"{name} is given and caches is not; accepted: both, or neither")
-        _check_integers("tokens", tokens)
+        check_array("tokens", tokens, ("B", "T"), "integer")
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is not None:
-            _check_integers("segment_ids", segment_ids, tokens.shape)
+            check_array("segment_ids", segment_ids, tokens.shape, "integer")
             ids = jnp.asarray(segment_ids, jnp.int32)
             # Rotations depend on distances alone, so a sequence may begin anywhere in its row.
             positions, segment_ids = jnp.where(ids == 0, -1, positions), SegmentIds(ids, ids)
         self._check_known_tokens(tokens, positions)
-        self._check_at(tokens, at)
+        check_array("logits_at", at, (tokens.shape[0], "n"), "integer", none=True, empty=True)
         layouts = dict.fromkeys(self.config.layer_types, Contiguous(*tokens.shape))
-        plans = self._plans(positions, layouts, segment_ids)
-        return self._hidden(tokens, plans, dict.fromkeys(self._producers()), at)[0]
+        with jax.named_scope("plan"):
+            step = Step.plan(self._specs(), positions, layouts, segment_ids=segment_ids)
+        return self._hidden(tokens, step, [None] * len(self._producers()), at)[0]
 
-    def _plans(self, positions, layouts, segment_ids=None):
-        """What the layers of each type share in this step."""
-        return {
-            layer_type: plan_step(
-                self.config.attention_spec(self.config.layer_types.index(layer_type)),
-                positions,
-                layouts[layer_type],
-                segment_ids,
-            )
-            for layer_type in sorted(set(self.config.layer_types))
-        }
-
-    def _hidden(self, tokens, plans, caches, logits_at):
-        """Final hidden states, and the caches; one that is None its layer makes."""
+    def _hidden(self, tokens, step, caches, logits_at):
+        """Final hidden states, and the producers' caches; one that is None its layer makes."""
         x, per_layer = self._embed(jnp.asarray(tokens))
         h = self.layers[0].first_norm(x)
-        shared_from = self._producers().stop
-        x, h, caches = self._run(self.layers[:shared_from], x, h, per_layer, plans, caches)
+        producers = self._producers()
+        written = []
+        for index in producers:
+            x, h, cache = self._layer(index, x, h, per_layer, step, caches[index])
+            written.append(cache)
         if logits_at is not None:
             # KV-shared layers write nothing that other tokens read, so these tokens are enough.
-            x, h = _select(x, logits_at), _select(h, logits_at)
-            per_layer = None if per_layer is None else _select(per_layer, logits_at)
-            plans = {key: _select_plan(plan, logits_at) for key, plan in plans.items()}
+            x, h = select_tokens(x, logits_at), select_tokens(h, logits_at)
+            per_layer = None if per_layer is None else select_tokens(per_layer, logits_at)
+            step = step.select(logits_at)
         if x.size:  # attention takes no step without tokens
-            _, h, caches = self._run(self.layers[shared_from:], x, h, per_layer, plans, caches)
-        return h, caches
+            readable = self._readable(written)
+            for index in range(producers.stop, self.config.num_hidden_layers):
+                cache = readable[self.config.layer_types[index]]
+                x, h, _ = self._layer(index, x, h, per_layer, step, cache)
+        return h, written
+
+    def _layer(self, index, x, h, per_layer, step, cache):
+        """(x, h, cache) after a layer, h for the layer that comes next."""
+        is_last = index == self.config.num_hidden_layers - 1
+        next_norm = self.norm if is_last else self.layers[index + 1].input_norm
+        with jax.named_scope(f"layer_{index}"):
+            return self.layers[index](
+                x,
+                h,
+                step.plans[self.config.layer_types[index]],
+                cache,
+                next_norm[...],
+                per_layer_input=None if per_layer is None else per_layer[:, :, index],
+            )
+
+    def _readable(self, caches):
+        """`readable` of the caches of all producers."""
+        last = {self.config.layer_types[index]: index for index in self._producers()}
+        return {
+            layer_type: ReadableCache(caches[index], self.layers[index].attention.k_norm[...])
+            for layer_type, index in last.items()
+        }
+
+    def _specs(self):
+        """The `AttentionSpec` of a layer of each type."""
+        types = self.config.layer_types
+        return {key: self.config.attention_spec(types.index(key)) for key in sorted(set(types))}
 
     def logits(self, hidden: Float[Array, "B n E"]) -> Float[Array, "B n V"]:
         """Float32 logits of final hidden states."""
@@ -248,53 +291,22 @@ class Gemma4Decoder(nnx.Module):
             x = self.embed_tokens(tokens)
         return x, None if self.per_layer_inputs is None else self.per_layer_inputs(x, tokens)
 
-    def _run(self, layers, x, h, per_layer, plans, caches):
-        """Some of the layers, over all caches."""
-        norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
-        for layer in layers:
-            attention = layer.attention
-            kv_layer = attention.spec.kv_layer
-            is_shared = kv_layer != attention.layer
-            x, h, cache = layer(
-                x,
-                h,
-                plans[self.config.layer_types[attention.layer]],
-                caches[kv_layer],
-                norms[attention.layer][...],
-                k_norm=self.layers[kv_layer].attention.k_norm[...] if is_shared else None,
-                per_layer_input=None if per_layer is None else per_layer[:, :, attention.layer],
-            )
-            caches = caches | {kv_layer: cache}
-        return x, h, caches
-
     def _producers(self):
         """Layers that have a cache of their own."""
         return range(self.config.num_hidden_layers - self.config.num_kv_shared_layers)
 
-    def _check_step(self, tokens, positions, caches, at):
-        _check_integers("tokens", tokens)
-        if not hasattr(positions, "shape") or positions.ndim != 2:
-            raise ValueError(f"positions is {positions!r}; accepted: an integer array [B, T]")
-        if tokens.shape != positions.shape:
+    def _check_step(self, tokens, step, cache, at):
+        check_array("tokens", tokens, ("B", "T"), "integer")
+        check_type("step", step, Step)
+        check_type("cache", cache, ModelCache)
+        check_array("step.positions", step.positions, tokens.shape, "integer")
+        self._check_known_tokens(tokens, step.positions)
+        check_array("logits_at", at, (tokens.shape[0], "n"), "integer", none=True, empty=True)
+        if len(cache.layers) != len(self._producers()):
             raise ValueError(
-                f"positions has shape {positions.shape}; with tokens of shape {tokens.shape} it "
-                f"must be {tokens.shape}"
+                f"cache has {len(cache.layers)} layers; accepted: the {len(self._producers())} of "
+                "init_cache"
             )
-        self._check_known_tokens(tokens, positions)
-        self._check_at(tokens, at)
-        if caches.keys() != set(self._producers()):
-            raise ValueError(
-                f"caches has layers {sorted(caches)}; accepted: those of init_caches, "
-                f"{self._producers().start} to {self._producers().stop - 1}"
-            )
-
-    def _check_at(self, tokens, at):
-        if at is None:
-            return
-        if at.ndim != 2 or at.shape[0] != tokens.shape[0]:
-            raise ValueError(f"logits_at has shape {at.shape}; accepted: [{tokens.shape[0]}, n]")
-        if not jnp.issubdtype(at.dtype, jnp.integer):
-            raise ValueError(f"logits_at has dtype {at.dtype}; accepted: an integer")
 
     def _check_known_tokens(self, tokens, positions):
         """Refuses tokens without an embedding, unless they are traced or known to be padding."""
@@ -327,30 +339,3 @@ def _is_known(array):
     """Whether the numbers of an array are to be had here: neither traced nor of other hosts."""
     is_traced = isinstance(array, jax.core.Tracer)
     return not is_traced and getattr(array, "is_fully_addressable", True)
-
-
-def _select(array, at):
-    """Tokens `at` [B, n] of an array [B, T, ...]."""
-    return jnp.take_along_axis(array, at.reshape(*at.shape, *[1] * (array.ndim - 2)), axis=1)
-
-
-def _select_plan(plan, at):
-    """The plan of tokens `at` [B, n] alone, for layers that write nothing."""
-    fields = {
-        name: _select(getattr(plan, name), at) for name in ("positions", "cos", "sin", "slots")
-    }
-    if plan.segment_ids is not None:
-        query = _select(plan.segment_ids.query, at)
-        fields["segment_ids"] = plan.segment_ids._replace(query=query)
-    return dataclasses.replace(plan, **fields)
-
-
-def _check_integers(name, array, shape=None):
-    """Refuses what is no integer array [B, T], of a shape that is known if one is given."""
-    if not hasattr(array, "shape") or array.ndim != 2:
-        raise ValueError(f"{name} is {array!r}; accepted: an integer array [B, T]")
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name} has dtype {array.dtype}; accepted: an integer")
-    if 0 in array.shape or shape not in (None, array.shape):
-        accepted = "[B, T], neither 0" if shape is None else shape
-        raise ValueError(f"{name} has shape {array.shape}; accepted: {accepted}")

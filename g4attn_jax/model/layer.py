@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from g4attn_jax import ops
 from g4attn_jax.attention import Gemma4Attention
-from g4attn_jax.cache import Cache
+from g4attn_jax.cache import Cache, ReadableCache
 from g4attn_jax.config import Gemma4Config, ProjectionMode
 from g4attn_jax.layout import StepPlan
 from g4attn_jax.model.linear import Linear, ModuleOptions
@@ -80,28 +80,26 @@ class Gemma4DecoderLayer(nnx.Module):
         x: Float[Array, "B T E"],
         h: Float[Array, "B T E"],
         plan: StepPlan,
-        cache: Cache | None,
+        cache: Cache | ReadableCache | None,
         next_norm: Float[Array, " E"],
         *,
-        k_norm: Float[Array, " D"] | None = None,
         per_layer_input: Float[Array, "B T P"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"], Cache]:
+    ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"], Cache | ReadableCache]:
         """One step of the layer.
 
         Args:
             x: [B, T, E], the residual stream.
             h: [B, T, E], rms(x) * input_norm.
             plan: from `plan_step`, for the layer's type.
-            cache: of layer `attention.spec.kv_layer`; None: the layer makes one of these tokens.
+            cache: see `Gemma4Attention`; None: the layer makes one of these tokens.
             next_norm: [E], `input_norm` of the next layer, after the last one the model's norm.
-            k_norm: of the cache's layer if it is another one, else None.
             per_layer_input: [B, T, P] with PLE, else None.
 
         Returns:
             (x, h, cache): x and rms(x) * next_norm, [B, T, E] in the dtype x came in, and the
             updated cache.
         """
-        y, cache = self.attention.partial_sums(h, plan, cache, k_norm)
+        y, cache = self.attention.partial_sums(h, plan, cache)
         norms = [self.pre_feedforward_norm[...]]
         if self.moe is not None:
             norms.append(self.pre_feedforward_norm_2[...])

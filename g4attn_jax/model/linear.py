@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from g4attn_jax import ops
 from g4attn_jax.checks import check_dtype
-from g4attn_jax.ops.implementation import check_implementation
+from g4attn_jax.ops.op import check_implementation
 
 Axes = Mapping[str, int]
 

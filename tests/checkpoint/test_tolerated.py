@@ -244,7 +244,8 @@ def other_head(name=DENSE):
 def logits_of(model):
     layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(1, 4))
     tokens, positions = jnp.array([[5, 7, 9]]), jnp.arange(3)[None]
-    return model(tokens, positions, model.init_caches(layouts), layouts)[0]
+    cache = model.init_cache(layouts)
+    return model(tokens, model.plan(positions, cache), cache)[0]
 
 
 @pytest.mark.parametrize("tied", [True, False])
