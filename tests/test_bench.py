@@ -8,6 +8,10 @@ import pytest
 from bench import __main__ as command
 from bench import compare, driver, measure, memory, registry, results
 from bench.benchmark import Bar, Benchmark, Point, field, select
+from bench.steps import decode_step
+from bench.steps._ablated import Variant
+from bench.steps._model import StepCase
+from g4attn_jax import Gemma4Config
 
 BENCHMARKS = [
     *map(registry.benchmark, registry.names()),
@@ -298,3 +302,28 @@ def test_memory_of_a_card():
     assert count * memory.cache_bytes("31b", 8192) <= free
     assert free < (count + 1) * memory.cache_bytes("31b", 8192)
     assert memory.sequences("31b", 48, 8192) == 0
+
+
+@pytest.mark.parametrize("model", decode_step.MODELS)
+def test_bytes_of_a_step(model):
+    """They are what the limits of the committed results were computed from."""
+    _, rows = results.read(COMMITTED["decode_step"])
+    for row in rows:
+        if row["model"] == model and row["variant"] in "af" and row["batch"] != 8:
+            variant = next(v for v in Variant if v.letter == row["variant"])
+            case = StepCase(Gemma4Config.preset(model), variant, row["batch"], 8192)
+            limit = case.bytes(8192) / row["read_gbps"] / 1e6
+            assert limit == pytest.approx(row["limit_ms"], rel=1e-4, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["decode_attention", "qkv_rms_norm", "qkv_norm_rope_write", "grouped_matmul", "linear"]
+)
+def test_bytes_of_cases(name):
+    """They are what the limits of the committed results were computed from."""
+    benchmark = registry.benchmark(name)
+    head, rows = results.read(COMMITTED[name])
+    for row, point in zip(rows, benchmark.points(), strict=True):
+        limit = point.subject.bytes() / head[benchmark.rate] / 1e3
+        # Of experts, seeds touch a few more or fewer; of the largest norms, scales are not counted.
+        assert limit == pytest.approx(row["limit_us"], rel=5e-3, abs=2e-3), row
