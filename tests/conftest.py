@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from g4attn_jax.ops.implementation import triton_refusal
-from tests import gpu_target  # noqa: F401  (before JAX looks for devices)
+from g4attn_jax.testing import gpu_target  # noqa: F401  (before JAX looks for devices)
 
 # XLA has as many threads as devices, and JAX's interpreter of Mosaic GPU needs one for each
 # warpgroup of a cluster: with less they wait for each other for ever.

@@ -11,9 +11,9 @@ from flax import nnx
 
 from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache, bytes_per_token, zeros
-from g4attn_jax.commands.decode import count_launches
 from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
-from tests import gpu_target
+from g4attn_jax.testing import gpu_target
+from g4attn_jax.testing.launches import FREE_OPCODES, count_launches, entry_opcodes
 
 pytestmark = pytest.mark.skipif(
     gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())
@@ -57,8 +57,8 @@ def test_qkv_rms_norm_is_one_launch(gpu, mode, tokens, nkv, group, d, dtype, sca
         gpu, lambda *a: ops.qkv_rms_norm(*a, mode=mode), qkv, *scales(mode, d, scale_dtype)
     )
     assert count_launches(compiled.as_text(), "head_norm") == 1
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
+    opcodes = entry_opcodes(compiled)
+    assert set(opcodes) - FREE_OPCODES == {"custom-call"}
     assert opcodes["custom-call"] == 1
 
 
@@ -72,8 +72,8 @@ def test_q_keqv_rms_norm_is_one_launch(gpu, tokens, nkv, group, d, dtype, scale_
         struct(tokens, nkv, d, dtype=dtype),
         *[struct(d, dtype=scale_dtype)] * 2,
     )
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
+    opcodes = entry_opcodes(compiled)
+    assert set(opcodes) - FREE_OPCODES == {"custom-call"}
     assert opcodes["custom-call"] == 1
 
 
@@ -88,7 +88,7 @@ def test_scale_offset_and_v_scale_stay_in_the_launch(gpu, mode):
         *[struct(512)] * 3,
     )
     assert count_launches(compiled.as_text(), "head_norm") == 1
-    assert set(gpu_target.entry_opcodes(compiled)) <= {*gpu_target.FREE_OPCODES, "custom-call"}
+    assert set(entry_opcodes(compiled)) <= {*FREE_OPCODES, "custom-call"}
 
 
 @on_every_gpu
@@ -102,7 +102,7 @@ def test_vmap_stays_one_launch(gpu, mode):
         *scales(mode, 512),
     )
     assert count_launches(compiled.as_text(), "head_norm") == 1
-    assert set(gpu_target.entry_opcodes(compiled)) <= {*gpu_target.FREE_OPCODES, "custom-call"}
+    assert set(entry_opcodes(compiled)) <= {*FREE_OPCODES, "custom-call"}
 
 
 def prologue(mode, form, tokens, nkv, group, d, rotary_dim, dtype=jnp.bfloat16):
@@ -142,8 +142,8 @@ def test_qkv_norm_rope_write_is_one_launch(
     compiled = gpu_target.compile_for(
         gpu, lambda *a: ops.qkv_norm_rope_write(*a, mode=mode), *arguments, donate_argnums=6
     )
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
+    opcodes = entry_opcodes(compiled)
+    assert set(opcodes) - FREE_OPCODES == {"custom-call"}
     assert opcodes["custom-call"] == count_launches(compiled.as_text(), "norm_rope") == 1
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == sum(
@@ -160,7 +160,7 @@ def test_qkv_norm_rope_is_one_launch(gpu, mode):
         arguments[2] = None
     compiled = gpu_target.compile_for(gpu, lambda *a: ops.qkv_norm_rope(*a, mode=mode), *arguments)
     assert count_launches(compiled.as_text(), "norm_rope") == 1
-    assert set(gpu_target.entry_opcodes(compiled)) <= {*gpu_target.FREE_OPCODES, "custom-call"}
+    assert set(entry_opcodes(compiled)) <= {*FREE_OPCODES, "custom-call"}
 
 
 @on_every_gpu
@@ -181,7 +181,7 @@ def test_nothing_but_the_launch_between_matmul_and_attention(
         gpu, step, struct(tokens, 2048), weight, *arguments, donate_argnums=7
     )
     assert count_launches(compiled.as_text(), "norm_rope") == 1
-    opcodes = gpu_target.entry_opcodes(compiled)
+    opcodes = entry_opcodes(compiled)
     assert not {"copy", "slice", "transpose", "dynamic-slice", "scatter"} & set(opcodes)
     # Fusions may only be the matmul and its split-K reduction: nothing else has as many elements
     # as the packed buffer.
@@ -247,8 +247,8 @@ def test_decode_attention_is_two_launches(
     )
     text = compiled.as_text()
     assert count_launches(text, "decode_attention") == 1
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
+    opcodes = entry_opcodes(compiled)
+    assert set(opcodes) - FREE_OPCODES == {"custom-call"}
     assert opcodes["custom-call"] == 1 + count_launches(text, "combine_splits") <= 2
 
 
@@ -307,7 +307,7 @@ def test_decode_step_of_a_layer(model, layer, layout, form, tokens):
     smallest = min(x.size for x in jax.tree.leaves(cache))
     for line in text[text.index("\nENTRY ") :].splitlines()[2:]:
         written_by = re.search(r" ([\w-]+)\(", line)
-        if written_by and written_by[1] not in {*gpu_target.FREE_OPCODES, "custom-call"}:
+        if written_by and written_by[1] not in {*FREE_OPCODES, "custom-call"}:
             assert _elements(line) < smallest, line
     if spec.mode is not ProjectionMode.Q_ONLY and not isinstance(layout, Paged):
         assert cache_bytes == 8 * layout.capacity * bytes_per_token(spec, form)

@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 from g4attn_jax import Gemma4Config, ops
-from g4attn_jax.commands.decode import count_launches
 from g4attn_jax.model import Gemma4MoE
-from tests import gpu_target
+from g4attn_jax.testing import gpu_target
+from g4attn_jax.testing.launches import FREE_OPCODES, count_launches, entry_opcodes
 
 pytestmark = pytest.mark.skipif(
     gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())
@@ -35,8 +35,8 @@ def struct(*shape, dtype=jnp.bfloat16):
 def sole_launch(gpu, f, *arguments):
     """Whether the program is one launch of the kernel and nothing else."""
     compiled = gpu_target.compile_for(gpu, f, *arguments)
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
+    opcodes = entry_opcodes(compiled)
+    assert set(opcodes) - FREE_OPCODES == {"custom-call"}
     assert compiled.memory_analysis().temp_size_in_bytes < 1024
     return opcodes["custom-call"] == count_launches(compiled.as_text(), f.__name__) == 1
 
@@ -68,7 +68,7 @@ def test_x64_and_vmap():
             sizes,
         )
     assert count_launches(compiled.as_text(), "grouped_matmul") == 1
-    assert set(gpu_target.entry_opcodes(compiled)) <= {*gpu_target.FREE_OPCODES, "custom-call"}
+    assert set(entry_opcodes(compiled)) <= {*FREE_OPCODES, "custom-call"}
 
 
 @pytest.mark.parametrize(("tokens", "launches"), [(1, 10), (32, 14), (2048, 16)])
@@ -83,8 +83,8 @@ def test_experts(tokens, launches):
     text = compiled.as_text()
     assert count_launches(text, "grouped_gated_matmul") == 1
     assert count_launches(text, "grouped_matmul") == 1
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert sum(n for op, n in opcodes.items() if op not in gpu_target.FREE_OPCODES) <= launches
+    opcodes = entry_opcodes(compiled)
+    assert sum(n for op, n in opcodes.items() if op not in FREE_OPCODES) <= launches
     rows = tokens * config.top_k_experts * config.hidden_size
     router = config.hidden_size * config.num_experts
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * (4 * rows + 4 * router)

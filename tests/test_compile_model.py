@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from g4attn_jax import CompactKVCache, Contiguous, Gemma4Config, Gemma4Decoder, KVCache, Ring, ops
-from g4attn_jax.commands.decode import count_launches
-from tests import gpu_target
+from g4attn_jax.testing import gpu_target
+from g4attn_jax.testing.launches import FREE_OPCODES, count_launches, entry_opcodes
 
 pytestmark = pytest.mark.skipif(
     gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())
@@ -22,8 +22,8 @@ def struct(*shape, dtype=jnp.bfloat16):
 
 
 def opcodes_of(gpu, f, *arguments):
-    opcodes = gpu_target.entry_opcodes(gpu_target.compile_for(gpu, f, *arguments))
-    return {name: count for name, count in opcodes.items() if name not in gpu_target.FREE_OPCODES}
+    opcodes = entry_opcodes(gpu_target.compile_for(gpu, f, *arguments))
+    return {name: count for name, count in opcodes.items() if name not in FREE_OPCODES}
 
 
 @on_every_gpu
@@ -90,8 +90,8 @@ def test_a_step_of_the_decoder(model, layers, of_a_layer, around):
     text = compiled.as_text()
     counts = tuple(count_launches(text, name) / layers for name in NAMES)
     assert counts == of_a_layer
-    opcodes = gpu_target.entry_opcodes(compiled)
-    others = sum(opcodes[name] for name in set(opcodes) - gpu_target.FREE_OPCODES)
+    opcodes = entry_opcodes(compiled)
+    others = sum(opcodes[name] for name in set(opcodes) - FREE_OPCODES)
     others -= layers * sum(of_a_layer) + count_launches(text, "combine_splits")
     others -= count_launches(text, "grouped_gated_matmul")
     assert others <= 12 + around * layers  # 12: embedding, plans of both layer types, head

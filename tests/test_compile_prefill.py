@@ -10,9 +10,9 @@ from flax import nnx
 
 from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache, zeros
-from g4attn_jax.commands.decode import count_launches
 from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
-from tests import gpu_target
+from g4attn_jax.testing import gpu_target
+from g4attn_jax.testing.launches import FREE_OPCODES, count_launches, entry_opcodes
 
 pytestmark = pytest.mark.skipif(
     gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())
@@ -59,8 +59,8 @@ def test_one_launch_and_no_copy(gpu, paged, shape):
         struct(batch, context // 16, dtype=jnp.int32) if paged else None,
         struct(batch, tokens, dtype=jnp.int32),
     )
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
+    opcodes = entry_opcodes(compiled)
+    assert set(opcodes) - FREE_OPCODES == {"custom-call"}
     assert opcodes["custom-call"] == count_launches(compiled.as_text(), "prefill_attention") == 1
     assert compiled.memory_analysis().temp_size_in_bytes < 1024
 

@@ -8,7 +8,7 @@ import pytest
 
 from g4attn_jax import ops
 from g4attn_jax.cache import CompactKVCache, KVCache
-from tests import gpu_target
+from g4attn_jax.testing import gpu_target
 
 pytestmark = [
     pytest.mark.skipif(gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())),

@@ -11,11 +11,11 @@ from flax import nnx
 
 from g4attn_jax import Gemma4Config, Gemma4Decoder, Generator
 from g4attn_jax.assistant_config import AssistantConfig, AssistantTextConfig
-from g4attn_jax.commands.decode import count_launches
 from g4attn_jax.model import Gemma4Assistant
 from g4attn_jax.model.acceptance import Greedy
 from g4attn_jax.speculative import draft
-from tests import gpu_target
+from g4attn_jax.testing import gpu_target
+from g4attn_jax.testing.launches import FREE_OPCODES, count_launches
 
 pytestmark = pytest.mark.skipif(
     gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())
@@ -57,7 +57,7 @@ def producers_of(text, caches):
     lines = re.findall(r"^\s+(?:ROOT )?%?\S+ = (\S+?)\{\S* ([\w-]+)\(", text, re.M)
     found = {opcode for shape, opcode in lines if shape in shapes}
     assert found  # the caches are there, in these shapes
-    return found - gpu_target.FREE_OPCODES
+    return found - FREE_OPCODES
 
 
 def test_a_draft_only_projects_queries_and_reads_the_caches():

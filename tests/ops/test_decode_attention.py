@@ -10,12 +10,14 @@ import pytest
 from g4attn_jax import ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS, triton
+from g4attn_jax.ops.decode_attention.cases import CASES, NOT_FINITE, DecodeAttentionCase
 from g4attn_jax.ops.decode_attention.triton import choose_launch
 from g4attn_jax.ops.flash_attention.launch import LEAST, HeadSizes, Launch, launch_refusal
 from g4attn_jax.ops.flash_attention.tiles import Shape, slots
 from g4attn_jax.ops.gpu import Gpu
 from g4attn_jax.ops.matmul_tiles.triton import pad
 from g4attn_jax.ops.prefill_attention.triton import choose_launch as choose_prefill_launch
+from g4attn_jax.testing.case import tagged
 from g4attn_jax.testing.oracle import cached_attention as formula
 from tests.ops.kernel import kernel_of
 
@@ -35,7 +37,7 @@ def case(
     capacity=None,
     dtype=jnp.float32,
     storage=None,
-    poison=(np.nan, np.inf, -np.inf),
+    poison=NOT_FINITE,
     rotary=8,
     page_size=16,
 ):
@@ -45,74 +47,37 @@ def case(
         last: the newest position of each sequence, -1 for none.
         pages: pages of a sequence, of `page_size`; None is one of `capacity`.
     """
-    rng = np.random.default_rng(len(last) + tokens + head_dim)
-    batch = len(last)
-    table = None if pages is None else rng.permutation(batch * pages + 3)[: batch * pages]
-    shape = (batch, capacity) if pages is None else (batch * pages + 3, page_size)
-    q = rng.normal(size=(batch, tokens, num_kv_heads * group, head_dim + compact * rotary))
-    positions = np.array([np.arange(n - tokens + 1, n + 1) for n in last], np.int32)
-    positions = np.maximum(positions, -1)
-    table = None if table is None else table.reshape(batch, pages).astype(np.int32)
-    held = np.zeros(shape, bool)
-    for b, n in enumerate(last):
-        place = np.arange(n + 1) % (shape[1] * (pages or 1))
-        page = b if table is None else table[b, place // page_size]
-        held[page, place % shape[1]] = True
-    widths = (head_dim, rotary) if compact else (head_dim, head_dim)
-    arrays = [
-        np.where(
-            held[..., None, None],
-            rng.normal(size=(*shape, num_kv_heads, w)),
-            np.resize(poison, w),
-        )
-        for w in widths
-    ]
-    scale = None if storage is None else jnp.array([0.5, 0.25])
-    form = CompactKVCache if compact else KVCache
-    cache = form(*(jnp.asarray(a, storage or dtype) for a in arrays), scale)
-    table = None if table is None else jnp.asarray(table)
-    return jnp.asarray(0.5 * q, dtype), cache, table, jnp.asarray(positions)
+    of = DecodeAttentionCase(
+        CompactKVCache if compact else KVCache,
+        num_kv_heads * group,
+        num_kv_heads,
+        head_dim,
+        tokens,
+        tuple(last),
+        capacity if pages is None else pages * page_size,
+        rotary_dim=rotary,
+        page_size=None if pages is None else page_size,
+        storage=None if storage is None else jnp.dtype(storage).name,
+        dtype=jnp.dtype(dtype).name,
+    )
+    q, *others = of.arguments(seed=len(last) + tokens + head_dim, poison=poison)
+    return 0.5 * q.shape[-1] ** 0.5 * q, *others
 
 
 TILE = 64
-CASES = {
-    "one token": {"last": [5, 0, 40], "capacity": 48},
-    "empty and full sequences": {"last": [-1, 0, 143], "capacity": 144, "tokens": 2},
-    "ends around a tile": {"last": [TILE - 1, TILE, TILE + 1, TILE - 2], "capacity": 150},
-    "several tokens": {"last": [70, 3, 15], "capacity": 96, "tokens": 6},
-    "16 tokens, 16 heads a group": {"last": [60, 20], "capacity": 64, "tokens": 16, "group": 16},
-    "paged": {"last": [70, -1, 3, 79], "pages": 5, "tokens": 3},
-    "compact": {"last": [70, 3], "capacity": 96, "compact": True, "tokens": 2, "group": 3},
-    "compact, paged": {"last": [70, 33], "pages": 5, "compact": True},
-    "odd sizes": {"last": [70, 33], "pages": 5, "head_dim": 24, "num_kv_heads": 3, "group": 5},
-}
-WINDOWS = {
-    "window inside a tile": {"last": [70, 3, 19], "capacity": 96, "sliding_window": 10},
-    "window of whole tiles": {"last": [200, 127, 128], "capacity": 256, "sliding_window": TILE},
-    "window of one": {"last": [70, 0], "capacity": 96, "sliding_window": 1},
-    "window past the start": {"last": [70, 9], "pages": 5, "sliding_window": 500, "tokens": 4},
-    "ring, wrapped": {
-        "last": [300, 63, 64, 127, 130],
-        "capacity": 64,
-        "sliding_window": 56,
-        "tokens": 4,
-    },
-}
 
 
 @on_both
-@pytest.mark.parametrize("name", [*CASES, *WINDOWS])
-def test_against_float64(name, implementation):
+@pytest.mark.parametrize("case", tagged(CASES, "odd"), ids=str)
+def test_against_float64(case, implementation):
     """Slots that no sequence holds are NaN or infinite, where the reference does not mind."""
-    sizes = dict(CASES.get(name) or WINDOWS[name])
-    window = sizes.pop("sliding_window", None)
-    if implementation == "xla" and "pages" not in sizes and jax.default_backend() == "gpu":
-        sizes["poison"] = 1e4
-    arguments = case(**sizes)
-    o = ops.decode_attention(*arguments, sliding_window=window, implementation=implementation)
-    exact = formula(*arguments, sliding_window=window)
-    np.testing.assert_allclose(o, exact, atol=2e-6)
-    np.testing.assert_array_equal(np.asarray(o)[np.asarray(arguments[3]) < 0], 0)
+    poison = NOT_FINITE
+    if implementation == "xla" and case.page_size is None and jax.default_backend() == "gpu":
+        poison = (1e4,)
+    arguments = case.arguments(poison=poison)
+    o = case.run(arguments, implementation)
+    np.testing.assert_allclose(o, case.exact(arguments), atol=2e-6)
+    np.testing.assert_array_equal(np.asarray(o)[case.positions < 0], 0)
 
 
 @on_both

@@ -12,8 +12,9 @@ import pytest
 from g4attn_jax import ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.ops.gpu import Gpu
+from g4attn_jax.testing import gpu_target
+from g4attn_jax.testing.launches import FREE_OPCODES, entry_opcodes
 from g4attn_jax.testing.oracle import cached_attention as formula
-from tests import gpu_target
 from tests.ops.test_decode_attention import case
 
 if jax.__version_info__ < (0, 11):
@@ -287,7 +288,7 @@ def test_compiles_to_one_launch(form, paged, tokens, group, num_splits, implemen
     )
     arguments = verify_step(form=form, paged=paged, tokens=tokens, group=group)
     compiled = gpu_target.compile_for("9.0", run, *arguments)
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
+    opcodes = entry_opcodes(compiled)
+    assert set(opcodes) - FREE_OPCODES == {"custom-call"}
     assert opcodes["custom-call"] == (1 if num_splits == 1 else 2)
     assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 1

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from g4attn_jax import ops
 from g4attn_jax.ops.gpu import Gpu
+from g4attn_jax.ops.grouped_gated_matmul import cases as gated
+from g4attn_jax.ops.grouped_matmul import cases as plain
 from g4attn_jax.ops.grouped_matmul import triton
 from g4attn_jax.ops.grouped_matmul.triton import Launch, Sizes, choose_launch
 from g4attn_jax.testing import oracle
+from g4attn_jax.testing.case import tagged
 from tests.ops.kernel import kernel_of
 
 KERNEL = kernel_of("grouped_matmul", "grouped_gated_matmul")
@@ -36,33 +39,14 @@ def case(group_sizes, num_rows=None, depth=40, columns=24, tokens=None, dtype=jn
     return *(jnp.asarray(a, dtype) for a in (x, w)), sizes, jnp.asarray(w2, dtype), rows
 
 
-TILE = 16
-CASES = {
-    "all groups": {"group_sizes": [3, 5, 8]},
-    "empty groups": {"group_sizes": [0, 4, 0, 0, 7, 0]},
-    "one group has all": {"group_sizes": [0, 70, 0]},
-    "one row": {"group_sizes": [0, 0, 1, 0]},
-    "sizes around a tile": {"group_sizes": [TILE - 1, TILE, TILE + 1, 1, 2 * TILE, 2 * TILE + 1]},
-    "large tiles": {"group_sizes": [64, 63, 0, 130, 1], "columns": 200},
-    "rows of no group": {"group_sizes": [3, 0, 17], "num_rows": 60},
-    "no group has rows": {"group_sizes": [0, 0], "num_rows": 20},
-    "no rows": {"group_sizes": [0, 0, 0]},
-    "sizes of the model, divided by 4": {"group_sizes": [2, 0, 1], "depth": 704, "columns": 176},
-    "odd sizes": {"group_sizes": [9, 2], "depth": 129, "columns": 67},
-    "one by one": {"group_sizes": [2, 2], "depth": 1, "columns": 1},
-}
-
-
 @on_both
-@pytest.mark.parametrize("name", CASES)
-def test_against_float64(name, implementation):
-    x, w, sizes, w2, _ = case(**CASES[name])
+@pytest.mark.parametrize("case", tagged(plain.CASES + gated.CASES, "odd"), ids=str)
+def test_against_float64(case, implementation):
+    arguments = case.arguments()
     with jax.default_matmul_precision("highest"):
-        y = ops.grouped_matmul(x, w, sizes, implementation=implementation)
-        gated = ops.grouped_gated_matmul(x, w2, sizes, implementation=implementation)
-    np.testing.assert_allclose(y, oracle.grouped_matmul(x, w, sizes), atol=4e-6)
-    np.testing.assert_allclose(gated, oracle.grouped_gated_matmul(x, w2, sizes), atol=2e-5)
-    np.testing.assert_array_equal(y[sum(CASES[name]["group_sizes"]) :], 0)
+        y = case.run(arguments, implementation)
+    np.testing.assert_allclose(y, case.exact(arguments), atol=2e-5)
+    np.testing.assert_array_equal(y[sum(case.group_sizes) :], 0)
 
 
 @on_both

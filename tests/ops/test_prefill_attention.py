@@ -9,10 +9,13 @@ import pytest
 from g4attn_jax import ops
 from g4attn_jax.cache import FLOAT8, KVCache
 from g4attn_jax.ops.decode_attention import reference as dense
+from g4attn_jax.ops.decode_attention.cases import NOT_FINITE
 from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
 from g4attn_jax.ops.matmul_tiles.triton import pad
 from g4attn_jax.ops.prefill_attention import cudnn, reference, triton
+from g4attn_jax.ops.prefill_attention.cases import CASES
 from g4attn_jax.ops.prefill_attention.triton import choose_launch
+from g4attn_jax.testing.case import tagged
 from g4attn_jax.testing.oracle import cached_attention as formula
 from tests.ops.kernel import kernel_of
 from tests.ops.test_decode_attention import GPUS, case
@@ -20,57 +23,6 @@ from tests.ops.test_decode_attention import GPUS, case
 KERNEL = kernel_of("prefill_attention")
 on_both = pytest.mark.parametrize("implementation", ["xla", *KERNEL])
 on_the_kernel = pytest.mark.parametrize("implementation", KERNEL)
-
-TILE = 16  # keys of the kernel's, in float32
-CASES = {
-    "one token": {"last": [5, 0, 40], "capacity": 48},
-    "a prompt": {"last": [16, 16], "capacity": 17, "tokens": 17},
-    "chunks, an empty sequence": {"last": [70, -1, 40], "capacity": 96, "tokens": 33},
-    "sequences shorter than the chunk": {"last": [69, 3, 20], "capacity": 101, "tokens": 70},
-    "ends around a tile": {
-        "last": [2 * TILE - 1, 2 * TILE, 2 * TILE + 1, 2 * TILE - 2],
-        "capacity": 2 * TILE + 5,
-        "tokens": 17,
-    },
-    "16 heads a group": {"last": [40], "capacity": 64, "tokens": 33, "group": 16},
-    "paged": {"last": [70, -1, 3, 79], "pages": 5, "tokens": 33},
-    "compact": {"last": [70, 3], "capacity": 96, "compact": True, "tokens": 17, "group": 3},
-    "compact, paged": {"last": [70, 33], "pages": 5, "compact": True, "tokens": 33},
-    "odd sizes": {
-        "last": [70, 33],
-        "pages": 5,
-        "tokens": 17,
-        "head_dim": 24,
-        "num_kv_heads": 3,
-        "group": 5,
-    },
-    "window inside a tile": {
-        "last": [70, 3, 19],
-        "capacity": 96,
-        "tokens": 33,
-        "sliding_window": TILE - 6,
-    },
-    "window of whole tiles": {
-        "last": [90, 63, 64],
-        "capacity": 96,
-        "tokens": 17,
-        "sliding_window": 2 * TILE,
-    },
-    "window past a tile's edge": {
-        "last": [90, 63],
-        "capacity": 96,
-        "tokens": 33,
-        "sliding_window": TILE + 1,
-    },
-    "window of one": {"last": [70, 0], "capacity": 96, "tokens": 17, "sliding_window": 1},
-    "window past the start": {"last": [70, 9], "pages": 5, "sliding_window": 500, "tokens": 33},
-    "ring, wrapped": {
-        "last": [300, 63, 64, 127, 130],
-        "capacity": 64,
-        "tokens": 20,
-        "sliding_window": 40,
-    },
-}
 
 
 def close(o, exact, positions):
@@ -94,14 +46,11 @@ def test_a_token_without_a_slot_is_nan(sizes, implementation):
 
 
 @on_both
-@pytest.mark.parametrize("name", CASES)
-def test_against_float64(name, implementation):
-    """Slots that no sequence holds are NaN."""
-    sizes = dict(CASES[name])
-    window = sizes.pop("sliding_window", None)
-    arguments = case(**sizes)
-    o = ops.prefill_attention(*arguments, sliding_window=window, implementation=implementation)
-    close(o, formula(*arguments, sliding_window=window), arguments[3])
+@pytest.mark.parametrize("case", [c for c in tagged(CASES, "odd") if c.tokens <= 70], ids=str)
+def test_against_float64(case, implementation):
+    """Slots that no sequence holds are not finite."""
+    arguments = case.arguments(poison=NOT_FINITE)
+    close(case.run(arguments, implementation), case.exact(arguments), case.positions)
 
 
 @pytest.mark.parametrize("sizes", [{"capacity": 1200}, {"pages": 75}])

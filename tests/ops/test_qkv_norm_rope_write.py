@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from g4attn_jax import ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache, float8_scale
-from g4attn_jax.commands.cases import PrologueCase, prologue_sweep
 from g4attn_jax.commands.check import judge
 from g4attn_jax.ops.qkv_norm_rope.triton import cache_rows, choose_launch
+from g4attn_jax.ops.qkv_norm_rope_write.cases import CASES, QkvNormRopeWriteCase
 from g4attn_jax.testing import oracle
+from g4attn_jax.testing.case import tagged
 
 RUNS_HERE = ("xla", "triton_interpret")
 KINDS = [
@@ -27,8 +28,15 @@ on_both = pytest.mark.parametrize("implementation", RUNS_HERE)
 
 
 # Thinned for the interpreter; tests/gpu/test_kernels.py runs all of it.
+SWEEP = [
+    case
+    for case in tagged(CASES, "published")
+    if case.tokens == 7 or (case.tokens, case.head_dim) == (64, 128)
+]
+
+
 @on_both
-@pytest.mark.parametrize("case", list(prologue_sweep(tokens=(33,))), ids=str)
+@pytest.mark.parametrize("case", SWEEP, ids=str)
 def test_sweep(case, implementation):
     result = judge(case, case.arguments(), implementation)
     assert result.passed, result
@@ -41,7 +49,7 @@ def test_sweep(case, implementation):
 )
 def test_any_number_of_tokens(mode, form, tokens, head_dim, rotary_dim, implementation):
     """Compared as whole arrays: what is not written must still be as it was."""
-    case = PrologueCase(mode, form, 6, 2, head_dim, rotary_dim, tokens)
+    case = QkvNormRopeWriteCase(mode, form, 6, 2, head_dim, rotary_dim, tokens)
     arguments = case.arguments(jnp.float32)
     outputs = case.run(arguments, implementation), case.exact(arguments)
     for ours, exact in zip(*map(jax.tree.leaves, outputs), strict=True):
@@ -61,7 +69,7 @@ def random_bits(shape, dtype):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, FLOAT8])
 def test_other_bytes_stay(mode, form, dtype, implementation):
     """Slots permuted, negative, past the end, and overwritten by a second step."""
-    case = PrologueCase(mode, form, 4, 2, 32, 8, 11)
+    case = QkvNormRopeWriteCase(mode, form, 4, 2, 32, 8, 11)
     scale = jnp.full(2, 0.05) if dtype == FLOAT8 else None
     qkv, q_norm, k_norm, cos, sin, slots, cache = case.arguments(dtype)
     if dtype == FLOAT8:
@@ -96,7 +104,7 @@ def test_other_bytes_stay(mode, form, dtype, implementation):
 @on_every_kind
 def test_leading_dims(mode, form, implementation):
     """[B, T] and [B * T] tokens are the same."""
-    case = PrologueCase(mode, form, 4, 2, 32, 8, 6)
+    case = QkvNormRopeWriteCase(mode, form, 4, 2, 32, 8, 6)
     arguments = case.arguments()
     folded = [x.reshape(2, 3, *x.shape[1:]) for x in (arguments[0], *arguments[3:6])]
     q, cache = case.run(arguments, implementation)
@@ -110,7 +118,7 @@ def test_leading_dims(mode, form, implementation):
 @on_both
 def test_q_only_touches_no_cache(implementation):
     for form in (KVCache, CompactKVCache):
-        case = PrologueCase(ProjectionMode.Q_ONLY, form, 4, 2, 32, 8, 5)
+        case = QkvNormRopeWriteCase(ProjectionMode.Q_ONLY, form, 4, 2, 32, 8, 5)
         qkv, q_norm, k_norm, cos, sin, _, cache = case.arguments()
         _, same = ops.qkv_norm_rope_write(
             qkv,
@@ -132,7 +140,7 @@ def test_float8_storage(mode, form, implementation):
     """Written and read back within half an ulp of float8: 2^-4 of the value, 2^-10 if subnormal."""
     if mode is ProjectionMode.Q_ONLY:
         pytest.skip("writes nothing")
-    case = PrologueCase(mode, form, 4, 2, 64, 16, 9)
+    case = QkvNormRopeWriteCase(mode, form, 4, 2, 64, 16, 9)
     arguments = case.arguments(jnp.float32)
     cache = case.arguments(FLOAT8)[6]._replace(scale=float8_scale(arguments[2]))
     q, written = case.run([*arguments[:6], cache], implementation)
@@ -175,7 +183,7 @@ def test_what_float8_does_not_hold_is_nan(implementation):
 @on_both
 def test_no_derivative_with_a_cache(implementation):
     for mode, form in KINDS:
-        case = PrologueCase(mode, form, 4, 2, 32, 8, 3)
+        case = QkvNormRopeWriteCase(mode, form, 4, 2, 32, 8, 3)
         qkv, *rest = case.arguments(jnp.float32)
 
         def loss(qkv, case=case, rest=rest):
@@ -196,7 +204,7 @@ def test_vmap(mode, form, storage, implementation):
     """Over tokens, slots and caches: as if each were alone."""
     singles, scale = [], jnp.full(2, 0.05) if storage == FLOAT8 else None
     for seed in range(3):
-        case = PrologueCase(mode, form, 4, 2, 32, 8, 5)
+        case = QkvNormRopeWriteCase(mode, form, 4, 2, 32, 8, 5)
         qkv, q_norm, k_norm, cos, sin, slots, _ = case.arguments(jnp.float32, seed)
         cache = case.arguments(storage)[6]._replace(scale=scale)
         singles.append((qkv, cos, sin, slots, cache))
@@ -214,7 +222,7 @@ def test_vmap(mode, form, storage, implementation):
 @on_every_kind
 def test_64_bit_mode(mode, form, implementation):
     with jax.enable_x64(True):
-        case = PrologueCase(mode, form, 6, 2, 48, 12, 5)
+        case = QkvNormRopeWriteCase(mode, form, 6, 2, 48, 12, 5)
         arguments = case.arguments(jnp.float32)
         arguments[3:5] = [x.astype(jnp.float32) for x in arguments[3:5]]
         outputs = case.run(arguments, implementation), case.exact(arguments)
@@ -289,19 +297,19 @@ class TestBadInput:
     )
     def test_refused(self, change, message):
         mode = ProjectionMode.QK_ONLY
-        case = PrologueCase(mode, CompactKVCache, 4, 2, 32, 8, 5)
+        case = QkvNormRopeWriteCase(mode, CompactKVCache, 4, 2, 32, 8, 5)
         names = "qkv", "q_norm", "k_norm", "cos", "sin", "slots", "cache"
         arguments = dict(zip(names, case.arguments(jnp.float32), strict=True)) | {"mode": mode}
         with pytest.raises(ValueError, match=message):
             ops.qkv_norm_rope_write(**(arguments | change))
 
     def test_a_compact_cache_is_not_for_separate_projections(self):
-        case = PrologueCase(ProjectionMode.QKV_FULL, CompactKVCache, 4, 2, 32, 8, 5)
+        case = QkvNormRopeWriteCase(ProjectionMode.QKV_FULL, CompactKVCache, 4, 2, 32, 8, 5)
         with pytest.raises(ValueError, match="cache is a CompactKVCache; QKV_FULL accepts KVCache"):
             case.run(case.arguments(), None)
 
     def test_q_only_needs_the_producers_scale(self):
-        case = PrologueCase(ProjectionMode.Q_ONLY, CompactKVCache, 4, 2, 32, 8, 5)
+        case = QkvNormRopeWriteCase(ProjectionMode.Q_ONLY, CompactKVCache, 4, 2, 32, 8, 5)
         qkv, q_norm, _, *rest = case.arguments()
         with pytest.raises(ValueError, match="k_norm is missing; Q_ONLY with a CompactKVCache"):
             case.run([qkv, q_norm, None, *rest], None)
@@ -309,14 +317,14 @@ class TestBadInput:
     def test_triton_without_a_gpu(self):
         if jax.default_backend() == "gpu":
             pytest.skip("there is a GPU here")
-        case = PrologueCase(ProjectionMode.QK_ONLY, KVCache, 4, 2, 32, 8, 5)
+        case = QkvNormRopeWriteCase(ProjectionMode.QK_ONLY, KVCache, 4, 2, 32, 8, 5)
         with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU of compute capability"):
             case.run(case.arguments(), "triton")
 
 
 def test_a_float8_array_that_the_kernel_cannot_address():
     """Offsets into up to 2^32 bytes are int32."""
-    case = PrologueCase(ProjectionMode.QK_ONLY, KVCache, 8, 4, 512, 128, 1)
+    case = QkvNormRopeWriteCase(ProjectionMode.QK_ONLY, KVCache, 8, 4, 512, 128, 1)
     *arguments, _ = case.arguments()
     array = jax.ShapeDtypeStruct((2**17, 16, 4, 512), FLOAT8)
     cache = KVCache(array, array, jax.ShapeDtypeStruct((2,), jnp.float32))
@@ -332,7 +340,7 @@ def test_a_float8_array_that_the_kernel_cannot_address():
 
 def test_usual_path_is_worse():
     """The bound that `judge` holds us to is one that can be missed."""
-    case = PrologueCase(ProjectionMode.QK_ONLY, CompactKVCache, 16, 8, 128, 32, 33)
+    case = QkvNormRopeWriteCase(ProjectionMode.QK_ONLY, CompactKVCache, 16, 8, 128, 32, 33)
     arguments = case.arguments()
     (q, _), (exact, _), (usual, _) = (
         case.run(arguments, "xla"),

@@ -1,12 +1,10 @@
 """NVIDIA GPUs that are not there: the CUDA plugin compiles for a described one.
 
-python tests/gpu_target.py      exit status 1, with the reason, if it cannot here
+python -m g4attn_jax.testing.gpu_target      exit status 1, with the reason, if it cannot here
 """
 
-import collections
 import functools
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 # Without a GPU the plugin loads only if it does not look for CUDA's libraries first. JAX reads this
-# when it looks for devices, so conftest.py imports this module before anything does.
+# when it looks for devices, so tests/conftest.py imports this module before anything does.
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
@@ -138,19 +136,6 @@ def ptxas() -> Path | None:
         return None
     return Path(nvidia.cuda_nvcc.__path__[0]) / "bin" / "ptxas"
 
-
-def entry_opcodes(compiled) -> collections.Counter:
-    """How often every opcode occurs in the entry computation, each but the free ones a launch."""
-    text = compiled.as_text()
-    entry = text[text.index("\nENTRY ") :]
-    return collections.Counter(
-        re.match(r"\s+(?:ROOT )?%?\S+ = (?:\(.*?\)|\S+) ([\w-]+)\(", line).group(1)
-        for line in entry.splitlines()[2:]
-        if " = " in line
-    )
-
-
-FREE_OPCODES = {"parameter", "bitcast", "get-tuple-element", "tuple", "constant"}
 
 if __name__ == "__main__":
     sys.exit(unavailable())
