@@ -17,6 +17,7 @@ from g4attn_jax.cache import CompactKVCache, KVCache
 from g4attn_jax.checkpoint import CheckpointError, load_assistant_into, load_hf_into
 from g4attn_jax.model import Gemma4Assistant, last_caches
 from g4attn_jax.model.embedding import embed
+from tests.everyday import everyday
 
 GOLDEN = Path(__file__).parent / "golden_assistant"
 TARGETS = Path(__file__).parent / "golden_model"
@@ -178,6 +179,7 @@ def assert_golden(drafted, golden):
     np.testing.assert_array_equal(tokens, golden["tokens"])
 
 
+@everyday("31b-paged-CompactKVCache", "31b-ring-KVCache")
 @pytest.mark.parametrize(("name", "kind", "form"), CACHES)
 def test_drafts_are_those_of_hugging_face(name, kind, form):
     golden = assistant_of(name)[1]

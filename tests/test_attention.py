@@ -11,6 +11,7 @@ from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache, zeros
 from g4attn_jax.layout import Contiguous, plan_step
 from g4attn_jax.testing import oracle
+from tests.everyday import everyday
 
 # Small, with everything: a window shorter than the sequences, K = V in one model, a shared tail in
 # the other, G of 2 to 4.
@@ -110,6 +111,7 @@ def expected(config, layer, x):
     return oracle.attention(attention.spec, weights_of(attention), x, kv)[0]
 
 
+@everyday("triton_interpret-QK_ONLY-1", "None-QKV_FULL-0")
 @on_every_layer
 @pytest.mark.parametrize("implementation", [None, "triton_interpret"])
 def test_prefill_against_float64(config, layer, implementation):
@@ -120,6 +122,7 @@ def test_prefill_against_float64(config, layer, implementation):
     assert cache.v.shape[:2] == (B, T)
 
 
+@everyday("chunks2-QK_ONLY-1", "chunks0-QKV_FULL-1", "chunks0-Q_ONLY-2")
 @on_every_layer
 @pytest.mark.parametrize("chunks", [[1] * T, [9, 4, 1, 1, 6], [17, 4], [3, 18]])
 def test_chunks_and_decode_steps_against_float64(config, layer, chunks):
@@ -136,6 +139,7 @@ def test_chunks_and_decode_steps_against_float64(config, layer, chunks):
     np.testing.assert_allclose(jnp.concatenate(ys, 1), expected(config, layer, x), atol=1e-5)
 
 
+@everyday("QK_ONLY-1")
 @on_every_layer
 def test_sequences_of_unequal_length(config, layer):
     """Prompts padded to one length, then decode: each as if it were alone and unpadded."""
@@ -157,6 +161,7 @@ def test_sequences_of_unequal_length(config, layer):
             np.testing.assert_allclose(y[b, 0], exact[b, at[b, 0]], atol=1e-5)
 
 
+@everyday("QK_ONLY-1")
 @on_every_layer
 def test_a_sequence_does_not_depend_on_its_batch(config, layer):
     attention = layer_of(config, layer)
@@ -190,6 +195,7 @@ def test_no_cache_is_an_empty_one_for_these_tokens():
     chex.assert_trees_all_equal(attention(x, positions_to(T)), given)
 
 
+@everyday("QK_ONLY-1")
 @on_every_layer
 def test_every_gradient_against_the_oracle(config, layer):
     """Along a random direction of each weight and x: the oracle's central difference, float64."""
@@ -226,6 +232,7 @@ def test_every_gradient_against_the_oracle(config, layer):
         assert slope == pytest.approx((ahead - behind) / (2 * step), rel=1e-3, abs=1e-3), name
 
 
+@everyday("bfloat16-QK_ONLY-1", "float32-QKV_FULL-0")
 @on_every_layer
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_a_donated_decode_step_updates_the_cache_in_place(config, layer, dtype):
@@ -318,6 +325,7 @@ class TestCompactForm:
         np.testing.assert_allclose(compact, separate, atol=2e-5)
         np.testing.assert_allclose(compact, exact, atol=2e-5)
 
+    @everyday()
     def test_bfloat16_errors_side_by_side(self):
         (separate, compact), exact = self.outputs(jnp.bfloat16)
         errors = [np.asarray(y).astype(np.float64) - exact for y in (separate, compact)]
@@ -576,6 +584,7 @@ class TestLoadHf:
         with pytest.raises(ValueError, match=r"has k_norm.weight; layer 3 \(Q_ONLY\) has no such"):
             self.new(KV_SHARED, 3).load_hf(state)
 
+    @everyday()
     def test_torch_tensors(self):
         torch = pytest.importorskip("torch")
         state = self.state_dict(K_EQ_V, 1)

@@ -21,6 +21,7 @@ from g4attn_jax.cache import (
 from g4attn_jax.layout import Ring
 from g4attn_jax.rope import apply_rope
 from g4attn_jax.testing import oracle
+from tests.everyday import everyday
 from tests.test_attention import K_EQ_V, KV_SHARED
 
 PAGES, PAGE, N, D, R = 3, 4, 2, 16, 8
@@ -57,6 +58,7 @@ def band(k):
     return np.concatenate([k[..., : R // 2], k[..., D // 2 : D // 2 + R // 2]], axis=-1)
 
 
+@everyday("slots0-float8_e4m3fn", "slots0-bfloat16")
 @on_both_forms
 @pytest.mark.parametrize("jit", [False, True])
 @on_every_dtype
@@ -195,6 +197,7 @@ def heads_of_all_kinds(dim, k_norm):
     return np.concatenate([*kinds, balanced, -balanced]) * 1e3
 
 
+@everyday("False-64", "True-256")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("dim", [64, 256, 512])
 @pytest.mark.parametrize("equal_scales", [False, True])

@@ -20,6 +20,7 @@ from g4attn_jax.ops.q_keqv_rms_norm.cases import QKeqvRmsNormCase
 from g4attn_jax.ops.qkv_norm_rope_write.cases import QkvNormRopeWriteCase
 from g4attn_jax.ops.qkv_rms_norm.cases import QkvRmsNormCase
 from g4attn_jax.testing.case import PUBLISHED_HEADS
+from tests.everyday import everyday
 from tests.test_attention import COMMON
 
 MODES = [mode.name for mode in ProjectionMode]
@@ -49,6 +50,7 @@ def rows_of(output):
     return [line.split() for line in output.splitlines() if line.endswith(("pass", "FAIL"))]
 
 
+@everyday()
 def test_decode_prints_a_row_a_layer_and_form(tiny_config, capsys):
     code = main(
         ["decode", "--config", tiny_config, "--batch", "2", "--prompt-len", "9", "--steps", "4"]
@@ -72,6 +74,7 @@ def test_decode_of_a_shared_layer_runs_its_producer(tiny_config, capsys):
     assert [row[1] for row in rows_of(capsys.readouterr().out)] == ["3", "3"]
 
 
+@everyday()
 def test_decode_fails_where_a_step_is_wrong(tiny_config, capsys, monkeypatch):
     """A step that is 10 % off the float32 reference path must show as a failed layer."""
     original = decode._LayerRun._reference
@@ -319,6 +322,7 @@ def test_check_runs_the_whole_sweep_on_demand(monkeypatch, capsys):
     assert {row[3] for row in rows_of(capsys.readouterr().out)} == {"1", "3"}
 
 
+@everyday()
 def test_check_draws_a_bar_on_a_terminal(short_sweep, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["check"]) == 0
@@ -327,6 +331,7 @@ def test_check_draws_a_bar_on_a_terminal(short_sweep, monkeypatch, capsys):
     assert error.endswith("\r\033[K")  # the bar is gone where a row or the end is printed
 
 
+@everyday()
 def test_compiled_programs_are_kept_in_the_users_cache(tmp_path):
     code = (
         "import jax, sys\n"

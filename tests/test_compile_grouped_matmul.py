@@ -9,6 +9,7 @@ from g4attn_jax import Gemma4Config, ops
 from g4attn_jax.model import Gemma4MoE
 from g4attn_jax.testing import gpu_target
 from g4attn_jax.testing.launches import FREE_OPCODES, count_launches, entry_opcodes
+from tests.everyday import everyday
 
 pytestmark = pytest.mark.skipif(
     gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())
@@ -71,6 +72,7 @@ def test_x64_and_vmap():
     assert set(entry_opcodes(compiled)) <= {*FREE_OPCODES, "custom-call"}
 
 
+@everyday("32-14")
 @pytest.mark.parametrize(("tokens", "launches"), [(1, 10), (32, 14), (2048, 16)])
 def test_experts(tokens, launches):
     """No array has a row for every expert, and routing is few launches."""

@@ -23,6 +23,7 @@ from g4attn_jax.checkpoint import load_hf_into
 from g4attn_jax.commands import compilation_cache, memory
 from g4attn_jax.commands import generate as generation
 from g4attn_jax.commands.answers import Answers, Text
+from tests.everyday import everyday
 
 GOLDEN = Path(__file__).parent / "golden_model"
 ASSISTANTS = Path(__file__).parent / "golden_assistant"
@@ -101,6 +102,7 @@ def planned(monkeypatch):
     return plan
 
 
+@everyday()
 def test_tokens_after_tokens(checkpoint, follows, capsys):
     given = [joined(row[:PROMPT]) for row in TOKENS]
     output, error = generate(
@@ -160,6 +162,7 @@ def test_prompts_are_read_as_they_are(checkpoint, planned, tmp_path):
     assert [list(prompt) for prompt in job.prompts] == [[2, 5, 6, 7], [8, 9], [2, 4]]
 
 
+@everyday()
 def test_stop_tokens_are_those_of_the_checkpoint_unless_given(
     checkpoint, follows, tmp_path, capsys
 ):
@@ -229,6 +232,7 @@ def test_a_checkpoints_settings_unless_flags_override(
     assert job.taken == f"taken from {tmp_path}: {taken}"
 
 
+@everyday()
 def test_what_is_taken_and_what_is_not_followed_is_said(checkpoint, follows, tmp_path, capsys):
     """A suppressed token is not made: without it the answer begins with that one."""
     directory = shutil.copytree(checkpoint, tmp_path / "settings")
@@ -274,6 +278,7 @@ def test_stop_tokens_of_a_checkpoint_that_are_none(fields, message, checkpoint, 
     assert message.format(path) in refusal(capsys, *given)
 
 
+@everyday()
 def test_random_weights(capsys):
     arguments = ("--random-weights", "--config", GOLDEN / "gemma-4-e2b" / "config.json")
     arguments += ("--layers", 2, "--prompt-len", 20, "--max-new-tokens", 6, "--seed", 5)
@@ -301,6 +306,7 @@ def test_an_assistant_says_how_its_drafts_did(checkpoint, follows, capsys):
     assert tokens_per_step == pytest.approx(6 / (6 - accepted), abs=0.01)
 
 
+@everyday()
 def test_random_weights_of_an_assistant_too(capsys):
     arguments = ("--random-weights", "--config", GOLDEN / NAME / "config.json", "--layers", 3)
     arguments += ("--max-new-tokens", 6, "--assistant", ASSISTANTS / NAME)
@@ -425,6 +431,7 @@ def test_bad_checkpoints_are_explained(checkpoint, tmp_path, capsys, monkeypatch
     assert "--prompt needs the package tokenizers: pip install 'g4attn-jax[generate]'" in message
 
 
+@everyday()
 def test_a_checkpoint_needs_no_tokenizer(checkpoint, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     arguments = ("--checkpoint", checkpoint, "--token-ids", "2,7", "--max-new-tokens", 2)

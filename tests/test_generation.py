@@ -18,6 +18,7 @@ from g4attn_jax.cache import FLOAT8, CompactKVCache
 from g4attn_jax.checkpoint import load_hf_into
 from g4attn_jax.generation.prompts import check_prompts, chunks
 from g4attn_jax.model.acceptance import Greedy
+from tests.everyday import everyday
 
 GOLDEN = Path(__file__).parent / "golden_model"
 MODELS = ("gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b")
@@ -65,12 +66,14 @@ def follows(*lengths, end=LENGTH, name="gemma-4-e2b"):
     return [tokens[row % 2, length:end].tolist() for row, length in enumerate(lengths)]
 
 
+@everyday("12b")
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_of_hugging_face(name):
     answers = generator_of(name)(prompts_of(PROMPT, PROMPT, name=name), LENGTH - PROMPT)
     assert answers == follows(PROMPT, PROMPT, name=name)
 
 
+@everyday()
 def test_64_bit_numbers_change_nothing():
     prompts, name = prompts_of(PROMPT, 3), "gemma-4-e2b"
     with jax.enable_x64(True):
@@ -78,6 +81,7 @@ def test_64_bit_numbers_change_nothing():
     assert answers == generator_of(name)(prompts, 8)
 
 
+@everyday()
 @pytest.mark.parametrize("temperature", [1e-37, 1e-40, 1e-50])
 def test_hardly_any_temperature_is_greedy(temperature):
     """The last two are subnormal and 0 in float32."""
@@ -92,6 +96,7 @@ def test_unequal_prompts_in_chunks():
     assert answers == [tokens[:20] for tokens in follows(PROMPT + 20, PROMPT)]
 
 
+@everyday("8")
 # Smaller than the window, as large, larger, and such that a ring would exceed the capacity.
 @pytest.mark.parametrize("chunk_tokens", [3, 8, 17, 100])
 def test_chunks_fill_caches_as_a_whole_prompt_does(chunk_tokens):
@@ -121,6 +126,7 @@ def test_forms_of_caches_do_not_matter():
     assert answers == follows(PROMPT, PROMPT, name=name)
 
 
+@everyday()
 def test_unequal_prompts_are_alone_and_draw_from_their_keys():
     """One token, one in a chunk in which others go on, and two that differ in the key alone."""
     generator = small_generator(chunk_tokens=16)
@@ -215,6 +221,7 @@ def test_a_directory_gives_sampling_and_stop_tokens_unless_a_call_does(tmp_path)
         generator(prompts, 6)
 
 
+@everyday()
 def test_a_directory_of_an_assistant():
     name = "gemma-4-e4b"
     generator = Generator.from_hf(
@@ -304,6 +311,7 @@ def test_programs_are_compiled_once(compiled):
     assert len(compiled) == 1
 
 
+@everyday()
 def test_sampling_parameters_compile_nothing(compiled):
     generator = Generator(small_model(), capacity=LENGTH)
     keys = jax.random.key(0), jax.random.key(1)
@@ -316,6 +324,7 @@ def test_sampling_parameters_compile_nothing(compiled):
     assert len(compiled) == 1
 
 
+@everyday()
 def test_suppressed_tokens_compile_nothing(compiled):
     generator = Generator(small_model(), capacity=LENGTH)
     for sampling, key in ((Sampling(), None), (DRAWN, jax.random.key(0))):
@@ -326,6 +335,7 @@ def test_suppressed_tokens_compile_nothing(compiled):
         assert not compiled
 
 
+@everyday()
 def test_suppressed_tokens_are_not_made():
     """The best of the others follows: what a model makes whose table lacks the tokens."""
     prompts, generator = prompts_of(PROMPT, 3), small_generator()
@@ -354,6 +364,7 @@ def logits_of(decoder, tokens):
     return decoder(np.array([tokens]), positions, decoder.init_caches(layouts), layouts)[0][0]
 
 
+@everyday()
 def test_weights_that_are_placed_compile_nothing_more(compiled):
     """As of a sharded model: then everything that comes out of a program is placed too."""
     graph, params = nnx.split(small_model())
@@ -414,6 +425,7 @@ def test_float8_caches():
     assert len(answer) == 16
 
 
+@everyday()
 def test_a_prompt_may_fill_the_capacity():
     generator = generator_of(capacity=PROMPT + 4)
     assert generator(prompts_of(PROMPT), 4) == [follows(PROMPT)[0][:4]]

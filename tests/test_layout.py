@@ -18,6 +18,7 @@ from g4attn_jax.layout import (
     plan_step,
 )
 from g4attn_jax.rope import rope_cos_sin
+from tests.everyday import everyday
 from tests.test_attention import K_EQ_V
 
 SLIDING, FULL = K_EQ_V.attention_spec(0), K_EQ_V.attention_spec(1)
@@ -283,6 +284,7 @@ def test_rejected_tokens_of_many_steps_in_a_ring():
     assert simulation.lengths == [70, 210]
 
 
+@everyday()
 def test_a_sequence_that_does_not_step_has_no_keys():
     for layout in (Contiguous(2, 64), Ring(2, WINDOW, 8), holey_pages()):
         plan = plan_step(SLIDING, np.array([[40, 41], [-1, -1]]), layout)

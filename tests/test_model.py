@@ -15,6 +15,7 @@ from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Paged, Ring
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.checkpoint import load_hf_into
 from g4attn_jax.model import Gemma4MoE
+from tests.everyday import everyday
 
 GOLDEN = Path(__file__).parent / "golden_model"
 MODELS = ("gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b")
@@ -98,6 +99,13 @@ CACHES = [
 ]
 
 
+@everyday(
+    "e2b-ring-KVCache",
+    "e4b-contiguous-KVCache",
+    "12b-paged-CompactKVCache",
+    "26b-a4b-contiguous-CompactKVCache",
+    "31b-paged-KVCache",
+)
 @pytest.mark.parametrize(("name", "kind", "form"), CACHES)
 def test_every_position_of_a_prompt(name, kind, form):
     decoder, golden = model_of(name)
@@ -108,6 +116,7 @@ def test_every_position_of_a_prompt(name, kind, form):
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=ATOL)
 
 
+@everyday("e2b-paged-KVCache", "26b-a4b-ring-KVCache", "31b-contiguous-CompactKVCache")
 @pytest.mark.parametrize(("name", "kind", "form"), CACHES)
 def test_every_position_one_by_one_and_greedy_tokens(name, kind, form):
     decoder, golden = model_of(name)
@@ -119,6 +128,7 @@ def test_every_position_one_by_one_and_greedy_tokens(name, kind, form):
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=ATOL)
 
 
+@everyday("12b")
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_no_worse_than_hugging_face(name):
     decoder, golden = model_of(name, jnp.bfloat16)
@@ -139,6 +149,7 @@ def test_bfloat16_is_no_worse_than_hugging_face(name):
     assert (ours <= theirs).all()
 
 
+@everyday("e4b")
 @pytest.mark.parametrize("name", MODELS)
 def test_unequal_prompts_in_chunks_with_padding_anywhere(name):
     """Sequences are alone: each gets the logits of the fixture, whatever the other is doing."""
@@ -168,6 +179,7 @@ def test_unequal_prompts_in_chunks_with_padding_anywhere(name):
     assert begun == [25, 29] and seen.sum() == 54
 
 
+@everyday("31b-ring")
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(MODELS[0], "contiguous"), (MODELS[0], "paged"), *((name, "ring") for name in MODELS)],
@@ -189,6 +201,7 @@ def test_logits_at(name, kind):
     jax.tree.map(np.testing.assert_array_equal, caches, all_caches)
 
 
+@everyday()
 def test_logits_are_of_the_hidden_states():
     decoder, golden = model_of("gemma-4-31b")
     layouts = layouts_of("contiguous", decoder.config)
@@ -240,6 +253,7 @@ def test_caches_are_updated_in_place():
     assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
 
 
+@everyday()
 def test_float8_caches():
     decoder, golden = model_of("gemma-4-e2b", jnp.bfloat16)
     layouts = layouts_of("contiguous", decoder.config)
@@ -252,6 +266,7 @@ def test_float8_caches():
     assert np.linalg.norm(logits - exact) < 0.25 * np.linalg.norm(exact)
 
 
+@everyday("xla-7", "triton_interpret-7")
 @pytest.mark.parametrize("tokens", [7, 100])  # 63 and 900 rows: compared, and sorted
 @pytest.mark.parametrize("implementation", ["xla", "triton_interpret"])
 def test_experts_are_a_loop_over_tokens(implementation, tokens):
@@ -306,6 +321,7 @@ def test_the_parameter_tree_can_be_known_without_arrays(name):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), nnx.state(shapes)) == expected
 
 
+@everyday()
 @pytest.mark.parametrize("layers", [1, 6])
 def test_a_truncated_model_runs(layers):
     config = Gemma4Config.from_hf(GOLDEN / "gemma-4-e2b" / "config.json").truncated(layers)

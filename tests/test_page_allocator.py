@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from g4attn_jax.page_allocator import OutOfPages, PageAllocator
+from tests.everyday import everyday
 
 PAGE = 16
 
@@ -428,7 +429,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         assert self.allocator._num_owners == [owners[page] for page in range(num_pages)]
 
 
-TestAnyInterleaving = AnyInterleaving.TestCase
+TestAnyInterleaving = everyday()(AnyInterleaving.TestCase)
 TestAnyInterleaving.settings = settings(
     max_examples=200, stateful_step_count=40, deadline=None, derandomize=True
 )

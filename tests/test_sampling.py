@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from g4attn_jax import Sampling, generation
 from g4attn_jax.model.acceptance import Greedy, RejectionSampling
 from g4attn_jax.model.sampling import scaled_logits
+from tests.everyday import everyday
 
 DRAWS = 40_000
 LOGITS = np.asarray([2.0, -1.0, 0.5, 1.9, -4.0, 0.4, 1.0, -0.2, 0.3, -6.0], np.float32)
@@ -76,6 +77,7 @@ def assert_drawn_from(tokens, expected):
         assert test.pvalue > 1e-3, (counts, expected)
 
 
+@everyday("None-4-1.0", "None-None-1.0")
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("top_k", [None, 1, 4, 10, 99])
 @pytest.mark.parametrize("top_p", [None, 0.05, 0.6, 0.95, 1.0])
@@ -154,6 +156,7 @@ def test_a_greedy_rule_suppresses_in_drafts_and_choices():
         assert (num_accepted.tolist(), token.tolist()) == ([accepted], [6])
 
 
+@everyday()
 def test_a_drawn_rule_never_accepts_a_suppressed_draft():
     """Made by something that does not know of it, and surely."""
     batch = 256
@@ -231,6 +234,7 @@ def test_one_candidate_is_certain():
     assert set(draw(logits, temperature=3.0, top_k=5, top_p=0.9)) == {4}
 
 
+@everyday()
 def test_a_large_vocabulary():
     """Gemma's: top-k keeps exactly k of 262144, and top-p what a sum in float64 keeps."""
     logits = np.random.default_rng(0).normal(size=262144).astype(np.float32)

@@ -32,6 +32,7 @@ from g4attn_jax.checkpoint import load_assistant_into, load_hf_into
 from g4attn_jax.model import Gemma4Assistant
 from g4attn_jax.model.acceptance import Greedy, RejectionSampling
 from g4attn_jax.speculative import draft, verify
+from tests.everyday import everyday
 
 TARGETS = Path(__file__).parent / "golden_model"
 ASSISTANTS = Path(__file__).parent / "golden_assistant"
@@ -161,6 +162,7 @@ def assert_all_is_told(generator, name, monkeypatch):
     assert of_told.tokens_per_step > 2 > of_own.tokens_per_step >= 1
 
 
+@everyday("12b")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_tokens_of_plain_decoding(name, monkeypatch):
     """Sliding layers in rings, and in 12B, 26B-A4B and 31B full ones in compact caches."""
@@ -182,6 +184,7 @@ def paged(batch):
     return Paged(jnp.asarray(table, jnp.int32), 2 * batch * columns, 16)
 
 
+@everyday("gemma-4-26b-a4b-paged-paged-CompactKVCache")
 @pytest.mark.parametrize(
     ("name", "sliding", "full", "form"),
     # With the generator's own choice, ring, contiguous and compact, all that each type can have.
@@ -204,6 +207,7 @@ def test_layouts_and_forms(name, sliding, full, form, monkeypatch):
     assert_all_is_told(generator, name, monkeypatch)
 
 
+@everyday()
 def test_a_ring_of_a_window_and_a_group(monkeypatch):
     """No slot more than is asked for, 59 + 5 in a tile of 64, with chunks smaller than a group.
 
@@ -326,6 +330,7 @@ def test_drafts_of_hugging_face(name):
     np.testing.assert_array_equal(drafts(params, positions), golden)
 
 
+@everyday("1")
 @pytest.mark.parametrize("draft_tokens", [1, 8])
 def test_fewest_and_most_drafts(draft_tokens):
     name, seen = "gemma-4-e4b", []
@@ -462,6 +467,7 @@ def drawn_from_chains(sampling, same_chain=False):
     return made[:, :3], accepted / drafted
 
 
+@everyday("sampling1", "sampling4")
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -521,6 +527,7 @@ def test_the_draft_that_goes_is_drawn_from_what_is_left():
     assert scipy.stats.chisquare(after, after.sum() * p).pvalue > 1e-3
 
 
+@everyday()
 def test_64_bit_numbers_change_nothing():
     name = "gemma-4-e4b"
     with jax.enable_x64(True):
@@ -529,6 +536,7 @@ def test_64_bit_numbers_change_nothing():
     assert answers == [answer[:8] for answer in plain_of(name)]
 
 
+@everyday()
 def test_suppressed_tokens_are_suppressed_with_an_assistant_too():
     name = "gemma-4-e4b"
     prompts, plain = prompts_of(name), plain_of(name)
@@ -569,6 +577,7 @@ class All(NamedTuple):
         return num_drafts, jnp.broadcast_to(self.last, num_drafts.shape)
 
 
+@everyday()
 def test_sequences_draw_from_their_keys_alone():
     """Two prompts are the same and differ in the key, which alone gives them their tokens."""
     name, sampling = "gemma-4-e4b", Sampling(0.9, top_k=40, top_p=0.95)

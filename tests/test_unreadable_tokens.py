@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Generator, Sampling
+from tests.everyday import everyday
 
 CONFIG = Path(__file__).parent / "golden_model" / "gemma-4-e2b" / "config.json"
 VOCAB, READABLE = 131, 100
@@ -60,6 +61,7 @@ def test_a_sampling_that_could_choose_one_is_refused(sampling):
         generator()([[5, 7]], 4, sampling=sampling)
 
 
+@everyday()
 @pytest.mark.parametrize("temperature", [0.0, 100.0])
 def test_none_is_made_where_they_are_suppressed(temperature):
     """At a high temperature tokens are all but equally likely."""
@@ -92,6 +94,7 @@ def test_traced_tokens_are_loud():
     assert np.isnan(logits[0, 1:]).all()
 
 
+@everyday()
 def test_a_model_without_per_layer_inputs_reads_its_whole_vocabulary():
     """Its config may say anything of a table that it has not got."""
     config = dataclasses.replace(

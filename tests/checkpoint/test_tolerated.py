@@ -21,6 +21,7 @@ from tests.checkpoint.directories import (
     read_tensors,
     write,
 )
+from tests.everyday import everyday
 
 DENSE, K_EQ_V, EXPERTS = "gemma-4-e4b", "gemma-4-31b", "gemma-4-26b-a4b"
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -247,6 +248,7 @@ def logits_of(model):
     return model(tokens, positions, model.init_caches(layouts), layouts)[0]
 
 
+@everyday()
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_of_its_own_is_used_and_saved(tied, tmp_path):
     """Whatever the config says, as by transformers."""

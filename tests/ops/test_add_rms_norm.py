@@ -9,6 +9,7 @@ from g4attn_jax import ops
 from g4attn_jax.ops.add_rms_norm.cases import CASES
 from g4attn_jax.testing import oracle
 from g4attn_jax.testing.case import tagged
+from tests.everyday import everyday, everyday_cases
 from tests.ops.kernel import kernel_of
 
 KERNEL = kernel_of("add_rms_norm")
@@ -31,6 +32,7 @@ def case(*shape, dtype=jnp.float32, y_dtype=None, parts=None, scales=1):
     ]
 
 
+@everyday_cases
 @on_both
 @pytest.mark.parametrize("case", tagged(CASES, "odd"), ids=str)
 def test_against_float64(case, implementation):
@@ -51,6 +53,7 @@ def test_more_axes_are_more_tokens(implementation):
         np.testing.assert_array_equal(a.reshape(b.shape), b)
 
 
+@everyday("None-bfloat16")
 @on_the_kernel
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("y_dtype", [None, jnp.float32])

@@ -19,6 +19,7 @@ from g4attn_jax.ops.matmul_tiles.triton import pad
 from g4attn_jax.ops.prefill_attention.triton import choose_launch as choose_prefill_launch
 from g4attn_jax.testing.case import tagged
 from g4attn_jax.testing.oracle import cached_attention as formula
+from tests.everyday import everyday, everyday_cases
 from tests.ops.kernel import kernel_of
 
 KERNEL = kernel_of("decode_attention")
@@ -67,6 +68,7 @@ def case(
 TILE = 64
 
 
+@everyday_cases
 @on_both
 @pytest.mark.parametrize("case", tagged(CASES, "odd"), ids=str)
 def test_against_float64(case, implementation):
@@ -103,6 +105,7 @@ def test_scale_and_float8(compact, implementation):
     np.testing.assert_allclose(o, formula(*arguments, scale=0.7), atol=2e-6)
 
 
+@everyday("True-bfloat16")
 @on_the_kernel
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("compact", [False, True])
@@ -118,6 +121,7 @@ def test_half_precision_is_no_worse_than_xla(compact, dtype, implementation):
     assert ours <= theirs
 
 
+@everyday()
 @on_the_kernel
 @pytest.mark.parametrize(
     ("sizes", "window"),
@@ -140,6 +144,7 @@ def test_splits_agree(sizes, window, implementation):
         np.testing.assert_allclose(o, exact, atol=2e-6)
 
 
+@everyday("63-ring", "1-paged")
 @on_the_kernel
 @pytest.mark.parametrize(
     "sizes",
@@ -164,6 +169,7 @@ def test_windows_begin_anywhere_in_a_tile(oldest, sizes, implementation):
     np.testing.assert_allclose(o, exact, atol=2e-6)
 
 
+@everyday("3-{'pages': 8}")
 @on_the_kernel
 @pytest.mark.parametrize(
     "sizes",
@@ -217,6 +223,7 @@ def test_no_slot_is_outside_the_cache(page, page_size):
         assert ((page_size <= slot) & (slot < 2 * page_size)).all()
 
 
+@everyday("{'pages': 5}-launch0-False", "{'capacity': 80}-launch1-True")
 @on_the_kernel
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize(
@@ -245,6 +252,7 @@ def test_any_launch(sizes, launch, compact, implementation):
     np.testing.assert_allclose(o, formula(*arguments, sliding_window=20), atol=2e-6)
 
 
+@everyday("7")
 @on_both
 @pytest.mark.parametrize("tokens", range(1, MAX_DECODE_TOKENS + 1))
 def test_every_number_of_tokens(tokens, implementation):
@@ -289,6 +297,7 @@ def test_no_page_is_not_read(implementation):
         np.testing.assert_allclose(o, expected, atol=2e-6)
 
 
+@everyday("True-None-triton_interpret")
 @on_both
 @pytest.mark.parametrize("storage", [None, FLOAT8])
 @pytest.mark.parametrize("compact", [False, True])

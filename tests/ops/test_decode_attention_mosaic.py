@@ -21,6 +21,7 @@ if jax.__version_info__ < (0, 11):
     pytest.skip("Mosaic GPU of JAX 0.10 has other names", allow_module_level=True)
 
 from g4attn_jax.ops.decode_attention import mosaic, mosaic_kernel
+from tests.everyday import everyday
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:invalid value encountered in matmul:RuntimeWarning"  # of NaN in unwritten slots
@@ -64,6 +65,7 @@ def error(o, arguments):
     return np.linalg.norm(np.asarray(o, np.float64) - exact) / np.linalg.norm(exact)
 
 
+@everyday("last0-3-8-True-sizes0-3", "last2-4-16-False-sizes1-1")
 @in_the_interpreter  # on a GPU tests/gpu/tables.py has these sizes
 @pytest.mark.parametrize(
     ("sizes", "num_splits"), [({"capacity": 128}, 3), ({"pages": 1, "page_size": 128}, 1)]
@@ -81,6 +83,7 @@ def test_against_float64(last, tokens, group, compact, sizes, num_splits, attend
     np.testing.assert_array_equal(np.asarray(o)[np.asarray(arguments[3]) < 0], 0)
 
 
+@everyday("True-bfloat16")
 @on_the_kernel
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("compact", [False, True])
@@ -90,6 +93,7 @@ def test_is_no_worse_than_xla(compact, dtype, attend):
     assert error(attend(*arguments), arguments) <= error(theirs, arguments)
 
 
+@everyday()
 @on_the_kernel
 @pytest.mark.parametrize(("scale", "of_queries"), [(0.7, 1), (-0.7, 1), (1.0, 30)])
 def test_scale_and_sharp_weights(scale, of_queries, attend):
@@ -101,6 +105,7 @@ def test_scale_and_sharp_weights(scale, of_queries, attend):
     assert np.linalg.norm(np.asarray(o, np.float64) - exact) < 3e-3 * np.linalg.norm(exact)
 
 
+@everyday()
 @on_the_kernel
 @pytest.mark.parametrize("num_splits", [1, 2])
 def test_a_token_without_a_slot_is_nan(num_splits, attend):
@@ -112,6 +117,7 @@ def test_a_token_without_a_slot_is_nan(num_splits, attend):
     np.testing.assert_allclose(o, exact, atol=3e-3 * np.nanmax(abs(exact)))
 
 
+@everyday()
 @on_the_kernel
 def test_a_sequence_does_not_depend_on_its_batch(attend):
     """To the last bit, at one number of splits."""
@@ -123,6 +129,7 @@ def test_a_sequence_does_not_depend_on_its_batch(attend):
         np.testing.assert_array_equal(alone[0], together[b])
 
 
+@everyday()
 @on_the_kernel
 @pytest.mark.parametrize(("compact", "page"), [(False, -1), (False, 5), (True, 2**30), (True, -5)])
 def test_no_page_is_as_if_nothing_was(compact, page, attend):
@@ -139,6 +146,7 @@ def test_no_page_is_as_if_nothing_was(compact, page, attend):
     assert np.linalg.norm(o - expected) < 3e-3 * np.linalg.norm(expected)
 
 
+@everyday()
 @on_the_kernel
 def test_vmap(attend):
     """As if each were alone."""
@@ -150,6 +158,7 @@ def test_vmap(attend):
         np.testing.assert_array_equal(o, attend(*single))
 
 
+@everyday("True-9")
 @pytest.mark.parametrize("tokens", [6, 9])
 @pytest.mark.parametrize("compact", [False, True])
 def test_warpgroups_wait_for_each_other(compact, tokens, monkeypatch):
@@ -267,6 +276,7 @@ def test_an_older_jax_is_refused(monkeypatch):
         ops.decode_attention(*arguments, implementation="mosaic_gpu")
 
 
+@everyday("None-KVCache-True-6-8-3", "mosaic_gpu-CompactKVCache-True-4-16-1")
 @pytest.mark.skipif(gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable()))
 @pytest.mark.parametrize(
     ("form", "paged", "tokens", "group", "num_splits"),

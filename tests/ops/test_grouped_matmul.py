@@ -18,6 +18,7 @@ from g4attn_jax.ops.grouped_matmul import triton
 from g4attn_jax.ops.grouped_matmul.triton import Launch, Sizes, choose_launch
 from g4attn_jax.testing import oracle
 from g4attn_jax.testing.case import tagged
+from tests.everyday import everyday, everyday_cases
 from tests.ops.kernel import kernel_of
 
 KERNEL = kernel_of("grouped_matmul", "grouped_gated_matmul")
@@ -39,6 +40,7 @@ def case(group_sizes, num_rows=None, depth=40, columns=24, tokens=None, dtype=jn
     return *(jnp.asarray(a, dtype) for a in (x, w)), sizes, jnp.asarray(w2, dtype), rows
 
 
+@everyday_cases
 @on_both
 @pytest.mark.parametrize("case", tagged(plain.CASES + gated.CASES, "odd"), ids=str)
 def test_against_float64(case, implementation):
@@ -78,6 +80,7 @@ def test_any_sizes(implementation, sizes):
 _jitted = jax.jit(ops.grouped_matmul, static_argnames="implementation")
 
 
+@everyday("bfloat16")
 @on_the_kernel
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype, implementation):
@@ -152,6 +155,7 @@ def test_x64(implementation):
     np.testing.assert_allclose(y, oracle.grouped_matmul(x[rows], w, sizes), atol=2e-5)
 
 
+@everyday()
 @on_the_kernel
 def test_vmap(implementation):
     """Over rows and sizes, with the same matrices: as if each were alone."""

@@ -12,6 +12,7 @@ from g4attn_jax.ops.linear import triton
 from g4attn_jax.ops.linear.cases import CASES, GegluCase
 from g4attn_jax.testing import oracle
 from g4attn_jax.testing.case import tagged
+from tests.everyday import everyday, everyday_cases
 from tests.ops.kernel import kernel_of
 
 KERNEL = kernel_of("linear")
@@ -49,6 +50,7 @@ def rms(x):
     return np.sqrt(np.mean(x**2))
 
 
+@everyday_cases
 @on_both
 @pytest.mark.parametrize("case", [c for c in ODD if not isinstance(c, GegluCase)], ids=str)
 def test_against_float64(case, implementation):
@@ -63,6 +65,7 @@ def test_xla_makes_one_part():
     assert len(ops.linear_partial_sums(*case(4, 2048, 640), implementation="xla")) == 1
 
 
+@everyday_cases
 @on_both
 @pytest.mark.parametrize("case", [c for c in ODD if isinstance(c, GegluCase)], ids=str)
 def test_geglu_against_float64(case, implementation):
@@ -76,6 +79,7 @@ def test_geglu_against_float64(case, implementation):
     close(y, truth, EPS * (case.depth**0.5 * of_sums + 4 * np.linalg.norm(truth)))
 
 
+@everyday("bfloat16")
 @on_the_kernel
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_one_rounding(dtype, implementation):

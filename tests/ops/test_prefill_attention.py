@@ -17,6 +17,7 @@ from g4attn_jax.ops.prefill_attention.cases import CASES
 from g4attn_jax.ops.prefill_attention.triton import choose_launch
 from g4attn_jax.testing.case import tagged
 from g4attn_jax.testing.oracle import cached_attention as formula
+from tests.everyday import everyday, everyday_cases
 from tests.ops.kernel import kernel_of
 from tests.ops.test_decode_attention import GPUS, case
 
@@ -30,6 +31,7 @@ def close(o, exact, positions):
     np.testing.assert_array_equal(np.asarray(o)[np.asarray(positions) < 0], 0)
 
 
+@everyday("{'sliding_window': 9}")
 @on_both
 @pytest.mark.parametrize("sizes", [{"compact": True}, {"pages": 6}, {"sliding_window": 9}], ids=str)
 def test_a_token_without_a_slot_is_nan(sizes, implementation):
@@ -45,6 +47,7 @@ def test_a_token_without_a_slot_is_nan(sizes, implementation):
     np.testing.assert_allclose(o, exact, atol=2e-6)
 
 
+@everyday_cases
 @on_both
 @pytest.mark.parametrize("case", [c for c in tagged(CASES, "odd") if c.tokens <= 70], ids=str)
 def test_against_float64(case, implementation):
@@ -53,6 +56,7 @@ def test_against_float64(case, implementation):
     close(case.run(arguments, implementation), case.exact(arguments), case.positions)
 
 
+@everyday("300-sizes1")
 @pytest.mark.parametrize("sizes", [{"capacity": 1200}, {"pages": 75}])
 @pytest.mark.parametrize("window", [None, 300, 600])
 def test_many_blocks_of_the_reference(sizes, window):
@@ -62,6 +66,7 @@ def test_many_blocks_of_the_reference(sizes, window):
     close(o, formula(*arguments, sliding_window=window), arguments[3])
 
 
+@everyday("True")
 @on_both
 @pytest.mark.parametrize("compact", [False, True])
 def test_scale_and_float8(compact, implementation):
@@ -93,6 +98,7 @@ def test_padding_anywhere(implementation):
     close(o, formula(q, cache, table, positions), positions)
 
 
+@everyday("20-triton_interpret")
 @on_both
 @pytest.mark.parametrize("window", [None, 20])
 def test_chunks_equal_one_prompt(window, implementation):
@@ -117,6 +123,7 @@ def test_decode_attention_of_the_last_tokens(implementation):
     np.testing.assert_allclose(o[:, -4:], few, atol=2e-6)
 
 
+@everyday("triton_interpret")
 @on_both
 def test_no_page_is_not_read(implementation):
     """A hole in the table, and at run time a page outside the cache, are as if nothing was."""
@@ -134,6 +141,7 @@ def test_no_page_is_not_read(implementation):
     np.testing.assert_array_equal(run(jnp.full_like(table, -1)), 0)
 
 
+@everyday("True-bfloat16")
 @on_the_kernel
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("compact", [False, True])
@@ -160,6 +168,7 @@ def test_a_sequence_does_not_depend_on_its_batch(implementation):
         np.testing.assert_allclose(alone[0], together[b], rtol=0, atol=tolerance)
 
 
+@everyday("None-triton_interpret")
 @on_both
 @pytest.mark.parametrize("storage", [None, FLOAT8])
 def test_jit_and_vmap(storage, implementation):
@@ -178,6 +187,7 @@ def test_jit_and_vmap(storage, implementation):
         np.testing.assert_allclose(o, run(*single), atol=2e-6)
 
 
+@everyday("sizes1-9-triton_interpret")
 @on_both
 @pytest.mark.parametrize(
     ("sizes", "window"),
@@ -215,6 +225,7 @@ def test_derivatives_are_those_of_a_dense_softmax(sizes, window, implementation)
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@everyday()
 def test_derivative_over_many_blocks():
     q, cache, table, positions = case([1150], tokens=300, num_kv_heads=1, capacity=1200, poison=0)
     constants = {"sliding_window": 600, "scale": 1.0}
@@ -229,6 +240,7 @@ def test_derivative_over_many_blocks():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@everyday()
 @pytest.mark.parametrize("paged", [False, True])
 def test_no_score_matrix(paged):
     """Neither forward nor in the derivative: 4096 by 4096 float32 scores of 4 heads are 256 MiB."""
@@ -250,6 +262,7 @@ def test_no_score_matrix(paged):
         assert compiled.memory_analysis().temp_size_in_bytes < limit
 
 
+@everyday("launch0-True", "launch2-False")
 @on_the_kernel
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize(
@@ -296,6 +309,7 @@ def lengths(*tokens):
     return np.array([np.where(token < n, token, -1) for n in tokens], np.int32)
 
 
+@everyday("None-positions7-255-False", "6-positions0-None-True")
 @pytest.mark.parametrize(
     ("positions", "poison", "by_cudnn"),
     [

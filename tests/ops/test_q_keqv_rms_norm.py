@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from g4attn_jax import ProjectionMode, ops
 from g4attn_jax.testing import oracle
+from tests.everyday import everyday
 
 RUNS_HERE = ("xla", "triton_interpret")
 
@@ -22,6 +23,7 @@ def random_arguments(batch, num_q_heads, num_kv_heads, head_dim, dtype=jnp.float
     )
 
 
+@everyday()
 @pytest.mark.parametrize("implementation", RUNS_HERE)
 @hypothesis.given(
     batch=st.lists(st.integers(0, 5), min_size=0, max_size=2),
@@ -61,6 +63,7 @@ def test_is_the_packed_op_on_unpacked_buffers(implementation):
     )
 
 
+@everyday("triton_interpret")
 @pytest.mark.parametrize("implementation", RUNS_HERE)
 def test_transformations_agree_with_the_formula(implementation):
     arguments = random_arguments((3,), 4, 2, 32)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from g4attn_jax import ProjectionMode, ops
 from g4attn_jax.rope import rope_cos_sin
 from g4attn_jax.testing import oracle
+from tests.everyday import everyday
 
 RUNS_HERE = ("xla", "triton_interpret")
 
@@ -23,6 +24,7 @@ def random_arguments(mode, batch, num_kv_heads, group, head_dim, rotary_dim, dty
     return [qkv, q_norm, None if mode is ProjectionMode.Q_ONLY else k_norm, cos, sin]
 
 
+@everyday()
 @pytest.mark.parametrize("implementation", RUNS_HERE)
 @hypothesis.given(
     mode=st.sampled_from(ProjectionMode),
@@ -60,6 +62,7 @@ class TestDifferentiation:
     def run(self, mode, implementation):
         return lambda *a: ops.qkv_norm_rope(*a, mode=mode, implementation=implementation)
 
+    @everyday("ProjectionMode.QK_ONLY-triton_interpret")
     def test_forward_and_reverse_against_float64(self, mode, implementation):
         """Along a random direction of each argument: the oracle's central difference."""
         arguments = random_arguments(mode, (5,), 2, 3, 24, 12)
@@ -102,6 +105,7 @@ class TestDifferentiation:
             )
             assert float(tangent) == pytest.approx(slope, rel=1e-4)
 
+    @everyday("ProjectionMode.QK_ONLY-xla")
     def test_nothing_but_the_arguments_is_kept(self, mode, implementation):
         arguments = random_arguments(mode, (16,), 2, 3, 64, 32, jnp.bfloat16)
         _, pullback = jax.vjp(self.run(mode, implementation), *arguments)
@@ -109,6 +113,7 @@ class TestDifferentiation:
         given = sorted((x.shape, x.dtype.name) for x in jax.tree.leaves(arguments))
         assert kept == given
 
+    @everyday("ProjectionMode.QKV_FULL-triton_interpret")
     def test_vmap_jit_and_gradient_together(self, mode, implementation):
         qkv, q_norm, k_norm, cos, sin = random_arguments(mode, (4,), 2, 3, 32, 16)
 

@@ -14,6 +14,7 @@ from g4attn_jax.ops.qkv_norm_rope.triton import cache_rows, choose_launch
 from g4attn_jax.ops.qkv_norm_rope_write.cases import CASES, QkvNormRopeWriteCase
 from g4attn_jax.testing import oracle
 from g4attn_jax.testing.case import tagged
+from tests.everyday import everyday, everyday_cases
 
 RUNS_HERE = ("xla", "triton_interpret")
 KINDS = [
@@ -35,6 +36,7 @@ SWEEP = [
 ]
 
 
+@everyday_cases
 @on_both
 @pytest.mark.parametrize("case", SWEEP, ids=str)
 def test_sweep(case, implementation):
@@ -42,6 +44,7 @@ def test_sweep(case, implementation):
     assert result.passed, result
 
 
+@everyday("5-8-8")
 @on_both
 @on_every_kind
 @pytest.mark.parametrize(
@@ -64,6 +67,7 @@ def random_bits(shape, dtype):
     return jnp.asarray((bits & ~np.array(1 << width - 2, bits.dtype)).view(dtype))
 
 
+@everyday("bfloat16-QK_ONLY")
 @on_both
 @on_every_kind
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, FLOAT8])
@@ -100,6 +104,7 @@ def test_other_bytes_stay(mode, form, dtype, implementation):
         assert np.all(np.any(before[hit] != after[hit], axis=1))
 
 
+@everyday("QK_ONLY-KVCache", "QKV_FULL-KVCache-triton_interpret")
 @on_both
 @on_every_kind
 def test_leading_dims(mode, form, implementation):
@@ -134,6 +139,7 @@ def test_q_only_touches_no_cache(implementation):
         assert same is cache
 
 
+@everyday("QK_ONLY-CompactKVCache-triton_interpret", "QKV_FULL-KVCache-xla")
 @on_both
 @on_every_kind
 def test_float8_storage(mode, form, implementation):
@@ -180,6 +186,7 @@ def test_what_float8_does_not_hold_is_nan(implementation):
         np.testing.assert_array_equal(cache.v[0, :4, 0, 1:].astype(jnp.float32), 0)
 
 
+@everyday("triton_interpret")
 @on_both
 def test_no_derivative_with_a_cache(implementation):
     for mode, form in KINDS:
@@ -197,6 +204,9 @@ def test_no_derivative_with_a_cache(implementation):
                 differentiate(qkv)
 
 
+@everyday(
+    "QK_ONLY-CompactKVCache-float32-triton_interpret", "QK_ONLY-KVCache-storage1-triton_interpret"
+)
 @on_both
 @pytest.mark.parametrize("storage", [jnp.float32, FLOAT8])
 @on_every_kind
@@ -218,6 +228,7 @@ def test_vmap(mode, form, storage, implementation):
             np.testing.assert_allclose(a[i].astype(jnp.float32), b.astype(jnp.float32), rtol=1e-6)
 
 
+@everyday("QK_ONLY-CompactKVCache")
 @on_both
 @on_every_kind
 def test_64_bit_mode(mode, form, implementation):
@@ -231,6 +242,7 @@ def test_64_bit_mode(mode, form, implementation):
             np.testing.assert_allclose(ours, exact, atol=1e-5)
 
 
+@everyday()
 @hypothesis.given(
     slot=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=20),
     num_slots=st.integers(1, 2**20),
