@@ -17,41 +17,9 @@ pytestmark = pytest.mark.skipif(
 
 on_every_gpu = pytest.mark.parametrize("gpu", gpu_target.COMPUTE_CAPABILITIES)
 
-# One per launch configuration: tokens of 26B-A4B, which take 8 rows each.
-TOKENS = (1, 8, 256, 512, 8192)
-CASES = [
-    *((8 * tokens, 128, 2816, 704, jnp.bfloat16) for tokens in TOKENS),
-    (256, 128, 2816, 704, jnp.float32),
-    (100, 5, 100, 72, jnp.float16),
-    (1, 1, 1, 1, jnp.bfloat16),
-    # 2^31 elements and more need 64-bit offsets.
-    (64, 640, 2816, 704, jnp.bfloat16),
-]
-
 
 def struct(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def sole_launch(gpu, f, *arguments):
-    """Whether the program is one launch of the kernel and nothing else."""
-    compiled = gpu_target.compile_for(gpu, f, *arguments)
-    opcodes = entry_opcodes(compiled)
-    assert set(opcodes) - FREE_OPCODES == {"custom-call"}
-    assert compiled.memory_analysis().temp_size_in_bytes < 1024
-    return opcodes["custom-call"] == count_launches(compiled.as_text(), f.__name__) == 1
-
-
-@on_every_gpu
-@pytest.mark.parametrize(("rows", "groups", "embed", "width", "dtype"), CASES)
-def test_is_one_launch(gpu, rows, groups, embed, width, dtype):
-    sizes = struct(groups, dtype=jnp.int32)
-    x, w = struct(rows, width, dtype=dtype), struct(groups, width, embed, dtype=dtype)
-    assert sole_launch(gpu, ops.grouped_matmul, x, w, sizes)
-    x = struct(-(-rows // 8), embed, dtype=dtype)
-    w = struct(groups, embed, 2, width, dtype=dtype)
-    index = struct(rows, dtype=jnp.int32)
-    assert sole_launch(gpu, ops.grouped_gated_matmul, x, w, sizes, index)
 
 
 def test_x64_and_vmap():
@@ -72,7 +40,7 @@ def test_x64_and_vmap():
     assert set(entry_opcodes(compiled)) <= {*FREE_OPCODES, "custom-call"}
 
 
-@everyday("32-14")
+@everyday()
 @pytest.mark.parametrize(("tokens", "launches"), [(1, 10), (32, 14), (2048, 16)])
 def test_experts(tokens, launches):
     """No array has a row for every expert, and routing is few launches."""

@@ -16,6 +16,7 @@ from g4attn_jax.model.acceptance import Greedy
 from g4attn_jax.speculative import draft
 from g4attn_jax.testing import gpu_target
 from g4attn_jax.testing.launches import FREE_OPCODES, count_launches
+from tests.everyday import everyday
 
 pytestmark = pytest.mark.skipif(
     gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())
@@ -60,6 +61,7 @@ def producers_of(text, caches):
     return found - FREE_OPCODES
 
 
+@everyday()
 def test_a_draft_only_projects_queries_and_reads_the_caches():
     generator, caches = generator_and_caches()
     programs = generator._decode.__wrapped__.__self__
@@ -87,6 +89,7 @@ def test_a_draft_only_projects_queries_and_reads_the_caches():
     assert producers_of(text, caches) == set()
 
 
+@everyday()
 def test_the_generators_loop_updates_the_caches_in_place():
     generator, caches = generator_and_caches()
     row = np.zeros(BATCH, np.int32)
