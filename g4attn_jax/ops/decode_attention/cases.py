@@ -193,8 +193,8 @@ class DecodeAttentionCase(AttentionCase):
 def _stored(array, held, poison):
     if held is None:
         return array
-    poison = np.resize(poison, array.shape[-1])
-    return jnp.asarray(np.where(held[..., None, None], array, poison), array.dtype)
+    poison = np.resize(np.asarray(poison, np.float32), array.shape[-1]).astype(array.dtype)
+    return jnp.asarray(np.where(held[..., None, None], array, poison))
 
 
 def published(of, tokens):
