@@ -77,7 +77,7 @@ def torch_us(q, cache, table, positions, *, shape: Shape, repeats: int = 5) -> f
 def variants(shape: Shape, tokens: int, arguments: tuple):
     """What is compared, by the prefix of its fields in the JSON."""
     yield "kernel", functools.partial(attention, implementation="triton")
-    if cudnn.supports(*arguments[:3], sliding_window=shape.sliding_window, scale=1.0):
+    if cudnn.refusal(*arguments[:3], sliding_window=shape.sliding_window, scale=1.0) is None:
         yield "jax_nn_cudnn", functools.partial(jax_nn, implementation="cudnn")
     if shape.form is KVCache and not shape.paged and tokens <= MAX_XLA_TOKENS:
         yield "jax_nn_xla", functools.partial(jax_nn, implementation="xla")
@@ -86,7 +86,8 @@ def variants(shape: Shape, tokens: int, arguments: tuple):
 def measure_row(shape: Shape, tokens: int) -> dict:
     """One row of the JSON."""
     arguments = shape.arguments(tokens)
-    by_cudnn = cudnn.takes(*arguments[:3], sliding_window=shape.sliding_window, scale=1.0)
+    refusal = cudnn.refusal(*arguments[:3], sliding_window=shape.sliding_window, scale=1.0)
+    by_cudnn = refusal is None and cudnn.is_faster(arguments[0])
     functions = {
         name: functools.partial(f, shape=shape) for name, f in variants(shape, tokens, arguments)
     }

@@ -15,7 +15,7 @@ from bench.decode_shapes import QUERY_TOKENS, SHAPES
 from bench.measure import kernel_times, machine, output_folder, read_gbps, write_json
 from g4attn_jax.cache import Cache, CompactKVCache
 from g4attn_jax.ops.decode_attention import triton
-from g4attn_jax.ops.flash_attention.launch import Launch
+from g4attn_jax.ops.flash_attention.launch import AttentionLaunch as Launch
 
 
 def launches_around(chosen: Launch, form: type[Cache], num_rows: int) -> list[Launch]:

@@ -24,7 +24,7 @@ from bench.measure import (
 from g4attn_jax import ops
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.linear import reference, triton
-from g4attn_jax.ops.linear.triton import Launch
+from g4attn_jax.ops.linear.launch import MatmulLaunch as Launch
 
 # Name, K, matrices, columns.
 WEIGHTS = (
@@ -83,18 +83,18 @@ def main():
             rows=tokens,
             columns=columns,
             matrices=matrices,
-            num_parts=parts[0],
+            num_partial_sums=parts[0],
             itemsize=2,
         )
         chosen = chosen, parts[0]
         if matrices == 2:
             functions = {None: reference.geglu}
         else:
-            functions = {None: functools.partial(reference.linear_partial_sums, num_parts=1)}
+            functions = {None: functools.partial(reference.linear_partial_sums, num_partial_sums=1)}
         for launch, n in itertools.product(launches(chosen[0], matrices), parts):
             kernel = triton.geglu
             if matrices == 1:
-                kernel = functools.partial(triton.linear_partial_sums, num_parts=n)
+                kernel = functools.partial(triton.linear_partial_sums, num_partial_sums=n)
             functions[launch, n] = functools.partial(kernel, launch=launch)
         times = kernel_times(functions, calls(k, matrices, columns, tokens), 5)
         limit = 2 * k * matrices * columns / gbps / 1e3

@@ -11,7 +11,8 @@ import itertools
 from bench.measure import kernel_times, launch_rows, machine, output_folder, write_json
 from bench.prefill_shapes import SHAPES, Shape
 from g4attn_jax.cache import CompactKVCache, KVCache
-from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
+from g4attn_jax.ops.flash_attention.launch import AttentionLaunch as Launch
+from g4attn_jax.ops.flash_attention.launch import HeadSizes
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.prefill_attention import triton
 

@@ -9,7 +9,8 @@ import functools
 
 from bench.measure import kernel_time, launch_rows, machine, output_folder, write_json
 from bench.qkv_shapes import SHAPES
-from g4attn_jax.ops.head_norm.triton import Launch, choose_launch
+from g4attn_jax.ops.head_norm.triton import NormLaunch as Launch
+from g4attn_jax.ops.head_norm.triton import choose_launch
 from g4attn_jax.ops.qkv_rms_norm import triton
 
 TOKENS = (1, 8, 32, 128, 256, 1024, 8192)

@@ -11,7 +11,7 @@ from bench.measure import kernel_time, launch_rows, machine, output_folder, writ
 from bench.prologue_shapes import SHAPES
 from g4attn_jax import ProjectionMode
 from g4attn_jax.cache import CompactKVCache
-from g4attn_jax.ops.head_norm.triton import Launch
+from g4attn_jax.ops.head_norm.triton import NormLaunch as Launch
 from g4attn_jax.ops.qkv_norm_rope.triton import choose_launch
 from g4attn_jax.ops.qkv_norm_rope_write import triton
 

@@ -1,29 +1,60 @@
-"""What a KV cache holds: K and V, or for K = V layers V and the rotated band of K.
+"""KV caches of a layer: K and V, or for K = V layers V and the rotated band of K.
 
 A cache is a plain pytree, passed in and returned. Its arrays are [num_pages, page_size, Nkv,
 width]; slot s is row s of the first two axes taken as one. Which slot a token has is said by
 `g4attn_jax.layout`; the two do not know each other.
 
-Both forms have the same members, so that nothing that uses a cache asks which form it is.
+Both forms have the same members, which say what is known of a form: what queries are multiplied
+with, what a layer writes, which layers can have it. Nothing outside this file asks which form a
+cache is.
 """
 
 import math
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from g4attn_jax.checks import check_choice, check_integer
 from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
 
 FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)
 
 
-class Stored(NamedTuple):
-    """An array of a cache; its true value is array * scale, None being 1."""
+# Of `scale`: which is of keys, and which of values.
+_OF_K, _OF_V = 0, 1
+
+
+class CachePart(NamedTuple):
+    """An array of a cache, and what attention makes of it; its true value is array * scale.
+
+    Attributes:
+        array: [num_pages, page_size, Nkv, width].
+        scales: `scale` of the cache.
+        scale_index: which of `scales` is that of the array.
+        begin: first of the query's columns that the array is multiplied with.
+    """
 
     array: Float[Array, "num_pages page_size Nkv width"]
-    scale: Float[Array, ""] | None
+    scales: Float[Array, "2"] | None
+    scale_index: int
+    begin: int = 0
+
+    @property
+    def scale(self) -> Float[Array, ""] | None:
+        """Factor of the array; None is 1."""
+        return None if self.scales is None else self.scales[self.scale_index]
+
+    @property
+    def width(self) -> int:
+        """Numbers of a slot and KV head."""
+        return self.array.shape[-1]
+
+    @property
+    def columns(self) -> slice:
+        """Columns of the query that the array is multiplied with."""
+        return slice(self.begin, self.begin + self.width)
 
 
 class KVCache(NamedTuple):
@@ -39,27 +70,61 @@ class KVCache(NamedTuple):
     v: Float[Array, "num_pages page_size Nkv D"]
     scale: Float[Array, "2"] | None = None
 
+    # Whether the values are keys too.
+    values_are_keys = False
+    # Whether queries are multiplied by the k_norm of the layer that wrote the cache.
+    absorbs_k_norm = False
+    # Layers that can write or read such a cache.
+    modes = frozenset(ProjectionMode)
+
     @classmethod
     def widths(cls, spec: AttentionSpec) -> dict[str, int]:
         """Numbers per slot and KV head in each array."""
-        return {"k": spec.head_dim, "v": spec.head_dim}
+        return cls.array_widths(spec.head_dim, spec.rotary_dim)
+
+    @staticmethod
+    def array_widths(head_dim: int, rotary_dim: int) -> dict[str, int]:
+        """Numbers per slot and KV head in each array, of heads of a size."""
+        del rotary_dim
+        return {"k": head_dim, "v": head_dim}
+
+    @staticmethod
+    def query_width(head_dim: int, rotary_dim: int) -> int:
+        """Numbers of a head of `query`."""
+        del rotary_dim
+        return head_dim
 
     @property
-    def key_parts(self) -> tuple[Stored, ...]:
-        """What queries are multiplied with: consecutive parts of the query, each with its keys."""
-        return (Stored(self.k, _of_k(self.scale)),)
+    def key_parts(self) -> tuple[CachePart, ...]:
+        """Arrays that queries are multiplied with, in the order of the query's columns."""
+        return (CachePart(self.k, self.scale, _OF_K),)
 
     @property
-    def value_part(self) -> Stored:
-        """What attention weights are multiplied with."""
-        return Stored(self.v, _of_v(self.scale))
+    def value_part(self) -> CachePart:
+        """Array that attention weights are multiplied with."""
+        return CachePart(self.v, self.scale, _OF_V)
+
+    @property
+    def written(self) -> tuple[Array, Array]:
+        """Arrays that a layer writes keys, or what is stored of them, and values to."""
+        return self.k, self.v
+
+    def with_written(self, k: Array, v: Array) -> Self:
+        """Cache with other arrays for those of `written`."""
+        return self._replace(k=k, v=v)
 
     @staticmethod
     def query(
         q: Float[Array, "*batch Nq D"], k_norm: Float[Array, " D"] | None, rotary_dim: int
     ) -> Float[Array, "*batch Nq D"]:
-        """The query that `key_parts` are for: q itself."""
+        """Query that `key_parts` are for: q itself."""
         return q
+
+    @staticmethod
+    def stored_keys(k: Float[Array, "*batch Nkv D"], rotary_dim: int) -> Float[Array, "..."]:
+        """Dims of keys that are stored as keys: all."""
+        del rotary_dim
+        return k
 
     def write(
         self,
@@ -67,14 +132,11 @@ class KVCache(NamedTuple):
         k: Float[Array, "*batch Nkv D"],
         v: Float[Array, "*batch Nkv D"],
     ) -> Self:
-        """The cache with k and v in `slots`, rounded once; a slot it does not have is left out.
+        """Cache with k and v in `slots`, rounded once; a slot it does not have is left out.
 
         Slots that it has must differ. Inside `jax.jit`, with the cache donated, it is in place.
         """
-        return self._replace(
-            k=_write(self.k, slots, k, _of_k(self.scale)),
-            v=_write(self.v, slots, v, _of_v(self.scale)),
-        )
+        return _written(self, slots, k, v)
 
 
 class CompactKVCache(NamedTuple):
@@ -96,6 +158,10 @@ class CompactKVCache(NamedTuple):
     k_rot: Float[Array, "num_pages page_size Nkv R"]
     scale: Float[Array, "2"] | None = None
 
+    values_are_keys = True
+    absorbs_k_norm = True
+    modes = frozenset({ProjectionMode.QK_ONLY, ProjectionMode.Q_ONLY})
+
     @classmethod
     def widths(cls, spec: AttentionSpec) -> dict[str, int]:
         """Numbers per slot and KV head in each array.
@@ -110,28 +176,54 @@ class CompactKVCache(NamedTuple):
             )
         if spec.rotary_dim == 0:
             raise ValueError("rotary_dim is 0; CompactKVCache accepts 2 or more")
-        return {"v": spec.head_dim, "k_rot": spec.rotary_dim}
+        return cls.array_widths(spec.head_dim, spec.rotary_dim)
+
+    @staticmethod
+    def array_widths(head_dim: int, rotary_dim: int) -> dict[str, int]:
+        """Numbers per slot and KV head in each array, of heads of a size."""
+        return {"v": head_dim, "k_rot": rotary_dim}
+
+    @staticmethod
+    def query_width(head_dim: int, rotary_dim: int) -> int:
+        """Numbers of a head of `query`."""
+        return head_dim + rotary_dim
 
     @property
-    def key_parts(self) -> tuple[Stored, ...]:
-        """What queries are multiplied with: consecutive parts of the query, each with its keys."""
-        return self.value_part, Stored(self.k_rot, _of_k(self.scale))
+    def key_parts(self) -> tuple[CachePart, ...]:
+        """Arrays that queries are multiplied with, in the order of the query's columns."""
+        return (
+            self.value_part,
+            CachePart(self.k_rot, self.scale, _OF_K, begin=self.v.shape[-1]),
+        )
 
     @property
-    def value_part(self) -> Stored:
-        """What attention weights are multiplied with."""
-        return Stored(self.v, _of_v(self.scale))
+    def value_part(self) -> CachePart:
+        """Array that attention weights are multiplied with."""
+        return CachePart(self.v, self.scale, _OF_V)
+
+    @property
+    def written(self) -> tuple[Array, Array]:
+        """Arrays that a layer writes keys, or what is stored of them, and values to."""
+        return self.k_rot, self.v
+
+    def with_written(self, k: Array, v: Array) -> Self:
+        """Cache with other arrays for those of `written`."""
+        return self._replace(k_rot=k, v=v)
 
     @staticmethod
     def query(
         q: Float[Array, "*batch Nq D"], k_norm: Float[Array, " D"], rotary_dim: int
     ) -> Float[Array, "*batch Nq D+R"]:
-        """The absorbed query that `key_parts` are for, of rotated q: D numbers for v, R for
-        k_rot."""
+        """Absorbed query that `key_parts` are for, of rotated q: D numbers for v, R for k_rot."""
         half, pairs = q.shape[-1] // 2, rotary_dim // 2
         rotates = jnp.arange(2 * half) % half < pairs
         absorbed = jnp.where(rotates, 0, q * k_norm.astype(q.dtype))
         return jnp.concatenate([absorbed, _band(q, rotary_dim)], axis=-1)
+
+    @staticmethod
+    def stored_keys(k: Float[Array, "*batch Nkv D"], rotary_dim: int) -> Float[Array, "..."]:
+        """Dims of keys that are stored as keys: those that rotate."""
+        return _band(k, rotary_dim)
 
     def write(
         self,
@@ -139,15 +231,23 @@ class CompactKVCache(NamedTuple):
         k: Float[Array, "*batch Nkv D"],
         v: Float[Array, "*batch Nkv D"],
     ) -> Self:
-        """As `KVCache.write`, of whole keys."""
-        k_rot = _band(k, self.k_rot.shape[-1])
-        return self._replace(
-            v=_write(self.v, slots, v, _of_v(self.scale)),
-            k_rot=_write(self.k_rot, slots, k_rot, _of_k(self.scale)),
-        )
+        """Cache with whole keys k, and v, in `slots`, as `KVCache.write`."""
+        return _written(self, slots, k, v)
 
 
 Cache = KVCache | CompactKVCache
+
+
+class ReadableCache(NamedTuple):
+    """A cache for layers other than the one that writes it.
+
+    Attributes:
+        cache: of the layer that writes it.
+        k_norm: [D], that layer's, which queries are multiplied with in a compact form.
+    """
+
+    cache: Cache
+    k_norm: Float[Array, " D"]
 
 
 def check_form(form: type[Cache]) -> None:
@@ -156,8 +256,12 @@ def check_form(form: type[Cache]) -> None:
     Raises:
         ValueError: saying what is accepted.
     """
-    if form not in (KVCache, CompactKVCache):
-        raise ValueError(f"form is {form!r}; accepted: KVCache, CompactKVCache")
+    check_choice("form", form, get_args(Cache))
+
+
+def array_names(cache: Cache) -> tuple[str, ...]:
+    """Names of the arrays that have a row for every slot."""
+    return tuple(name for name in cache._fields if name != "scale")
 
 
 def zeros(
@@ -169,7 +273,7 @@ def zeros(
     dtype: jax.typing.DTypeLike,
     scale: Float[Array, "2"] | None = None,
 ) -> Cache:
-    """An empty cache of a layer; float8_e4m3fn needs a scale, see `float8_scale`.
+    """Empty cache of a layer; float8_e4m3fn needs a scale, see `float8_scale`.
 
     Raises:
         ValueError: the layer cannot have a cache of this form, or scale is missing or surplus.
@@ -201,7 +305,7 @@ def float8_scale(k_norm: Float[Array, " D"]) -> Float[Array, "2"]:
 
 
 def float8_refusal(cache: Cache) -> str | None:
-    """Why a kernel cannot address a cache, or None.
+    """Reason for which a kernel cannot address a cache, or None.
 
     Pallas' offsets are int32 numbers of elements in arrays of up to 2^32 bytes.
     """
@@ -249,9 +353,8 @@ def model_bytes(
     Raises:
         ValueError: tokens or ring_capacity is negative.
     """
-    for name, number in (("tokens", tokens), ("ring_capacity", ring_capacity)):
-        if number is not None and number < 0:
-            raise ValueError(f"{name} is {number}; accepted: 0 or more")
+    check_integer("tokens", tokens, 0)
+    check_integer("ring_capacity", ring_capacity, 0, none=True)
     total = 0
     for layer in range(config.num_hidden_layers):
         spec = config.attention_spec(layer)
@@ -261,24 +364,25 @@ def model_bytes(
     return total
 
 
-def _of_k(scale):
-    return None if scale is None else scale[0]
-
-
-def _of_v(scale):
-    return None if scale is None else scale[1]
+def _written(cache, slots, k, v):
+    """`write` of either form: each array with its rows, divided by its scale."""
+    k_array, v_array = cache.written
+    k = cache.stored_keys(k, k_array.shape[-1])
+    return cache.with_written(
+        _write(k_array, slots, k, cache.scale, _OF_K), _write(v_array, slots, v, cache.scale, _OF_V)
+    )
 
 
 def _band(x, rotary_dim):
-    """The dims of x that rotate: [..., R]."""
+    """Dims of x that rotate: [..., R]."""
     half, pairs = x.shape[-1] // 2, rotary_dim // 2
     return jnp.concatenate([x[..., :pairs], x[..., half : half + pairs]], axis=-1)
 
 
-def _write(array, slots, rows, scale):
+def _write(array, slots, rows, scales, scale_index):
     """`array` [num_pages, page_size, Nkv, width] with rows [..., Nkv, width] in `slots` [...]."""
-    if scale is not None:
-        rows = rows / scale
+    if scales is not None:
+        rows = rows / scales[scale_index]
     flat = array.reshape(-1, *array.shape[2:])
     # A negative index would count from the end; those past the end are dropped. They differ too.
     past = flat.shape[0] + jnp.arange(slots.size, dtype=slots.dtype).reshape(slots.shape)

@@ -4,7 +4,7 @@ import sys
 import jax
 import pytest
 
-from g4attn_jax.ops.implementation import triton_refusal
+from g4attn_jax.ops.gpu import gpu_refusal
 from g4attn_jax.testing import gpu_target  # noqa: F401  (before JAX looks for devices)
 from tests.everyday import in_share, is_everyday, unknown_words
 
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(config, items):
     # Processes take one at a time (see tests/gpu/__main__.py): long ones are not to start last.
     items.sort(key=lambda item: not any(m.kwargs.get("slow") for m in item.iter_markers("gpu")))
     marked = [item for item in items if "gpu" in item.keywords]
-    reason = triton_refusal() if marked else None
+    reason = gpu_refusal() if marked else None
     for item in marked:
         item.user_properties.append(("ops", sorted(_ops_of(item))))
         if reason is not None:

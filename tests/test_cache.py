@@ -167,10 +167,10 @@ def test_absorbed_queries_give_the_scores_of_whole_keys(dim, rotary_dim):
     query = CompactKVCache.query(q32, jnp.asarray(k_norm, jnp.float32), rotary_dim)
     assert query.shape == (5, num_q_heads, dim + rotary_dim)
     scores, parts = 0, np.split(np.asarray(query, np.float64), [dim], axis=-1)
-    for part, (keys, scale) in zip(parts, cache.key_parts, strict=True):
-        assert scale is None
-        part = part.reshape(5, N, -1, part.shape[-1])
-        scores += np.einsum("tkgd,skd->tkgs", part, np.asarray(keys[0], np.float64))
+    for part, keys in zip(parts, cache.key_parts, strict=True):
+        assert keys.scale is None
+        part = part.reshape(5, N, -1, keys.width)
+        scores += np.einsum("tkgd,skd->tkgs", part, np.asarray(keys.array[0], np.float64))
     # q, k_norm, their product and v are rounded, each to 2^-24 of itself.
     sizes = np.einsum("tkgd,skd->tkgs", abs(q).reshape(5, N, -1, dim), abs(v)) * abs(k_norm).max()
     assert np.all(abs(scores - exact) <= 4 * 2.0**-24 * sizes)
@@ -180,9 +180,9 @@ def test_the_query_of_whole_keys_is_the_query():
     (q, _), k_norm = rows(3), jnp.ones(D)
     assert KVCache.query(q, k_norm, R) is q
     cache = poisoned(KVCache, FLOAT8)
-    ((keys, scale),) = cache.key_parts
-    assert keys is cache.k
-    assert (float(scale), float(cache.value_part.scale)) == (cache.scale[0], cache.scale[1])
+    (keys,) = cache.key_parts
+    assert keys.array is cache.k and keys.columns == slice(0, D)
+    assert (float(keys.scale), float(cache.value_part.scale)) == (cache.scale[0], cache.scale[1])
     assert cache.value_part.array is cache.v
 
 
@@ -242,13 +242,13 @@ def test_float8_reads_back_what_was_written(form, dtype):
     k, v = rows(SLOTS) * jnp.exp(jax.random.normal(jax.random.key(4), (SLOTS, N, D)) * 3)
     k, v = (a.clip(-448 * s, 448 * s).astype(dtype) for a, s in zip((k, v), scale, strict=True))
     cache = poisoned(form, FLOAT8)._replace(scale=scale).write(jnp.arange(SLOTS), k, v)
-    k_array, k_array_scale = cache.key_parts[-1]
-    assert float(k_array_scale) == float(scale[0])
+    keys, values = cache.key_parts[-1], cache.value_part
+    assert float(keys.scale) == float(scale[0])
     assert float(cache.value_part.scale) == float(scale[1])
     k = np.asarray(k, np.float64)
     pairs = [
-        (k_array, k_array_scale, k if form is KVCache else band(k)),
-        (*cache.value_part, np.asarray(v, np.float64)),
+        (keys.array, keys.scale, k if form is KVCache else band(k)),
+        (values.array, values.scale, np.asarray(v, np.float64)),
     ]
     for array, array_scale, exact in pairs:
         array_scale = float(array_scale)

@@ -174,7 +174,7 @@ def name_of(x):
 
 def layouts(spec):
     yield Contiguous(8, 4096), KVCache
-    yield Paged(struct(8, 64, dtype=jnp.int32), 4096, 64), KVCache
+    yield Paged(4096, 64, struct(8, 64, dtype=jnp.int32)), KVCache
     if spec.sliding_window is not None:
         yield Ring(8, spec.sliding_window, 16), KVCache
     if spec.mode is ProjectionMode.QK_ONLY:

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from g4attn_jax import Gemma4Config, ops
-from g4attn_jax.model import Gemma4MoE
+from g4attn_jax.model import Gemma4MoE, ModuleOptions
 from g4attn_jax.testing import gpu_target
 from g4attn_jax.testing.launches import FREE_OPCODES, count_launches, entry_opcodes
 from tests.everyday import everyday
@@ -45,7 +45,7 @@ def test_x64_and_vmap():
 def test_experts(tokens, launches):
     """No array has a row for every expert, and routing is few launches."""
     config = Gemma4Config.preset("gemma-4-26b-a4b")
-    graph, params = nnx.split(nnx.eval_shape(lambda: Gemma4MoE(config, rngs=nnx.Rngs(0))))
+    graph, params = nnx.split(nnx.eval_shape(lambda: Gemma4MoE(config, ModuleOptions(nnx.Rngs(0)))))
     x = struct(tokens, 1, config.hidden_size)
     compiled = gpu_target.compile_for(
         "9.0", lambda params, x, h: nnx.merge(graph, params)(x, h), params, x, x

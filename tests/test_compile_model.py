@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from g4attn_jax import CompactKVCache, Contiguous, Gemma4Config, Gemma4Decoder, KVCache, Ring
+from g4attn_jax import (
+    CompactKVCache,
+    Contiguous,
+    Gemma4Config,
+    Gemma4Decoder,
+    KVCache,
+    Ring,
+    split_weights,
+)
 from g4attn_jax.testing import gpu_target
 from g4attn_jax.testing.launches import FREE_OPCODES, count_launches, entry_opcodes
 from tests.everyday import everyday
@@ -25,23 +33,22 @@ def struct(*shape, dtype=jnp.bfloat16):
 def compiled_step(model, layers, tokens):
     config = Gemma4Config.preset(model).truncated(layers)
     decoder = nnx.eval_shape(lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(decoder)
+    merge, weights = split_weights(decoder)
     layouts = {
         "full_attention": Contiguous(BATCH, 4096),
         "sliding_attention": Ring(BATCH, config.sliding_window, tokens),
     }
     forms = {"full_attention": CompactKVCache if config.attention_k_eq_v else KVCache}
-    caches = nnx.eval_shape(
-        lambda params: nnx.merge(graph, params).init_caches(layouts, forms), params
-    )
+    cache = jax.eval_shape(lambda weights: merge(weights).init_cache(layouts, forms), weights)
 
-    def step(params, tokens, positions, caches):
-        logits, caches = nnx.merge(graph, params)(tokens, positions, caches, layouts)
-        return jnp.argmax(logits[:, -1], axis=-1), caches
+    def step(weights, tokens, positions, cache):
+        decoder = merge(weights)
+        logits, cache = decoder(tokens, decoder.plan(positions, cache), cache)
+        return jnp.argmax(logits[:, -1], axis=-1), cache
 
     token = struct(BATCH, tokens, dtype=jnp.int32)
-    compiled = gpu_target.compile_for("9.0", step, params, token, token, caches, donate_argnums=3)
-    return compiled, caches
+    compiled = gpu_target.compile_for("9.0", step, weights, token, token, cache, donate_argnums=3)
+    return compiled, cache
 
 
 NAMES = ("linear", "geglu", "norm_rope", "decode_attention", "add_rms_norm", "grouped_matmul")
@@ -59,7 +66,7 @@ NAMES = ("linear", "geglu", "norm_rope", "decode_attention", "add_rms_norm", "gr
 )
 def test_a_step_of_the_decoder(model, layers, of_a_layer, around):
     """A kernel for everything that a layer does; `around` bounds what XLA adds to a layer."""
-    compiled, caches = compiled_step(model, layers, tokens=1)
+    compiled, cache = compiled_step(model, layers, tokens=1)
     text = compiled.as_text()
     counts = tuple(count_launches(text, name) / layers for name in NAMES)
     assert counts == of_a_layer
@@ -69,7 +76,7 @@ def test_a_step_of_the_decoder(model, layers, of_a_layer, around):
     others -= count_launches(text, "grouped_gated_matmul")
     assert others <= 12 + around * layers  # 12: embedding, plans of both layer types, head
     memory = compiled.memory_analysis()
-    cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
+    cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes == cache_bytes
     assert memory.temp_size_in_bytes < 32 * 2**20
 

@@ -29,7 +29,7 @@ def layers():
     for model, layer in (("31b", 0), ("31b", 5), ("e2b", 15)):
         spec = Gemma4Config.preset(model).attention_spec(layer)
         yield model, layer, Contiguous(1, 32768), KVCache
-        yield model, layer, Paged(struct(1, 512, dtype=jnp.int32), 512, 64), KVCache
+        yield model, layer, Paged(512, 64, struct(1, 512, dtype=jnp.int32)), KVCache
         if spec.sliding_window is not None:
             yield model, layer, Ring(1, spec.sliding_window, 2048), KVCache
         if spec.mode is ProjectionMode.QK_ONLY:

@@ -289,6 +289,12 @@ def test_random_weights(capsys):
     assert generate(capsys, *arguments).out == output
 
 
+def test_an_implementation_is_demanded_of_the_models(planned):
+    arguments = ("--random-weights", "--config", GOLDEN / "gemma-4-e2b" / "config.json")
+    job = planned(*arguments, "--layers", 1, "--implementation", "xla")
+    assert generation._decoder(job).layers[0].attention.implementation == "xla"
+
+
 DRAFTS = re.compile(r"(\d+) of (\d+) drafts accepted \(\d+\.\d%\), (\d\.\d\d) tokens a target step")
 
 
@@ -395,6 +401,10 @@ def test_a_bad_checkpoint_of_an_assistant_is_explained(checkpoint, tmp_path, cap
         ),
         (["--checkpoint", "nowhere", "--prompt", "x"], "--checkpoint is nowhere; there is no"),
         (["--checkpoint", "x", "--random-weights"], "not allowed with argument --checkpoint"),
+        (
+            ["--random-weights", "--config", "31b", "--implementation", "cuda"],
+            "implementation is 'cuda'; accepted: ",
+        ),
     ],
 )
 def test_bad_arguments_are_explained(arguments, message, capsys):

@@ -58,7 +58,7 @@ def layout_of(name, spec, batch, tokens):
     # Pages from the end of the pool, every other one another's.
     pages = -(-tokens // 16)
     table = 2 * (batch * pages - 1 - np.arange(batch * pages)).reshape(batch, pages)
-    return Paged(jnp.asarray(table, jnp.int32), 2 * batch * pages, 16)
+    return Paged(2 * batch * pages, 16, jnp.asarray(table, jnp.int32))
 
 
 def run_layer(model, layer, dtype, implementation=None, layout="contiguous", form=KVCache):

@@ -60,7 +60,8 @@ def log_softmax():
             ("sliding_attention", "full_attention"), Contiguous(tokens.shape[0], LENGTH)
         )
         positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
-        return model(tokens, positions, model.init_caches(layouts), layouts)[0]
+        cache = model.init_cache(layouts)
+        return model(tokens, model.plan(positions, cache), cache)[0]
 
     def of(sequences):
         tokens = np.zeros((len(sequences), LENGTH), np.int32)
@@ -112,9 +113,9 @@ def test_scores_never_hold_the_logits_of_a_chunk():
         )
     )
     scorer = Generator(model, capacity=1024, chunk_tokens=1024)
-    caches = jax.eval_shape(functools.partial(scorer._empty_caches, batch=1), scorer._params)
+    cache = jax.eval_shape(functools.partial(scorer._empty_cache, batch=1), scorer._weights)
     chunk = jax.ShapeDtypeStruct((1, 1024), np.int32)
-    compiled = scorer._score.lower(scorer._params, chunk, chunk, chunk, caches).compile()
+    compiled = scorer._score.lower(scorer._weights, chunk, chunk, chunk, cache).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1024 * vocab * 4 / 2
 
 

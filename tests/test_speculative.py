@@ -25,14 +25,16 @@ from g4attn_jax import (
     Ring,
     Sampling,
     generation,
+    split_weights,
 )
 from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import FLOAT8, CompactKVCache
 from g4attn_jax.checkpoint import load_assistant_into, load_hf_into
 from g4attn_jax.model import Gemma4Assistant
 from g4attn_jax.model.acceptance import Greedy, RejectionSampling
-from g4attn_jax.speculative import draft, verify
+from g4attn_jax.speculative import Drafts, LastTokens, draft, verify
 from tests.everyday import everyday
+from tests.test_model import page_tables_of
 
 TARGETS = Path(__file__).parent / "golden_model"
 ASSISTANTS = Path(__file__).parent / "golden_assistant"
@@ -181,7 +183,18 @@ def paged(batch):
     """Pages from the end of the pool, every other one another's; none past the capacity."""
     columns = -(-CAPACITY // 16)
     table = 2 * (batch * columns - 1 - np.arange(batch * columns)).reshape(batch, columns)
-    return Paged(jnp.asarray(table, jnp.int32), 2 * batch * columns, 16)
+    return Paged(2 * batch * columns, 16, jnp.asarray(table, jnp.int32))
+
+
+def give_page_tables(model, layouts, monkeypatch):
+    """Lets steps be planned with page tables, which a generator has none of."""
+    plan = model.plan
+
+    def planned(self, positions, cache, page_tables=None):
+        assert page_tables is None
+        return plan(self, positions, cache, page_tables_of(layouts(None, positions.shape[0])))
+
+    monkeypatch.setattr(model, "plan", planned)
 
 
 @everyday("gemma-4-26b-a4b-paged-paged-CompactKVCache")
@@ -202,6 +215,8 @@ def test_layouts_and_forms(name, sliding, full, form, monkeypatch):
         return {"sliding_attention": sliding(batch), "full_attention": full(batch)}
 
     monkeypatch.setattr(generation.programs.Programs, "_layouts", layouts)
+    for model in (Gemma4Decoder, Gemma4Assistant):
+        give_page_tables(model, layouts, monkeypatch)
     options = {"capacity": CAPACITY, "chunk_tokens": 16, "forms": {"full_attention": form}}
     generator = Generator(target_of(name), assistant=assistant_of(name), draft_tokens=K, **options)
     assert_all_is_told(generator, name, monkeypatch)
@@ -232,8 +247,8 @@ def test_a_ring_of_a_window_and_a_group(monkeypatch):
     seen = []
     for options in (roomy, roomy | {"chunk_tokens": 2}):
         generator = Generator(target, assistant=assistant, draft_tokens=K, **options)
-        caches = generator._empty_caches(generator._params, batch=1)
-        assert caches[0].k.shape[1] == (CAPACITY if options is roomy else window + K + 1)
+        cache = generator._empty_cache(generator._weights, batch=1)
+        assert cache.layers[0].k.shape[1] == (CAPACITY if options is roomy else window + K + 1)
         assert generator(prompts, NEW, on_drafts=seen.append) == plain
     # The assistant's own drafts are the same too: it sees the same keys.
     for of_roomy, of_tight in zip(*seen, strict=True):
@@ -261,25 +276,23 @@ def test_a_group_drafts_as_if_nothing_had_been_refused():
         "sliding_attention": Ring(batch, target.config.sliding_window, length),
         "full_attention": Contiguous(batch, length + K),
     }
-    graph, params = nnx.split((target, assistant))
+    merge, weights = split_weights((target, assistant))
     forms = {"full_attention": CompactKVCache}
 
     @jax.jit
-    def fill(params, positions):
-        target, _ = nnx.merge(graph, params)
-        caches = target.init_caches(layouts, forms)
-        return target.hidden(tokens, positions, caches, layouts)
+    def fill(weights, positions):
+        target, _ = merge(weights)
+        cache = target.init_cache(layouts, forms)
+        return target.hidden(tokens, target.plan(positions, cache), cache)
 
     @jax.jit
-    def drafted(params, token, position, hidden, caches):
-        models = nnx.merge(graph, params)
-        return draft(*models, token, position, hidden, caches, layouts, Logits(), draft_tokens=K)
+    def drafted(weights, last, cache):
+        return draft(*merge(weights), last, cache, Logits(), draft_tokens=K)
 
     @jax.jit
-    def verified(params, token, position, drafts, num_drafts, caches):
-        target, _ = nnx.merge(graph, params)
-        of_drafts = drafts, None, num_drafts
-        return verify(target, token, position, *of_drafts, caches, layouts, Logits())
+    def verified(weights, last, drafts, cache):
+        target, _ = merge(weights)
+        return verify(target, last, drafts, cache, Logits())
 
     rows, index = np.arange(batch), np.arange(length)
     begin = np.array([30, 41, 40, 30, 63, 64], np.int32)
@@ -288,23 +301,26 @@ def test_a_group_drafts_as_if_nothing_had_been_refused():
     drafts = tokens[rows[:, None], begin[:, None] + 1 + np.arange(K)]
     refused = np.arange(K) >= accepted[:, None]
     drafts = np.where(refused, (drafts + 1) % 128, drafts).astype(np.int32)
-    _, before = fill(params, np.where(index < begin[:, None], index, -1))
-    group = verified(params, tokens[rows, begin], begin, drafts, num_drafts, before)
+    _, before = fill(weights, np.where(index < begin[:, None], index, -1))
+    drafts = Drafts(drafts, None, num_drafts)
+    group = verified(weights, LastTokens(tokens[rows, begin], begin), drafts, before)
     np.testing.assert_array_equal(group.num_accepted, accepted)
 
     position = begin + accepted + 1
-    whole, caches = fill(params, np.where(index < position[:, None], index, -1))
+    whole, cache = fill(weights, np.where(index < position[:, None], index, -1))
     hidden = np.asarray(whole)[rows, position - 1]
     np.testing.assert_allclose(group.hidden, hidden, rtol=0, atol=2e-4)
     token = tokens[rows, position]
     np.testing.assert_array_equal(np.asarray(group.tokens)[rows, accepted], token)
-    of_group = drafted(params, token, position, group.hidden, group.caches)
-    expected = drafted(params, token, position, hidden, caches)
-    np.testing.assert_allclose(of_group[1], expected[1], rtol=0, atol=2e-4)
-    np.testing.assert_array_equal(of_group[0], expected[0])
+    last = LastTokens(token, position, hidden)
+    of_group = drafted(weights, last._replace(hidden=group.hidden), group.cache)
+    expected = drafted(weights, last, cache)
+    np.testing.assert_allclose(of_group.probs, expected.probs, rtol=0, atol=2e-4)
+    np.testing.assert_array_equal(of_group.tokens, expected.tokens)
     # The state of another token would be noticed.
-    other = drafted(params, token, position, np.asarray(whole)[rows, position - 2], caches)
-    assert np.abs(other[1] - expected[1]).max(axis=(1, 2)).min() > 0.01
+    wrong = np.asarray(whole)[rows, position - 2]
+    other = drafted(weights, last._replace(hidden=wrong), cache)
+    assert np.abs(other.probs - expected.probs).max(axis=(1, 2)).min() > 0.01
 
 
 @pytest.mark.parametrize("name", ["gemma-4-e4b", "gemma-4-31b"])
@@ -313,21 +329,20 @@ def test_drafts_of_hugging_face(name):
     target, tokens = target_of(name), np.load(TARGETS / name / "golden.npz")["tokens"]
     lengths = np.array([5, 80], np.int32)  # of golden_assistant/make_golden.py
     layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(2, 88))
-    graph, params = nnx.split((target, assistant_of(name)))
+    merge, weights = split_weights((target, assistant_of(name)))
 
     @jax.jit
-    def drafts(params, positions):
-        target, assistant = nnx.merge(graph, params)
-        hidden, caches = target.hidden(tokens, positions, target.init_caches(layouts), layouts)
+    def drafts(weights, positions):
+        target, assistant = merge(weights)
+        cache = target.init_cache(layouts)
+        hidden, cache = target.hidden(tokens, target.plan(positions, cache), cache)
         rows = np.arange(2)
-        last = tokens[rows, lengths], lengths, hidden[rows, lengths - 1]
-        return draft(
-            target, assistant, *last, caches, layouts, Greedy(), draft_tokens=golden.shape[1]
-        )[0]
+        last = LastTokens(tokens[rows, lengths], lengths, hidden[rows, lengths - 1])
+        return draft(target, assistant, last, cache, Greedy(), draft_tokens=golden.shape[1]).tokens
 
     index = np.arange(tokens.shape[1])
     positions = np.where(index < lengths[:, None], index, -1)
-    np.testing.assert_array_equal(drafts(params, positions), golden)
+    np.testing.assert_array_equal(drafts(weights, positions), golden)
 
 
 @everyday("1")
@@ -417,31 +432,32 @@ def drawn_from_chains(sampling, same_chain=False):
     """
     target, assistant = chain(0), chain(0 if same_chain else 1)
     decoder = SimpleNamespace(
-        embed_tokens=jnp.arange(VOCAB, dtype=jnp.float32)[:, None],
+        embed_tokens=lambda tokens: tokens[..., None].astype(jnp.float32),
         dtype=jnp.dtype(jnp.float32),
-        hidden=lambda tokens, positions, caches, layouts: (tokens[..., None], caches),
+        plan=lambda positions, cache, page_tables: None,
+        readable=lambda cache: None,
+        hidden=lambda tokens, step, cache: (tokens[..., None], cache),
         logits=lambda hidden: jnp.asarray(target)[hidden[..., 0]],
     )
 
-    reader = SimpleNamespace(
-        dtype=jnp.dtype(jnp.float32),
-        plan=lambda positions, layouts: None,
-        step=lambda embeddings, hidden, *of_caches: (
-            jnp.asarray(assistant)[embeddings[..., 0].astype(int)],
-            hidden,
-        ),
-    )
+    class Reader:
+        dtype = jnp.dtype(jnp.float32)
+
+        def plan(self, positions, cache, page_tables):
+            return None
+
+        def __call__(self, embeddings, hidden, step, readable):
+            return jnp.asarray(assistant)[embeddings[..., 0].astype(int)], hidden
+
     keys = jax.random.split(jax.random.key(5), DRAWN_SEQUENCES)
     rule = generation._rule(sampling, keys, DRAWN_SEQUENCES, VOCAB)
 
     @jax.jit
     def group(token, position, num_drafts, rule):
-        hidden = jnp.zeros((DRAWN_SEQUENCES, 1))
-        of_target = token, position, hidden, {}, {}
-        drafts, draft_probs = draft(decoder, reader, *of_target, rule, draft_tokens=K)
-        of_drafts = token, position, drafts, draft_probs, num_drafts
-        verified = verify(decoder, *of_drafts, {}, {}, rule)
-        return verified._replace(hidden=None), drafts
+        last = LastTokens(token, position, jnp.zeros((DRAWN_SEQUENCES, 1)))
+        drafts = draft(decoder, Reader(), last, (), rule, draft_tokens=K)
+        verified = verify(decoder, last, drafts.at_most(num_drafts), (), rule)
+        return verified._replace(hidden=None), drafts.tokens
 
     made = np.full((DRAWN_SEQUENCES, 3 + K), -1)
     token, position = np.zeros((2, DRAWN_SEQUENCES), np.int32)
@@ -553,15 +569,13 @@ def test_more_room_than_drafts():
     """Of three drafts all are read if there is room for five."""
     target = target_of("gemma-4-e4b")
     layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(2, 16))
-    token, position = jnp.array([3, 5]), jnp.zeros(2, jnp.int32)
+    last = LastTokens(jnp.array([3, 5]), jnp.zeros(2, jnp.int32))
     drafts = jnp.array([[1, 2, 3], [4, 5, 6]])
 
     @jax.jit
-    def verified(num_drafts):
-        caches = target.init_caches(layouts)
-        return verify(
-            target, token, position, drafts, None, num_drafts, caches, layouts, All(jnp.int32(9))
-        )
+    def verified(count):
+        cache = target.init_cache(layouts)
+        return verify(target, last, Drafts(drafts, None, count), cache, All(jnp.int32(9)))
 
     exact, more = (verified(jnp.full(2, room)) for room in (3, 5))
     assert exact.num_accepted.tolist() == [3, 3]
@@ -627,39 +641,35 @@ def test_statistics_need_an_assistant():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"token": np.zeros((2, 1), int)},
-            r"token is a ndarray of shape \(2, 1\) .* integer \[B\]",
-        ),
-        ({"position": np.zeros(3, int)}, r"position is .* shape \(3,\) .* accepted: integer \[2\]"),
-        ({"drafts": np.zeros((2, 9), int)}, r"drafts is .* \(2, 9\) .* integer \[2, 0 to 8\]"),
-        ({"drafts": np.zeros((2, 4))}, "drafts is .* dtype float64; accepted: integer"),
-        ({"num_drafts": 4}, "num_drafts is a int of shape .* accepted: integer"),
+        ({"token": np.zeros((2, 1), int)}, r"last.token .* \(2, 1\) .* integer \[B\]"),
+        ({"position": np.zeros(3, int)}, r"last.position .* \(3,\) .* integer \(2,\)"),
+        ({"tokens": np.zeros((2, 9), int)}, r"drafts.tokens .* \(2, 9\) .* \[2, 0 to 8\]"),
+        ({"tokens": np.zeros((2, 4))}, "drafts.tokens .* float64; accepted: integer"),
+        ({"count": 4}, "drafts.count is a int; accepted: integer"),
     ],
 )
 def test_groups_that_make_no_sense(changes, message):
-    arguments = {
-        "token": np.zeros(2, int),
-        "position": np.zeros(2, int),
-        "drafts": np.zeros((2, 4), int),
-        "draft_probs": None,
-        "num_drafts": np.zeros(2, int),
-    }
+    last = {"token": np.zeros(2, int), "position": np.zeros(2, int)}
+    drafts = {"tokens": np.zeros((2, 4), int), "probs": None, "count": np.zeros(2, int)}
+    last |= {key: changes[key] for key in changes if key in last}
+    drafts |= {key: changes[key] for key in changes if key in drafts}
+    target = target_of("gemma-4-e4b")
     with pytest.raises(ValueError, match=message):
-        verify(target_of("gemma-4-e4b"), **arguments | changes, caches={}, layouts={}, rule=None)
+        verify(target, LastTokens(**last), Drafts(**drafts), cache=None, rule=None)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"draft_tokens": 0}, "draft_tokens is 0; accepted: an integer from 1 to 8"),
-        ({"token": np.zeros(2)}, r"token is .* dtype float64; accepted: integer \[B\]"),
-        ({"position": np.zeros((2, 1), int)}, r"position is .* accepted: integer \[2\]"),
+        ({"draft_tokens": 0}, "draft_tokens is 0; accepted: .* 1 to 8"),
+        ({"token": np.zeros(2)}, r"last.token .* float64; accepted: integer \[B\]"),
+        ({"position": np.zeros((2, 1), int)}, r"last.position .* integer \(2,\)"),
+        ({"hidden": None}, "last.hidden is a NoneType"),
     ],
 )
 def test_drafts_that_make_no_sense(changes, message):
-    arguments = {"token": np.zeros(2, int), "position": np.zeros(2, int), "draft_tokens": K}
+    last = {"token": np.zeros(2, int), "position": np.zeros(2, int), "hidden": np.zeros((2, 48))}
+    draft_tokens = changes.pop("draft_tokens", K)
     models = target_of("gemma-4-e4b"), assistant_of("gemma-4-e4b")
-    of_target = {"hidden": np.zeros((2, 48)), "caches": {}, "layouts": {}, "rule": Greedy()}
     with pytest.raises(ValueError, match=message):
-        draft(*models, **arguments | of_target | changes)
+        draft(*models, LastTokens(**last | changes), None, Greedy(), draft_tokens=draft_tokens)

@@ -37,7 +37,8 @@ def generator():
 def step(tokens, positions, model=None):
     layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(1, 64))
     model = decoder() if model is None else model
-    return model(tokens, positions, model.init_caches(layouts), layouts)[0]
+    cache = model.init_cache(layouts)
+    return model(tokens, model.plan(positions, cache), cache)[0]
 
 
 @pytest.mark.parametrize("call", [lambda p: generator()(p, 4, sampling=UNREADABLE), "score"])

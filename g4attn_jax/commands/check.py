@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from g4attn_jax.commands.progress import Progress
-from g4attn_jax.ops.implementation import triton_refusal
+from g4attn_jax.ops.gpu import gpu_refusal
 from g4attn_jax.testing import oracle
 from g4attn_jax.testing.case import Case
 from g4attn_jax.testing.cases import all_cases
@@ -90,7 +90,7 @@ def check(whole_sweep: bool = False) -> int:
     Returns:
         The number of failed cases.
     """
-    kernel = "triton_interpret" if triton_refusal() else "triton"
+    kernel = "triton_interpret" if gpu_refusal() else "triton"
     device = jax.devices()[0]
     print(f"bfloat16 on {device.device_kind} ({device.platform}), JAX {jax.__version__}")
     print(

@@ -1,19 +1,25 @@
-"""Argument checks that the ops and the module share."""
+"""Argument checks that several ops share, see also `g4attn_jax.checks`."""
 
-import math
 from collections.abc import Mapping
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache, KVCache
+from g4attn_jax.cache import FLOAT8, Cache, array_names
+from g4attn_jax.checks import (
+    MAX_INT32,
+    check_array,
+    check_choice,
+    check_integer,
+    check_number,
+    check_type,
+    known_values,
+)
 from g4attn_jax.config import ProjectionMode
 from g4attn_jax.layout import UNPLACED, SegmentIds, check_page_table
 from g4attn_jax.page_allocator import check_page_size
-
-_DTYPES = ("bfloat16", "float16", "float32")
-_MAX_INT32 = np.iinfo(np.int32).max
 
 
 def check_buffer(name: str, buffer: jax.Array, *, dims: str) -> None:
@@ -22,12 +28,7 @@ def check_buffer(name: str, buffer: jax.Array, *, dims: str) -> None:
     Raises:
         ValueError: naming the argument, what was given and what is accepted.
     """
-    needed = len(dims.split(", "))
-    if jnp.ndim(buffer) < needed:
-        raise ValueError(f"{name} has shape {jnp.shape(buffer)}; accepted: [..., {dims}]")
-    check_dtype(name, getattr(buffer, "dtype", None))
-    if 0 in buffer.shape[-needed:]:
-        raise ValueError(f"{name} has shape {buffer.shape}; none of {dims} may be 0")
+    check_array(name, buffer, (..., *dims.split(", ")))
 
 
 def check_packed(qkv: jax.Array, mode: ProjectionMode) -> None:
@@ -36,8 +37,7 @@ def check_packed(qkv: jax.Array, mode: ProjectionMode) -> None:
     Raises:
         ValueError: naming the argument, what was given and what is accepted.
     """
-    if not isinstance(mode, ProjectionMode):
-        raise ValueError(f"mode is {mode!r}; accepted: {', '.join(map(str, ProjectionMode))}")
+    check_choice("mode", mode, ProjectionMode)
     check_buffer("qkv", qkv, dims="Nkv, G + P, D")
     rows, kv_rows = qkv.shape[-2], mode.num_kv_projections
     if rows <= kv_rows:
@@ -74,13 +74,11 @@ def check_cache(
     Raises:
         ValueError: naming the array, what was given and what is accepted.
     """
-    if not isinstance(cache, Cache):
-        raise ValueError(f"cache is a {type(cache).__name__}; accepted: KVCache or CompactKVCache")
-    widths = {"k": head_dim, "v": head_dim}
-    if isinstance(cache, CompactKVCache):
-        if mode is ProjectionMode.QKV_FULL:
-            raise ValueError("cache is a CompactKVCache; QKV_FULL accepts KVCache")
-        widths = {"v": head_dim, "k_rot": rotary_dim}
+    check_type("cache", cache, *get_args(Cache))
+    if mode not in cache.modes:
+        forms = ", ".join(form.__name__ for form in get_args(Cache) if mode in form.modes)
+        raise ValueError(f"cache is a {type(cache).__name__}; {mode.name} layers accept {forms}")
+    widths = cache.array_widths(head_dim, rotary_dim)
     for name, width in widths.items():
         shape = getattr(getattr(cache, name), "shape", ())
         if len(shape) == 4 and shape[2:] != (num_kv_heads, width):
@@ -98,7 +96,7 @@ def check_cache_arrays(cache: Cache, *, dtype: jax.typing.DTypeLike) -> None:
         ValueError: naming the array, what was given and what is accepted.
     """
     accepted = jnp.dtype(dtype) if cache.scale is None else FLOAT8
-    names = cache._fields[:2]
+    names = array_names(cache)
     for name in names:
         array = getattr(cache, name)
         if getattr(array, "dtype", None) != accepted:
@@ -117,12 +115,7 @@ def check_cache_arrays(cache: Cache, *, dtype: jax.typing.DTypeLike) -> None:
         raise ValueError(
             f"the arrays of cache have [num_pages, page_size, Nkv] {heads}; accepted: one"
         )
-    scale = cache.scale
-    if scale is not None and (jnp.shape(scale) != (2,) or jnp.result_type(scale) != "float32"):
-        raise ValueError(
-            f"cache.scale has shape {jnp.shape(scale)} and dtype {jnp.result_type(scale)}; "
-            "accepted: float32 [2], of K and of V"
-        )
+    check_array("cache.scale", cache.scale, (2,), jnp.float32, none=True)
 
 
 def check_attention(
@@ -146,7 +139,7 @@ def check_attention(
     """
     check_buffer("q", q, dims="B, T, Nq, width")
     _check_query(q, cache, max_tokens)
-    check_count("sliding_window", sliding_window)
+    check_integer("sliding_window", sliding_window, most=MAX_INT32, none=True)
     check_number("scale", scale)
     _check_addresses(q, cache, page_table, positions, sliding_window)
 
@@ -159,26 +152,17 @@ def check_segment_ids(
     Raises:
         ValueError: naming the argument, what was given and what is accepted.
     """
-    if not isinstance(segment_ids, SegmentIds):
-        raise ValueError(
-            f"segment_ids is a {type(segment_ids).__name__}; accepted: SegmentIds, or None"
-        )
+    check_type("segment_ids", segment_ids, SegmentIds, none=True)
     columns = 1 if page_table is None else page_table.shape[1]
-    shapes = {"query": q.shape[:2], "key": (q.shape[0], columns * cache.v.shape[1])}
-    for name, wanted in shapes.items():
-        array = getattr(segment_ids, name)
-        shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
-        if shape != wanted or dtype != "int32":
-            raise ValueError(
-                f"segment_ids.{name} has shape {shape} and dtype {dtype}; accepted: int32 {wanted}"
-            )
+    check_array("segment_ids.query", segment_ids.query, q.shape[:2], jnp.int32)
+    keys = q.shape[0], columns * cache.v.shape[1]
+    check_array("segment_ids.key", segment_ids.key, keys, jnp.int32)
 
 
 def _check_query(q, cache, max_tokens):
-    if not isinstance(cache, Cache):
-        raise ValueError(f"cache is a {type(cache).__name__}; accepted: KVCache or CompactKVCache")
+    check_type("cache", cache, *get_args(Cache))
     check_cache_arrays(cache, dtype=q.dtype)
-    num_kv_heads = cache.v.shape[2]
+    num_kv_heads, head_dim = cache.v.shape[2:]
     too_many = max_tokens is not None and q.ndim == 4 and q.shape[1] > max_tokens
     if q.ndim != 4 or too_many or q.shape[2] % num_kv_heads:
         tokens = "T of 1 or more" if max_tokens is None else f"T from 1 to {max_tokens}"
@@ -186,11 +170,13 @@ def _check_query(q, cache, max_tokens):
             f"q has shape {q.shape}; accepted: [B, T, Nq, width] with {tokens} and Nq a multiple "
             f"of {num_kv_heads}, the cache's KV heads"
         )
-    if isinstance(cache, KVCache) and cache.k.shape != cache.v.shape:
-        raise ValueError(
-            f"cache.k has shape {cache.k.shape}; accepted: that of cache.v, {cache.v.shape}"
-        )
-    width = sum(part.array.shape[-1] for part in cache.key_parts)
+    for name, width in cache.array_widths(head_dim, cache.written[0].shape[-1]).items():
+        shape = getattr(cache, name).shape
+        if shape[-1] != width:
+            raise ValueError(
+                f"cache.{name} has shape {shape}; accepted: that of cache.v, {cache.v.shape}"
+            )
+    width = sum(part.width for part in cache.key_parts)
     if q.shape[3] != width:
         raise ValueError(
             f"q has {q.shape[3]} numbers a head; with this {type(cache).__name__} accepted: "
@@ -201,11 +187,7 @@ def _check_query(q, cache, max_tokens):
 def _check_addresses(q, cache, page_table, positions, sliding_window):
     batch, tokens = q.shape[:2]
     num_pages, page_size = cache.v.shape[:2]
-    shape, dtype = getattr(positions, "shape", None), getattr(positions, "dtype", None)
-    if shape != (batch, tokens) or dtype != "int32":
-        raise ValueError(
-            f"positions has shape {shape} and dtype {dtype}; accepted: int32 ({batch}, {tokens})"
-        )
+    check_array("positions", positions, (batch, tokens), jnp.int32)
     columns = 1
     if page_table is None:
         if num_pages != batch:
@@ -214,17 +196,13 @@ def _check_addresses(q, cache, page_table, positions, sliding_window):
                 f"page table: {batch} pages, one a sequence"
             )
     else:
-        shape, dtype = getattr(page_table, "shape", ()), getattr(page_table, "dtype", None)
-        if len(shape) != 2 or shape[0] != batch or 0 in shape or dtype != "int32":
-            raise ValueError(
-                f"page_table has shape {shape} and dtype {dtype}; accepted: int32 [{batch}, pages]"
-            )
-        columns = shape[1]
+        check_array("page_table", page_table, (batch, "pages"), jnp.int32)
+        columns = page_table.shape[1]
         check_page_size(page_size)
         check_page_table(page_table, num_pages)
-    if isinstance(positions, jax.core.Tracer):
+    known, capacity = known_values(positions), columns * page_size
+    if known is None:
         return
-    known, capacity = np.asarray(positions), columns * page_size
     lowest, highest = int(known.min(initial=-1)), int(known.max(initial=-1))
     # A ring holds what any of the tokens sees.
     is_ring = sliding_window is not None and capacity >= sliding_window + tokens - 1
@@ -263,18 +241,11 @@ def check_grouped_matmul(
         raise ValueError(f"w has shape {w.shape}; accepted: [{dims}] with K = {x.shape[1]}")
     if w.dtype != x.dtype:
         raise ValueError(f"w has dtype {w.dtype}; accepted: that of x, {x.dtype}")
-    for name, array, size in (("group_sizes", group_sizes, w.shape[0]), ("rows", rows, None)):
-        if array is None and name == "rows":
-            continue
-        shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
-        if shape is None or len(shape) != 1 or dtype != "int32" or size not in (None, shape[0]):
-            accepted = "[M]" if size is None else f"({size},)"
-            raise ValueError(
-                f"{name} has shape {shape} and dtype {dtype}; accepted: int32 {accepted}"
-            )
-    count = x.shape[0] if rows is None else rows.shape[0]
-    if not isinstance(group_sizes, jax.core.Tracer) and isinstance(count, int):
-        known = np.asarray(group_sizes, np.int64)
+    check_array("group_sizes", group_sizes, w.shape[:1], jnp.int32)
+    check_array("rows", rows, ("M",), jnp.int32, none=True, empty=True)
+    count, known = x.shape[0] if rows is None else rows.shape[0], known_values(group_sizes)
+    if known is not None and isinstance(count, int):
+        known = known.astype(np.int64)
         if known.min() < 0 or known.sum() > count:
             raise ValueError(
                 f"group_sizes has {known.min()} as its least and sums to {known.sum()}; accepted: "
@@ -289,11 +260,7 @@ def check_scales(scales: Mapping[str, jax.Array | None], *, head_dim: int) -> No
         ValueError: naming the argument, what was given and what is accepted.
     """
     for name, scale in scales.items():
-        if scale is None:
-            continue
-        if jnp.shape(scale) != (head_dim,):
-            raise ValueError(f"{name} has shape {jnp.shape(scale)}; accepted: ({head_dim},)")
-        check_dtype(name, getattr(scale, "dtype", None))
+        check_array(name, scale, (head_dim,), none=True)
 
 
 def check_eps(eps: float, scale_offset: float) -> None:
@@ -302,39 +269,5 @@ def check_eps(eps: float, scale_offset: float) -> None:
     Raises:
         ValueError: naming the argument, what was given and what is accepted.
     """
-    check_number("eps", eps)
+    check_number("eps", eps, least=0)
     check_number("scale_offset", scale_offset)
-    if eps < 0:
-        raise ValueError(f"eps is {eps!r}; accepted: 0 or more")
-
-
-def check_count(name: str, value: int | None, most: int = _MAX_INT32) -> None:
-    """Refuses what is neither None nor an integer from 1 to `most`.
-
-    Raises:
-        ValueError: naming the argument, what was given and what is accepted.
-    """
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    if value is not None and (not is_int or not 1 <= value <= most):
-        raise ValueError(f"{name} is {value!r}; accepted: None or an integer from 1 to {most}")
-
-
-def check_number(name: str, value: float) -> None:
-    """Refuses what is not a finite Python number.
-
-    Raises:
-        ValueError: naming the argument, what was given and what is accepted.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; accepted: a finite Python number")
-
-
-def check_dtype(name: str, dtype: jax.typing.DTypeLike | None) -> None:
-    """Refuses a dtype the kernel does not take.
-
-    Raises:
-        ValueError: naming the argument, what was given and what is accepted.
-    """
-    if dtype is None or jnp.dtype(dtype).name not in _DTYPES:
-        raise ValueError(f"{name} has dtype {dtype}; accepted: {', '.join(_DTYPES)}")

@@ -1,5 +1,6 @@
-"""The GPUs that a program is compiled for, and what launches depend on of them."""
+"""GPUs that a program is compiled for, and the sizes of them that launches depend on."""
 
+import re
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,9 @@ _DESCRIBED = {
     **dict.fromkeys(("B200", "GB200"), (10.0, 227)),
     **dict.fromkeys(("B300", "GB300"), (10.3, 227)),
 }
+# Triton's bf16 instructions start with Ampere, its float8 conversions with Ada.
+MIN_COMPUTE_CAPABILITY = 8.0
+MIN_COMPUTE_CAPABILITY_FLOAT8 = 8.9
 # The least that kernels run on, and the least memory.
 _UNKNOWN_NAME = (8.0, 99)
 # Without a GPU launches are chosen too, for the interpreter.
@@ -56,9 +60,27 @@ def targets() -> list[tuple[str, Gpu]]:
 
 
 def gpu() -> Gpu:
-    """What all of `targets` have, or where there is none a GPU of little shared memory."""
+    """Sizes that all of `targets` have, or where there is none those of a small GPU."""
     gpus = [gpu for _, gpu in targets()] or [_NO_GPU]
     return Gpu(*map(min, zip(*gpus, strict=True)))
+
+
+def gpu_refusal(
+    min_compute_capability: float = MIN_COMPUTE_CAPABILITY, *, none_is_refused: bool = True
+) -> str | None:
+    """Reason for which kernels cannot run on (or be compiled for) all of `targets`, or None.
+
+    Args:
+        min_compute_capability: that the kernels need.
+        none_is_refused: whether it is a reason that there is no GPU.
+    """
+    gpus = targets()
+    if not gpus and none_is_refused:
+        return f"this process has none (devices: {', '.join(d.device_kind for d in jax.devices())})"
+    for name, gpu in gpus:
+        if gpu.compute_capability < min_compute_capability:
+            return f"{name} has {gpu.compute_capability}"
+    return None
 
 
 def _devices():
@@ -75,6 +97,7 @@ def _sizes(device):
 
 
 def _from_name(name, num_sms):
-    known = [_DESCRIBED[word] for word in name.split() if word in _DESCRIBED]
+    words = re.split(r"[\s-]+", name)
+    known = [_DESCRIBED[word] for word in words if word in _DESCRIBED]
     compute_capability, kib = known[0] if known else _UNKNOWN_NAME
     return Gpu(compute_capability, num_sms, kib * 1024)

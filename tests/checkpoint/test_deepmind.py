@@ -63,7 +63,8 @@ def test_logits_are_deepminds(name, form):
     assert sum(report.skipped.values()) == 2 * shared
     layouts = dict.fromkeys(model.config.layer_types, Contiguous(*tokens.shape))
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    logits, _ = model(tokens, positions, model.init_caches(layouts), layouts)
+    cache = model.init_cache(layouts)
+    logits, _ = model(tokens, model.plan(positions, cache), cache)
     np.testing.assert_allclose(logits, expected, atol=2e-4)
 
 

@@ -100,15 +100,15 @@ def test_the_rest_by_its_formula():
     x = np.random.default_rng(0).normal(size=model.config.hidden_size).astype(np.float32)
     for i, row in enumerate(("gate", "up")):
         expected = tensors[f"{at}mlp.{row}_proj.weight"].astype(np.float32) @ x
-        given = x @ layer["mlp.gate_up_proj"][:, i].astype(np.float32)
+        given = x @ layer["mlp.gate_up_proj.weight"][:, i].astype(np.float32)
         np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
     expert = 5
     gate_up = tensors[f"{at}experts.gate_up_proj"][expert].astype(np.float32) @ x
-    given = np.einsum("e,ecf->cf", x, layer["moe.gate_up_proj"][expert].astype(np.float32))
+    given = np.einsum("e,ecf->cf", x, layer["moe.gate_up_proj.weight"][expert].astype(np.float32))
     np.testing.assert_allclose(given.ravel(), gate_up, rtol=1e-5, atol=1e-5)
     half = gate_up[: len(gate_up) // 2]
     down = tensors[f"{at}experts.down_proj"][expert].astype(np.float32) @ half
-    given = half @ layer["moe.down_proj"][expert].astype(np.float32)
+    given = half @ layer["moe.down_proj.weight"][expert].astype(np.float32)
     np.testing.assert_allclose(given, down, rtol=1e-5, atol=1e-5)
 
 
@@ -188,7 +188,7 @@ def test_a_real_model_is_left_as_it_is():
     zeros = jax.tree.map(jnp.zeros_like, nnx.state(model))
     nnx.update(model, zeros)
     loaded, _ = load_hf_into(FIXTURES / "gemma-4-e4b", model)
-    assert not values(model)["embed_tokens"].any()
+    assert not values(model)["embed_tokens.weight"].any()
     for path, value in values(loaded).items():
         np.testing.assert_array_equal(value, before[path])
     assert not any(variable[...].committed for variable in parameters(loaded).values())

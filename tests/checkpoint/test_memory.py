@@ -74,7 +74,7 @@ folder = FIXTURES / "gemma-4-e4b"
 model = abstract(read_config(folder))
 mesh = jax.make_mesh((2,), ("model",))
 for path, variable in parameters(model).items():
-    axes = (None, "model") if path.endswith("qkv_proj") else ()
+    axes = (None, "model") if path.endswith("qkv_proj.weight") else ()
     variable.set_value(jax.ShapeDtypeStruct(
         variable.shape, variable.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes))
     ))
@@ -83,7 +83,7 @@ for path, variable in parameters(model).items():
     value = variable[...]
     assert len(value.devices()) == 2, path
     parts = value.addressable_shards
-    if path.endswith("qkv_proj"):
+    if path.endswith("qkv_proj.weight"):
         assert parts[0].data.shape[1] * 2 == value.shape[1], path
     else:
         assert parts[0].data.shape == value.shape, path

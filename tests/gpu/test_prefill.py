@@ -111,7 +111,7 @@ def test_cudnn_for_prompts_from_position_0(name, window):
     positions, poison, by_cudnn = CHOICES[name]
     positions = jnp.asarray(positions)
     q, cache, _ = arguments(2, TOKENS, CAPACITY, 4, 2, 256)
-    assert cudnn.takes(q, cache, None, sliding_window=window, scale=1.0)
+    assert cudnn.refusal(q, cache, None, sliding_window=window, scale=1.0) is None
     if poison is not None:
         length = (positions >= 0).sum(axis=1)[:, None]
         held = jnp.arange(CAPACITY) < length + poison
@@ -145,7 +145,8 @@ def test_cudnn_for_prompts_from_position_0(name, window):
 )
 def test_the_kernel_for_what_cudnn_does_not_take(sizes, options):
     q, cache, table = arguments(*sizes, **options)
-    assert not cudnn.takes(q, cache, table, sliding_window=None, scale=1.0)
+    refusal = cudnn.refusal(q, cache, table, sliding_window=None, scale=1.0)
+    assert refusal is not None or not cudnn.is_faster(q)
     positions = jnp.arange(sizes[1], dtype=jnp.int32)[None]
     positions = jnp.where(positions < sizes[2], positions, -1)
     assert kernels_of(ops.prefill_attention, q, cache, table, positions) == {"prefill_attention"}

@@ -12,10 +12,11 @@ from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS, triton
 from g4attn_jax.ops.decode_attention.cases import CASES, NOT_FINITE, DecodeAttentionCase
 from g4attn_jax.ops.decode_attention.triton import choose_launch
-from g4attn_jax.ops.flash_attention.launch import LEAST, HeadSizes, Launch, launch_refusal
-from g4attn_jax.ops.flash_attention.tiles import Shape, slots
+from g4attn_jax.ops.flash_attention.launch import LEAST, AttentionLaunch, HeadSizes, launch_refusal
+from g4attn_jax.ops.flash_attention.operands import AttentionShape
+from g4attn_jax.ops.flash_attention.triton_rows import slots
 from g4attn_jax.ops.gpu import Gpu
-from g4attn_jax.ops.matmul_tiles.triton import pad
+from g4attn_jax.ops.padding import pad
 from g4attn_jax.ops.prefill_attention.triton import choose_launch as choose_prefill_launch
 from g4attn_jax.testing.case import tagged
 from g4attn_jax.testing.oracle import cached_attention as formula
@@ -207,7 +208,7 @@ def test_the_last_positions_of_int32(num_splits, sizes, implementation):
 @pytest.mark.parametrize("page", [None, 1])
 def test_no_slot_is_outside_the_cache(page, page_size):
     """Of positions past the largest of int32 too, which a tile may have and no token sees."""
-    sizes = Shape(
+    sizes = AttentionShape(
         tokens=1,
         num_kv_heads=1,
         group=1,
@@ -229,11 +230,11 @@ def test_no_slot_is_outside_the_cache(page, page_size):
 @pytest.mark.parametrize(
     "launch",
     [
-        Launch(16, 16, 3, 2, num_warps=4, num_stages=2),
-        Launch(64, 32, 2, 2, num_warps=4, num_stages=3),
-        Launch(64, 64, 1, 1, num_warps=8, num_stages=2),
-        Launch(64, 16, 8, 1, num_warps=8, num_stages=2),  # more splits than tiles
-        Launch(16, 64, 2, 1, num_warps=4, num_stages=3),
+        AttentionLaunch(16, 16, 3, 2, num_warps=4, num_stages=2),
+        AttentionLaunch(64, 32, 2, 2, num_warps=4, num_stages=3),
+        AttentionLaunch(64, 64, 1, 1, num_warps=8, num_stages=2),
+        AttentionLaunch(64, 16, 8, 1, num_warps=8, num_stages=2),  # more splits than tiles
+        AttentionLaunch(16, 64, 2, 1, num_warps=4, num_stages=3),
     ],
 )
 @pytest.mark.parametrize("sizes", [{"pages": 5}, {"capacity": 80}, {"capacity": 48}], ids=str)

@@ -4,7 +4,6 @@ import functools
 from types import SimpleNamespace
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from tests.ops.test_decode_attention import case
 if jax.__version_info__ < (0, 11):
     pytest.skip("Mosaic GPU of JAX 0.10 has other names", allow_module_level=True)
 
-from g4attn_jax.ops.decode_attention import mosaic, mosaic_kernel
+from g4attn_jax.ops.decode_attention import mosaic, mosaic_kernel, mosaic_limits
 from tests.everyday import everyday
 
 pytestmark = pytest.mark.filterwarnings(
@@ -35,7 +34,7 @@ in_the_interpreter = pytest.mark.parametrize("where", ["interpreter"])
 
 
 @pytest.fixture
-def attend(where, monkeypatch):
+def attend(where):
     """`decode_attention` by the kernel: (q, cache, page_table, positions, num_splits)."""
     if where == "gpu":
         if jax.devices("cuda")[0].compute_capability != "9.0":
@@ -43,12 +42,10 @@ def attend(where, monkeypatch):
         return functools.partial(ops.decode_attention, implementation="mosaic_gpu")
 
     def interpreted(*arguments, num_splits=None, scale=1.0):
-        assert mosaic.refusal(*arguments[:3], None) is None
-        return mosaic.decode_attention(
-            *arguments, sliding_window=None, scale=scale, num_splits=num_splits, interpret=True
+        return ops.decode_attention(
+            *arguments, scale=scale, num_splits=num_splits, implementation="mosaic_gpu_interpret"
         )
 
-    monkeypatch.setattr(mosaic, "gpu", lambda: H200)
     return interpreted
 
 
@@ -166,7 +163,6 @@ def test_warpgroups_wait_for_each_other(compact, tokens, monkeypatch):
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     arguments = step([650], tokens, compact=compact, capacity=704)
-    monkeypatch.setattr(mosaic, "gpu", lambda: H200)
     interpreter = functools.partial(mosaic.mg.InterpretGPUParams, detect_races=True)
     monkeypatch.setattr(mosaic.mg, "InterpretGPUParams", interpreter)
     o = mosaic.decode_attention(
@@ -202,8 +198,9 @@ def verify_step(dtype=jnp.bfloat16, form=KVCache, tokens=6, group=8, head_dim=51
 
 
 def refusal(monkeypatch, compute_capability=9.0, window=None, **sizes):
-    monkeypatch.setattr(mosaic, "gpu", lambda: H200._replace(compute_capability=compute_capability))
-    return mosaic.refusal(*verify_step(**sizes)[:3], window)
+    gpu = H200._replace(compute_capability=compute_capability)
+    monkeypatch.setattr(mosaic_limits, "gpu", lambda: gpu)
+    return mosaic_limits.refusal(*verify_step(**sizes), sliding_window=window, interpret=False)
 
 
 @pytest.mark.parametrize(
@@ -253,17 +250,9 @@ def test_refuses(change, message, monkeypatch):
     assert message in refusal(monkeypatch, **change)
 
 
-def test_symbolic_sizes_are_refused(monkeypatch):
-    monkeypatch.setattr(mosaic, "gpu", lambda: H200)
-    (batch,) = jax.export.symbolic_shape("b")
-    q, cache, table, _ = verify_step()
-    q = struct((batch, *q.shape[1:]), q.dtype)
-    assert "sizes are symbolic" in mosaic.refusal(q, cache, table, None)
-
-
 def test_a_demand_is_refused_by_name():
     arguments = step([20], tokens=1, pages=1)
-    with pytest.raises(NotImplementedError, match="implementation 'mosaic_gpu' does not do this"):
+    with pytest.raises(NotImplementedError, match="implementation 'mosaic_gpu' does not run"):
         ops.decode_attention(*arguments, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match=r"accepted: None, .*'mosaic_gpu'"):
         ops.decode_attention(*arguments, implementation="mosaic")

@@ -8,8 +8,7 @@ import pytest
 
 from g4attn_jax import ProjectionMode, ops
 from g4attn_jax.ops import gpu as gpus
-from g4attn_jax.ops.gpu import Gpu, gpu, targets
-from g4attn_jax.ops.implementation import triton_refusal
+from g4attn_jax.ops.gpu import Gpu, gpu, gpu_refusal, targets
 
 
 def device(kind, compute_capability, core_count, kib):
@@ -40,17 +39,17 @@ def present(monkeypatch):
 
 def test_of_the_process_what_all_have(present):
     assert gpu() == Gpu(6.1, 20, 48 * 1024)
-    assert triton_refusal() == "Tesla P4 has 6.1"
+    assert gpu_refusal() == "Tesla P4 has 6.1"
 
 
 def test_under_a_mesh_of_present_devices_what_they_are(present):
     """Not what their names say: the table has no RTX 4090."""
     with mesh_of("NVIDIA GeForce RTX 4090", 128):
         assert gpu() == RTX_4090
-        assert triton_refusal(8.9) is None
-        assert triton_refusal(9.0) == "NVIDIA GeForce RTX 4090 has 8.9"
+        assert gpu_refusal(8.9) is None
+        assert gpu_refusal(9.0) == "NVIDIA GeForce RTX 4090 has 8.9"
     with mesh_of("Tesla P4", 20):
-        assert triton_refusal() == "Tesla P4 has 6.1"
+        assert gpu_refusal() == "Tesla P4 has 6.1"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +58,8 @@ def test_under_a_mesh_of_present_devices_what_they_are(present):
         ("NVIDIA L40S", Gpu(8.9, 142, 99 * 1024)),
         ("NVIDIA H100 80GB HBM3", Gpu(9.0, 142, 227 * 1024)),
         ("Tesla T4", Gpu(7.5, 142, 64 * 1024)),
+        ("NVIDIA A100-SXM4-40GB", Gpu(8.0, 142, 163 * 1024)),
+        ("Tesla V100-SXM2-16GB", Gpu(7.0, 142, 96 * 1024)),
         ("NVIDIA of another year", Gpu(8.0, 142, 99 * 1024)),
     ],
 )

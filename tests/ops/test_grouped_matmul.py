@@ -15,7 +15,11 @@ from g4attn_jax.ops.gpu import Gpu
 from g4attn_jax.ops.grouped_gated_matmul import cases as gated
 from g4attn_jax.ops.grouped_matmul import cases as plain
 from g4attn_jax.ops.grouped_matmul import triton
-from g4attn_jax.ops.grouped_matmul.triton import Launch, Sizes, choose_launch
+from g4attn_jax.ops.grouped_matmul.triton import (
+    GroupedMatmulLaunch,
+    GroupedMatmulSizes,
+    choose_launch,
+)
 from g4attn_jax.testing import oracle
 from g4attn_jax.testing.case import tagged
 from tests.everyday import everyday, everyday_cases
@@ -119,10 +123,10 @@ def test_nan_does_not_leave_its_group(implementation):
 @pytest.mark.parametrize(
     "launch",
     [
-        Launch(16, 16, 16, num_warps=4, num_stages=2),
-        Launch(32, 64, 32, num_warps=4, num_stages=4),
-        Launch(64, 32, 128, num_warps=8, num_stages=3),
-        Launch(128, 128, 64, num_warps=8, num_stages=2),
+        GroupedMatmulLaunch(16, 16, 16, num_warps=4, num_stages=2),
+        GroupedMatmulLaunch(32, 64, 32, num_warps=4, num_stages=4),
+        GroupedMatmulLaunch(64, 32, 128, num_warps=8, num_stages=3),
+        GroupedMatmulLaunch(128, 128, 64, num_warps=8, num_stages=2),
     ],
 )
 def test_any_launch(launch, implementation):
@@ -216,7 +220,7 @@ def test_gradients_are_the_formulas(implementation):
 )
 def test_there_are_programs_for_all_tiles(sizes, rest, block_rows):
     needed = sum(-(-size // block_rows) for size in [*sizes, rest])
-    shape = Sizes(sum(sizes) + rest, len(sizes), 1, 1, 1, 2)
+    shape = GroupedMatmulSizes(sum(sizes) + rest, len(sizes), 1, 1, 1, 2)
     assert needed <= shape.tiles(block_rows) <= shape.rows
 
 
@@ -233,7 +237,7 @@ def test_launches_are_ones_that_fit(gpu):
     for rows, groups, depth, parts, columns, itemsize in itertools.product(
         (1, 8, 256, 4096, 65536), (1, 8, 128), (1, 704, 2816), (1, 2), (1, 704, 2816), (2, 4)
     ):
-        sizes = Sizes(rows, groups, depth, parts, columns, itemsize)
+        sizes = GroupedMatmulSizes(rows, groups, depth, parts, columns, itemsize)
         launch = choose_launch(gpu, sizes)
         assert sizes.fits(gpu, launch)
         assert all(n >= 16 and n & (n - 1) == 0 for n in launch[:3])
@@ -245,7 +249,10 @@ def test_enough_is_on_its_way():
     Many rows are tiles for the tensor cores.
     """
     gpu = GPUS[0]
-    for sizes in (Sizes(8, 128, 2816, 2, 704, 2), Sizes(8, 128, 704, 1, 2816, 2)):
+    for sizes in (
+        GroupedMatmulSizes(8, 128, 2816, 2, 704, 2),
+        GroupedMatmulSizes(8, 128, 704, 1, 2816, 2),
+    ):
         launch = choose_launch(gpu, sizes)
         assert launch.block_rows == 16
         assert launch.block_columns >= 64
@@ -253,7 +260,10 @@ def test_enough_is_on_its_way():
         programs = 8 * -(-sizes.columns // launch.block_columns)
         assert programs * (launch.num_stages - 1) * tile >= 40 * 1024 * gpu.num_sms
     for tokens, rows in ((128, 16), (512, 64), (8192, 128)):
-        assert choose_launch(gpu, Sizes(8 * tokens, 128, 704, 1, 2816, 2)).block_rows == rows
+        assert (
+            choose_launch(gpu, GroupedMatmulSizes(8 * tokens, 128, 704, 1, 2816, 2)).block_rows
+            == rows
+        )
 
 
 class TestBadInput:

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from g4attn_jax.checks import check_array
 from g4attn_jax.ops import checks
-from g4attn_jax.ops.add_rms_norm import reference, triton
-from g4attn_jax.ops.implementation import Implementation, differentiable_op
+from g4attn_jax.ops.add_rms_norm import reference
+from g4attn_jax.ops.op import Implementation, Kernel, Op
 
-_op = differentiable_op(kernel=triton.add_rms_norm, reference=reference.add_rms_norm)
+_op = Op(
+    "add_rms_norm",
+    reference=reference.add_rms_norm,
+    kernels=[Kernel("triton", "g4attn_jax.ops.add_rms_norm.triton:add_rms_norm")],
+)
 
 
 def add_rms_norm(
@@ -57,12 +61,7 @@ def add_rms_norm(
     scales = {f"next_scales[{i}]": next_scale for i, next_scale in enumerate(next_scales)}
     scales["scale"] = scale
     for name, given in scales.items():
-        if given is None:
-            raise ValueError(f"{name} is None; accepted: an array of shape ({x.shape[-1]},)")
-    checks.check_scales(scales, head_dim=x.shape[-1])
-    if factor is not None:
-        if jnp.shape(factor) != ():
-            raise ValueError(f"factor has shape {jnp.shape(factor)}; accepted: ()")
-        checks.check_dtype("factor", getattr(factor, "dtype", None))
+        check_array(name, given, x.shape[-1:])
+    check_array("factor", factor, (), none=True)
     checks.check_eps(eps, 0.0)
     return _op(x, y, scale, tuple(next_scales), factor, eps=eps, implementation=implementation)

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from g4attn_jax.ops.head_norm.triton import WARP_LOAD_BYTES, iota, load
+from g4attn_jax.ops.triton_tiles import WARP_LOAD_BYTES, iota, load
 
 _NUM_WARPS = 8
 

@@ -1,52 +1,37 @@
 """Attention of a few new tokens per sequence over a cache of any form and layout."""
 
-from typing import Literal
-
-import jax
 from jaxtyping import Array, Float, Int
 
 from g4attn_jax.cache import Cache
+from g4attn_jax.checks import check_integer
 from g4attn_jax.ops import checks
-from g4attn_jax.ops.decode_attention import reference, triton
-from g4attn_jax.ops.flash_attention.launch import launch_refusal
-from g4attn_jax.ops.implementation import (
-    Implementation,
-    check_implementation,
-    differentiable_op,
-    for_cache,
-    triton_refusal,
-)
+from g4attn_jax.ops.decode_attention import mosaic_limits, reference
+from g4attn_jax.ops.decode_attention.splits import MAX_SPLITS
+from g4attn_jax.ops.flash_attention.launch import triton_refusal
+from g4attn_jax.ops.op import Implementation, Kernel, Op
 
 # Up to this many tokens a sequence a step decodes (16 is the most that speculative decoding
 # verifies at once) and is bound by reading the cache; above, it is a prefill, bound by arithmetic.
 MAX_DECODE_TOKENS = 16
 
-_op = differentiable_op(kernel=triton.decode_attention, reference=reference.decode_attention)
-
-
-def _of_several_tokens(*arguments, **static):
-    from g4attn_jax.ops.decode_attention import mosaic
-
-    return mosaic.decode_attention(*arguments, **static)
-
-
-_op_of_several_tokens = differentiable_op(
-    kernel=_of_several_tokens, reference=reference.decode_attention
+_op = Op(
+    "decode_attention",
+    reference=reference.decode_attention,
+    kernels=[
+        Kernel(
+            "mosaic_gpu",
+            "g4attn_jax.ops.decode_attention.mosaic:decode_attention",
+            refusal=mosaic_limits.refusal,
+            min_compute_capability=9.0,
+            min_jax=(0, 11),  # names of Mosaic GPU
+        ),
+        Kernel(
+            "triton",
+            "g4attn_jax.ops.decode_attention.triton:decode_attention",
+            refusal=triton_refusal,
+        ),
+    ],
 )
-
-
-def _several_tokens_refusal(q, cache, page_table, sliding_window) -> str | None:
-    """Why the kernel for several tokens cannot run, or None; it is imported where it might."""
-    if jax.__version_info__ < (0, 11):
-        return f"JAX is {jax.__version__}; accepted: 0.11 or later"
-    reason = triton_refusal(9.0)
-    if reason is not None:
-        return reason
-    try:
-        from g4attn_jax.ops.decode_attention import mosaic
-    except ImportError as error:
-        return f"this JAX has no Mosaic GPU ({error})"
-    return mosaic.refusal(q, cache, page_table, sliding_window)
 
 
 def decode_attention(
@@ -58,7 +43,7 @@ def decode_attention(
     sliding_window: int | None = None,
     scale: float = 1.0,
     num_splits: int | None = None,
-    implementation: Implementation | Literal["mosaic_gpu"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T Nq D"]:
     """softmax(scale q k^T + mask) v over the cache, which holds the new tokens already.
 
@@ -89,7 +74,7 @@ def decode_attention(
             with JAX 0.11 or later, compute capability 9.0, no window, 17 to 128 query rows a KV
             head (at most 64 of half of the tokens, rounded up), 8, 16, 32 or 64 of them a token,
             pages of a multiple of 64 slots, D 512, R 128, bfloat16 or float16. Under `vmap` it runs
-            one by one.
+            one by one. "mosaic_gpu_interpret" interprets it.
 
     Returns:
         [B, T, Nq, D] in q's dtype; zeros for padding, NaN for -2.
@@ -114,19 +99,14 @@ def decode_attention(
         scale=scale,
         max_tokens=MAX_DECODE_TOKENS,
     )
-    checks.check_count("num_splits", num_splits, most=triton.MAX_SPLITS)
-    check_implementation(implementation, further=("mosaic_gpu",))
-    static = {"sliding_window": sliding_window, "scale": scale, "num_splits": num_splits}
-    arguments = q, cache, page_table, positions
-    if implementation in (None, "mosaic_gpu"):
-        reason = _several_tokens_refusal(q, cache, page_table, sliding_window)
-        if reason is None:
-            demanded = implementation and "triton"  # any kernel
-            return _op_of_several_tokens(*arguments, **static, implementation=demanded)
-        if implementation is not None:
-            raise NotImplementedError(
-                f"implementation 'mosaic_gpu' does not do this: {reason}. Accepted here: None, "
-                f"{'' if triton_refusal() else repr('triton') + ', '}'xla', 'triton_interpret'"
-            )
-    choice = for_cache(implementation, cache, launch_refusal(q, cache))
-    return _op(*arguments, **static, **choice)
+    check_integer("num_splits", num_splits, most=MAX_SPLITS, none=True)
+    return _op(
+        q,
+        cache,
+        page_table,
+        positions,
+        sliding_window=sliding_window,
+        scale=scale,
+        num_splits=num_splits,
+        implementation=implementation,
+    )

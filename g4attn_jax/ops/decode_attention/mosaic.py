@@ -8,58 +8,27 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from g4attn_jax.cache import Cache, KVCache
 from g4attn_jax.ops.decode_attention.mosaic_kernel import (
-    CHUNK,
-    KEYS,
-    ROWS,
-    Inputs,
+    MosaicInputs,
+    MosaicSizes,
     Shared,
-    Sizes,
     attend,
 )
-from g4attn_jax.ops.decode_attention.triton import choose_splits, combine
-from g4attn_jax.ops.flash_attention.tiles import operands
-from g4attn_jax.ops.flash_attention.triton import LOG2_E
-from g4attn_jax.ops.gpu import gpu
+from g4attn_jax.ops.decode_attention.mosaic_limits import CHUNK, KEYS, ROWS, num_blocks
+from g4attn_jax.ops.decode_attention.splits import choose_splits, combine_splits
+from g4attn_jax.ops.flash_attention.operands import LOG2_E, operands
+from g4attn_jax.ops.gpu import Gpu, gpu
 
-
-def refusal(q, cache: Cache, page_table, sliding_window: int | None) -> str | None:
-    """Why this kernel does not take arguments of `decode_attention`, or None."""
-    tables = () if page_table is None else page_table.shape
-    if not all(isinstance(size, int) for size in (*q.shape, *cache.v.shape, *tables)):
-        return "sizes are symbolic; accepted: known ones"
-    _, tokens, num_q_heads, width = q.shape
-    _, page_size, num_kv_heads, head_dim = cache.v.shape
-    group = num_q_heads // num_kv_heads
-    accepted = {
-        f"the GPU has compute capability {gpu().compute_capability}; accepted: 9.0": (
-            gpu().compute_capability == 9.0
-        ),
-        f"sliding_window is {sliding_window}; accepted: None": sliding_window is None,
-        f"q is {q.dtype} and the cache {cache.v.dtype}; accepted: bfloat16 or float16, of both": (
-            q.dtype in (jnp.bfloat16, jnp.float16) and cache.v.dtype == q.dtype
-        ),
-        # The ring holds all keys of a tile at a time, and would not of more numbers.
-        f"heads have {head_dim} numbers and {width - head_dim} rotated ones apart; accepted: 512 "
-        f"and 0 or {CHUNK}": head_dim == 512 and width - head_dim in (0, CHUNK),
-        f"{tokens} tokens have {group} query heads a KV head; accepted: 8, 16, 32 or {ROWS} heads, "
-        f"in all 17 to {2 * ROWS}, of them at most {ROWS} of half of the tokens, rounded "
-        "up": group in (8, 16, 32, ROWS)
-        and 16 < tokens * group
-        and pl.cdiv(tokens, _blocks(tokens, group)) * group <= ROWS,
-        f"pages have {page_size} slots; accepted: a multiple of {KEYS}": page_size % KEYS == 0,
-    }
-    return next((reason for reason, is_so in accepted.items() if not is_so), None)
+# What the interpreter plays: an H200.
+_INTERPRETED = Gpu(9.0, 132, 227 * 1024)
 
 
 def decode_attention(
     q, cache, page_table, positions, *, sliding_window, scale, num_splits, interpret=False
 ):
-    """See `g4attn_jax.ops.decode_attention`, for arguments without `refusal`."""
+    """Kernel of `g4attn_jax.ops.decode_attention`, for arguments without `refusal`."""
     del sliding_window  # there is none
 
     # Under vmap one by one: JAX has no rule for a batch of such kernels.
@@ -67,39 +36,37 @@ def decode_attention(
     def run(q, cache, page_table, positions):
         sizes = _sizes(q, cache, page_table, positions, num_splits, interpret)
         o, log_sum = _launch(q, cache, page_table, positions, sizes, scale * LOG2_E)
-        return o[0] if sizes.splits == 1 else combine(o, log_sum, q.dtype, interpret)
+        if sizes.splits == 1:
+            return o[0]
+        return combine_splits(o, log_sum, q.dtype, interpret=interpret)
 
     return run(q, cache, page_table, positions)
 
 
-def _blocks(tokens, group):
-    return 1 if tokens * group <= ROWS else 2
-
-
 def _sizes(q, cache, page_table, positions, num_splits, interpret):
     _, shape = operands(q, cache, page_table, positions)
-    blocks = _blocks(shape.tokens, shape.group)
+    target = _INTERPRETED if interpret else gpu()
+    blocks = num_blocks(shape.tokens, shape.group)
     programs = len(q) * shape.num_kv_heads * blocks
     tiles = shape.columns * shape.page_size // KEYS
-    return Sizes(
+    return MosaicSizes(
         shape=shape,
-        rotary_dim=None if isinstance(cache, KVCache) else q.shape[3] - shape.head_dim,
+        rotary_dim=q.shape[3] - shape.head_dim if cache.values_are_keys else None,
         blocks=blocks,
-        splits=num_splits or choose_splits(gpu(), programs, tiles),
-        shared_memory=gpu().shared_memory,
+        splits=num_splits or choose_splits(target, programs, tiles),
+        shared_memory=target.shared_memory,
         interpret=interpret,
     )
 
 
 def _launch(q, cache, page_table, positions, sizes, factor):
-    """What the splits leave: (parts, log2 of the sum of exp of their scores).
+    """Result of each split: (its part of the output, log2 of the sum of exp of its scores).
 
     Parts are [splits, B, T, Nq, D], in float32; of a single split, o itself, in q's dtype.
     """
     (batch, tokens, num_q_heads, width), splits = q.shape, sizes.splits
     out_dtype = jnp.dtype(q.dtype if splits == 1 else jnp.float32)
-    arrays = [part.array for part in cache.key_parts if part.array is not cache.v] + [cache.v]
-    arrays = [array.reshape(-1, array.shape[2] * array.shape[3]) for array in arrays]
+    arrays = [array.reshape(-1, array.shape[2] * array.shape[3]) for array in cache.written]
     q_lines, out_lines = (sizes.lines(n) for n in (sizes.q_tokens, sizes.padded_tokens))
     ring = _swizzled((sizes.stages,), (KEYS, CHUNK), q.dtype)
     used = mg.Barrier
@@ -142,7 +109,7 @@ def _launch(q, cache, page_table, positions, sizes, factor):
         thread_name="warpgroup",
         compiler_params=mg.CompilerParams(approx_math=True),
         interpret=mg.InterpretGPUParams() if sizes.interpret else None,
-    )(Inputs(q.reshape(-1, num_q_heads, width), tuple(arrays), page_table, positions))
+    )(MosaicInputs(q.reshape(-1, num_q_heads, width), tuple(arrays), page_table, positions))
     shape = splits, batch, tokens, num_q_heads
     return o.reshape(*shape, -1), log_sum.reshape(shape)
 

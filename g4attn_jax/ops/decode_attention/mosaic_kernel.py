@@ -29,12 +29,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from g4attn_jax.layout import UNPLACED
-from g4attn_jax.ops.flash_attention.tiles import Shape
-from g4attn_jax.ops.flash_attention.triton import NO_SCORE
+from g4attn_jax.ops.decode_attention.mosaic_limits import CHUNK, KEYS, ROWS
+from g4attn_jax.ops.flash_attention.operands import NO_SCORE, AttentionShape
 
-KEYS = 64  # of a tile
-ROWS = 64  # of a program's products; those past its query rows are not stored
-CHUNK = 128  # numbers of each key
 _HALF = CHUNK // 2
 # Of shared memory, beside queries and ring: weights, numbers of rows, barriers, their alignment.
 _OTHER_BYTES = 54 * 256
@@ -46,10 +43,10 @@ _OF_ROWS = _TILE.reduce(1)  # of [64]
 _TMA_ALIGNMENT = 128
 
 
-class Sizes(NamedTuple):
+class MosaicSizes(NamedTuple):
     """What the kernel knows when it is compiled."""
 
-    shape: Shape
+    shape: AttentionShape
     rotary_dim: int | None  # of a compact cache; None: keys and values are separate
     blocks: int  # that share the tokens, and what they load
     splits: int
@@ -136,7 +133,7 @@ class Sizes(NamedTuple):
         return jnp.where(stage < self.stages, stage, stage - self.stages)
 
 
-class Inputs(NamedTuple):
+class MosaicInputs(NamedTuple):
     """What the kernel reads."""
 
     q: jax.Array  # [B * T, Nq, width]
@@ -162,7 +159,7 @@ class Shared(NamedTuple):
     met: Any  # both multiplying warpgroups
 
 
-def attend(inputs, o, log_sum, shared, *, sizes: Sizes, factor: float):
+def attend(inputs, o, log_sum, shared, *, sizes: MosaicSizes, factor: float):
     """A program; `factor` takes scores to those of exp2."""
     program = _Program.this(inputs, shared, sizes)
     warpgroup = lax.axis_index("warpgroup")
@@ -183,9 +180,9 @@ def attend(inputs, o, log_sum, shared, *, sizes: Sizes, factor: float):
 class _Program(NamedTuple):
     """What all warpgroups of a program know."""
 
-    inputs: Inputs
+    inputs: MosaicInputs
     shared: Shared
-    sizes: Sizes
+    sizes: MosaicSizes
     sequence: jax.Array
     head: jax.Array  # of keys and values
     split: jax.Array

@@ -1,4 +1,4 @@
-"""`decode_attention` in `jnp`, with a score for every slot of the cache."""
+"""Reference of `decode_attention`, in `jnp`, with a score for every slot of the cache."""
 
 import jax
 import jax.numpy as jnp
@@ -7,31 +7,31 @@ from g4attn_jax.layout import key_positions, read_layout, where_token
 
 
 def decode_attention(q, cache, page_table, positions, *, sliding_window, scale, num_splits):
-    """See `g4attn_jax.ops.decode_attention`; `num_splits` is the kernel's.
+    """Reference of `g4attn_jax.ops.decode_attention`; `num_splits` is the kernels'.
 
     What no token sees may be anything; its values anything finite on CUDA, where a contiguous or
     ring cache is read as it lies, and in a derivative.
     """
     layout = read_layout(page_table, *cache.v.shape[:2])
-    scores, start = 0.0, 0
-    for array, array_scale in cache.key_parts:
-        stop = start + array.shape[-1]
-        k = layout.sequences(array).astype(q.dtype)
-        part = _multiply(q[..., start:stop], k)
-        scores += part if array_scale is None else part * array_scale
-        start = stop
+    scores = 0.0
+    for keys in cache.key_parts:
+        k = layout.sequences(keys.array).astype(q.dtype)
+        part = _multiply(q[..., keys.columns], k)
+        scores += _scaled(part, keys.scale)
     visible = _visible(positions, layout, sliding_window)
     scores = scores if scale == 1 else scores * scale
     scores = jnp.where(visible[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    array, array_scale = cache.value_part
-    v = layout.sequences(array)
+    values = cache.value_part
+    v = layout.sequences(values.array)
     seen = visible.any(axis=1)[..., None, None]
-    combine = _combine_seen if v is not array else _combine_as_it_lies
-    o = combine(weights, v, seen)
-    if array_scale is not None:
-        o *= array_scale
+    combine = _combine_seen if v is not values.array else _combine_as_it_lies
+    o = _scaled(combine(weights, v, seen), values.scale)
     return where_token(positions, o).astype(q.dtype)
+
+
+def _scaled(x, scale):
+    return x if scale is None else x * scale
 
 
 def _visible(positions, layout, sliding_window):
@@ -70,7 +70,7 @@ def _combine_seen(weights, v, seen):
 
 
 def _combine_as_it_lies(weights, v, seen):
-    """The same, making no copy of the cache (but having memory for one) unless there is such a NaN.
+    """`_combine_seen` that copies no cache (but has memory for it) unless there is such a NaN.
 
     Not on CUDA, where what the branch costs a step has not been measured.
     """

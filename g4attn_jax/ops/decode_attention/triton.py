@@ -3,23 +3,15 @@
 With one split there is no second launch.
 """
 
-import math
-
-import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-from g4attn_jax.ops.batching import apart_if_float8
-from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
+from g4attn_jax.ops.decode_attention.splits import choose_splits, combine_splits
+from g4attn_jax.ops.flash_attention.launch import AttentionLaunch, HeadSizes
 from g4attn_jax.ops.flash_attention.triton import flash_attention
+from g4attn_jax.ops.float8_cache import apart_if_float8
 from g4attn_jax.ops.gpu import Gpu, gpu
-from g4attn_jax.ops.head_norm.triton import iota, load
 
 _MAX_TILE_BYTES = 80 * 1024
-MAX_SPLITS = 256
-_COMBINED_AT_ONCE = 8192  # numbers of a program of the second launch: 64 a thread
-_COMBINE_WARPS = 4
 
 
 def choose_launch(
@@ -31,8 +23,8 @@ def choose_launch(
     rows: int,
     max_keys: int,
     num_splits: int | None = None,
-) -> Launch:
-    """The launch for a step, fitted to bench/results/h200/tune_decode_attention.json.
+) -> AttentionLaunch:
+    """Launch for a step, fitted to bench/results/h200/tune_decode_attention.json.
 
     Up to 16 query rows take tensor core instructions of 16 rows, more those of 64. A multiprocessor
     holds the accumulators of 64 x 512 in the registers of 8 warps, which share the rows' scores, or
@@ -57,7 +49,7 @@ def choose_launch(
     for block_rows, value_blocks, num_warps in _row_blocks(rows, sizes):
         programs = batch * num_kv_heads * pl.cdiv(rows, block_rows) * value_blocks
         launches = [
-            Launch(
+            AttentionLaunch(
                 block_rows,
                 block_keys,
                 num_splits or choose_splits(gpu, programs, pl.cdiv(max_keys, block_keys)),
@@ -102,22 +94,9 @@ def _row_blocks(rows, sizes):
     yield 16, 1, 4
 
 
-def choose_splits(gpu, programs, tiles):
-    """Of the numbers of splits the one with the shortest time, in tiles of the busiest SM.
-
-    Starting a program takes about as long as 3 tiles, the second launch as 1.
-    """
-
-    def time(splits):
-        turns = pl.cdiv(programs * splits, gpu.num_sms)
-        return turns * (pl.cdiv(tiles, splits) + 3) + (splits > 1)
-
-    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=time)
-
-
-def launch_for(q, cache, page_table, *, sliding_window, num_splits=None) -> Launch:
+def launch_for(q, cache, page_table, *, sliding_window, num_splits=None) -> AttentionLaunch:
     """`choose_launch` for arguments of `decode_attention`."""
-    tokens, (_, page_size, num_kv_heads, _) = q.shape[1], cache.v.shape
+    tokens, (_, page_size, num_kv_heads, _) = q.shape[1], cache.value_part.array.shape
     max_keys = page_size if page_table is None else page_table.shape[1] * page_size
     if sliding_window is not None:
         max_keys = min(max_keys, sliding_window + tokens - 1)
@@ -144,7 +123,7 @@ def decode_attention(
     interpret=False,
     launch=None,
 ):
-    """See `g4attn_jax.ops.decode_attention`; `launch` overrides the heuristics, for tuning."""
+    """Kernel of `g4attn_jax.ops.decode_attention`; `launch` overrides the choice, for tuning."""
     launch = launch or launch_for(
         q, cache, page_table, sliding_window=sliding_window, num_splits=num_splits
     )
@@ -158,44 +137,8 @@ def decode_attention(
             name="decode_attention",
             interpret=interpret,
         )
-        return o if log_sum is None else combine(o, log_sum, q.dtype, interpret)
+        if log_sum is None:
+            return o
+        return combine_splits(o, log_sum, q.dtype, interpret=interpret)
 
     return apart_if_float8(run, cache)(q, cache, page_table, positions)
-
-
-def combine(o, log_sum, dtype, interpret):
-    """sum_i 2^log_sum_i o_i / sum_i 2^log_sum_i over the splits i, the first axis."""
-    splits, *shape, head_dim = o.shape
-    rows, padded = math.prod(shape), pl.next_power_of_2(splits)
-    block = min(pl.next_power_of_2(head_dim), max(16, _COMBINED_AT_ONCE // padded))
-
-    def body(o_ref, log_sum_ref, out_ref):
-        split = iota(padded)
-        exists = split < splits
-        part = split * rows + pl.program_id(0)
-        x = load(log_sum_ref.at[part], exists, split.shape, other=-jnp.inf)
-        largest = jnp.max(x)
-        weight = jnp.exp2(x - jnp.where(largest == -jnp.inf, 0.0, largest))
-        total = jnp.sum(weight)
-        column = pl.program_id(1) * block + iota(block)
-        column_exists = column < head_dim
-        parts = load(
-            o_ref.at[part[:, None], column[None, :]],
-            exists[:, None] & column_exists[None, :],
-            (padded, block),
-        )
-        combined = jnp.sum(parts * weight[:, None], axis=0) / jnp.where(total > 0, total, 1.0)
-        plgpu.store(
-            out_ref.at[pl.program_id(0), column], combined.astype(dtype), mask=column_exists
-        )
-
-    return pl.pallas_call(
-        body,
-        name="combine_splits",
-        out_shape=jax.ShapeDtypeStruct((rows, head_dim), dtype),
-        grid=(rows, pl.cdiv(head_dim, block)),
-        in_specs=[pl.no_block_spec] * 2,
-        out_specs=pl.no_block_spec,
-        compiler_params=plgpu.CompilerParams(num_warps=_COMBINE_WARPS, num_stages=1),
-        interpret=interpret,
-    )(o.reshape(-1, head_dim), log_sum.reshape(-1)).reshape(*shape, head_dim)

@@ -1,14 +1,14 @@
-"""The shape of a launch of the attention kernel, and whether a GPU holds it."""
+"""Shape of a launch of the attention kernel, and whether a GPU holds it."""
 
 from typing import NamedTuple, Self
 
-from g4attn_jax.cache import KVCache
+from g4attn_jax.ops import float8_cache
 from g4attn_jax.ops.gpu import Gpu, gpu
-from g4attn_jax.ops.matmul_tiles.triton import pad
+from g4attn_jax.ops.padding import pad
 
 
-class Launch(NamedTuple):
-    """The shape of a launch."""
+class AttentionLaunch(NamedTuple):
+    """Shape of a launch."""
 
     block_rows: int  # query rows of a program: tokens x query heads of a KV head
     block_keys: int  # keys of a tile
@@ -44,12 +44,12 @@ class HeadSizes(NamedTuple):
 
     @classmethod
     def of(cls, q, cache) -> Self:
-        """Those of arguments of an attention op."""
+        """Sizes of arguments of an attention op."""
         return cls(
-            key_widths=tuple(part.array.shape[-1] for part in cache.key_parts),
-            value_width=cache.v.shape[-1] if isinstance(cache, KVCache) else None,
+            key_widths=tuple(part.width for part in cache.key_parts),
+            value_width=None if cache.values_are_keys else cache.value_part.width,
             q_bytes=q.dtype.itemsize,
-            cache_bytes=cache.v.dtype.itemsize,
+            cache_bytes=cache.value_part.array.dtype.itemsize,
         )
 
     @property
@@ -58,13 +58,13 @@ class HeadSizes(NamedTuple):
         return self.value_width or self.key_widths[0]
 
     def tile_bytes(self, block_keys: int, value_blocks: int) -> int:
-        """Of the keys and values of a tile that a program loads."""
+        """Bytes of the keys and values of a tile that a program loads."""
         width = sum(map(pad, self.key_widths))
         if self.value_width is not None:
             width += pad(self.value_width) // value_blocks
         return block_keys * width * self.cache_bytes
 
-    def shared_memory(self, gpu: Gpu, launch: Launch) -> int:
+    def shared_memory(self, gpu: Gpu, launch: AttentionLaunch) -> int:
         """Bytes that a program of a launch has for queries, weights and tiles."""
         rows, keys = launch.block_rows, launch.block_keys
         tile = self.tile_bytes(keys, launch.value_blocks)
@@ -82,29 +82,29 @@ class HeadSizes(NamedTuple):
             shared += tile * self.q_bytes  # converted for the tensor cores
         return shared
 
-    def fits(self, gpu: Gpu, launch: Launch) -> bool:
+    def fits(self, gpu: Gpu, launch: AttentionLaunch) -> bool:
         """Whether the GPU holds a program of a launch."""
         return self.shared_memory(gpu, launch) <= gpu.shared_memory
 
 
 # No launch needs less shared memory.
-LEAST = Launch(
+LEAST = AttentionLaunch(
     block_rows=16, block_keys=16, num_splits=1, value_blocks=1, num_warps=4, num_stages=2
 )
 
 
-def launch_refusal(q, cache) -> str | None:
-    """Why the GPU holds no launch for arguments of an attention op, or None.
+def triton_refusal(q, cache, *_, interpret: bool, **static) -> str | None:
+    """Reason for which the Triton kernel cannot take arguments of an attention op, or None."""
+    refusal = float8_cache.refusal(cache, interpret=interpret)
+    return refusal or (None if interpret else launch_refusal(q, cache))
 
-    None, too, of symbolic sizes, which no kernel is launched for.
-    """
+
+def launch_refusal(q, cache) -> str | None:
+    """Reason for which the GPU holds no launch for arguments of an attention op, or None."""
     sizes, target = HeadSizes.of(q, cache), gpu()
-    if not all(isinstance(width, int) for width in sizes.key_widths):
-        return None
     if sizes.fits(target, LEAST):
         return None
     return (
         f"attention of {sum(sizes.key_widths)} numbers a key, {sizes.q_bytes} bytes each, needs "
-        f"more shared memory than the {target.shared_memory} bytes of this GPU; accepted: "
-        "implementation None or 'xla'"
+        f"more shared memory than the {target.shared_memory} bytes of this GPU"
     )

@@ -30,27 +30,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.layout import UNPLACED
-from g4attn_jax.ops.flash_attention.launch import Launch
-from g4attn_jax.ops.flash_attention.tiles import (
-    KEY_SCALES,
-    load_rows,
+from g4attn_jax.ops.flash_attention.launch import AttentionLaunch
+from g4attn_jax.ops.flash_attention.operands import (
+    LOG2_E,
+    NO_SCORE,
+    AttentionShape,
     operands,
-    pages,
-    slots,
-    store_rows,
 )
-from g4attn_jax.ops.head_norm.triton import iota, load
-from g4attn_jax.ops.matmul_tiles.triton import dot, pad
-
-LOG2_E = 1.4426950408889634
-# Below every score, and finite: of a row that has seen nothing yet exp(-inf - m) is 0.
-NO_SCORE = float(jnp.finfo(jnp.float32).min)
+from g4attn_jax.ops.flash_attention.triton_rows import load_rows, pages, slots, store_rows
+from g4attn_jax.ops.padding import pad
+from g4attn_jax.ops.triton_tiles import dot, iota, load
 
 
 def flash_attention(
-    q, cache, page_table, positions, *, sliding_window, scale, launch: Launch, name, interpret
+    q,
+    cache,
+    page_table,
+    positions,
+    *,
+    sliding_window,
+    scale,
+    launch: AttentionLaunch,
+    name,
+    interpret,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """One launch for arguments of `g4attn_jax.ops.decode_attention`.
+    """Launches the kernel for arguments of `g4attn_jax.ops.decode_attention`.
 
     Returns:
         With one split o [B, T, Nq, D] in q's dtype and None. With more their parts, float32
@@ -66,15 +70,9 @@ def flash_attention(
     if splits > 1:
         outputs.append(jax.ShapeDtypeStruct((splits * rows,), jnp.float32))
     blocks = pl.cdiv(shape.tokens * shape.group, launch.block_rows)
+    static = _Static(shape, launch, sliding_window, scale)
     o, *log_sum = pl.pallas_call(
-        functools.partial(
-            _attend,
-            shape=shape,
-            sliding_window=sliding_window,
-            softmax_scale=scale,
-            key_scales=KEY_SCALES[type(cache)],
-            launch=launch,
-        ),
+        functools.partial(_attend, static=static),
         name=name,
         out_shape=outputs,
         grid=(q.shape[0] * shape.num_kv_heads * blocks * launch.value_blocks, splits),
@@ -90,33 +88,45 @@ def flash_attention(
     return o.reshape(splits, *q.shape[:-1], shape.head_dim), log_sum[0].reshape(-1, *q.shape[:-1])
 
 
-def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, launch):
-    value_block, block, head, sequence = _program(inputs, shape, launch)
-    row_position, q_row, row_mask = _rows(inputs, shape, launch, block, head, sequence)
-    newest, oldest = jnp.max(row_position), jnp.int32(0)
-    if sliding_window is not None:
-        first = jnp.min(jnp.where(row_position >= 0, row_position, newest))
-        oldest = jnp.maximum(first - (sliding_window - 1), 0)
+class _Static(NamedTuple):
+    """Constants of a launch."""
+
+    shape: AttentionShape
+    launch: AttentionLaunch
+    sliding_window: int | None
+    softmax_scale: float
+
+    @property
+    def value_width(self):
+        """Columns of the values of a program."""
+        return self.shape.head_dim // self.launch.value_blocks
+
+
+def _attend(inputs, *outputs, static):
+    """One program: its query rows over its tiles, and what they leave."""
+    value_block, block, head, sequence = _program(inputs, static)
+    rows = _Rows.of(inputs, static, block, head, sequence)
+    value_column = 0 if static.launch.value_blocks == 1 else value_block * static.value_width
+    m, totals, acc = _over_tiles(inputs, static, rows, head, sequence, value_column)
+    _store(inputs, outputs, static, rows, value_block, value_column, m, totals, acc)
+
+
+def _over_tiles(inputs, static, rows, head, sequence, value_column):
+    """On-line softmax over the tiles of this split: (m, sums of weights, weighted values)."""
+    launch = static.launch
+    newest, oldest = rows.limits(static)
     # Without pages, tiles of a window begin at its oldest key. All others begin at multiples of
     # their size, so that one lies in one page, or in whole pages.
-    aligned = sliding_window is None or inputs.page_table is not None
+    aligned = static.sliding_window is None or inputs.page_table is not None
     start = oldest - lax.rem(oldest, jnp.int32(launch.block_keys)) if aligned else oldest
-    tiles = _tiles(inputs, start, newest, launch)
+    tiles = _Tiles.of_split(inputs, start, newest, launch)
+    scores_of = _Scores.of(inputs, static, rows)
     dtype = inputs.q.dtype
-    value_width = shape.head_dim // launch.value_blocks
-    value_column = 0 if launch.value_blocks == 1 else value_block * value_width
-    parts = _key_parts(inputs, key_scales)
-    q_parts = [load_rows(inputs.q, q_row, row_mask, part.begin, part.width) for part in parts]
-    factors = [softmax_scale * LOG2_E] * len(parts)
-    if inputs.scale is not None:
-        factors = [softmax_scale * LOG2_E * inputs.scale[part.scale] for part in parts]
 
     def page_at(first):
-        return pages(inputs, shape, sequence, first, launch.block_keys)
+        return pages(inputs, static.shape, sequence, first, launch.block_keys)
 
     # A page is looked up a tile ahead: what waits for the table would keep the products waiting.
-    # Keys may be anything where no token sees them: their scores are not used. A weight of 0 does
-    # not undo a NaN among values.
     def tile(index, carry):
         m, totals, acc, page = carry
         first = tiles.begin + index * tiles.step
@@ -124,27 +134,17 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
         position = first + iota(launch.block_keys)
         exists = (position >= oldest) & (position <= newest)
         slot, exists = slots(
-            shape, sequence, page, first, launch.block_keys, exists, aligned=aligned
+            static.shape, sequence, page, first, launch.block_keys, exists, aligned=aligned
         )
-        cache_row = slot * shape.num_kv_heads + head
-        needed = exists if inputs.v is None or sliding_window is not None else None
-        keys = [load_rows(part.array, cache_row, needed, 0, part.width) for part in parts]
-        v = keys[0]
-        if inputs.v is not None:
-            v = load_rows(inputs.v, cache_row, exists, value_column, value_width)
-        products = [
-            dot(q, k.astype(dtype), trans_b=True) for q, k in zip(q_parts, keys, strict=True)
-        ]
+        cache_row = slot * static.shape.num_kv_heads + head
+        keys, v = _load_tile(inputs, static, cache_row, exists, value_column)
+        products = scores_of.products(keys)
 
         def softmax():
-            visible = exists[None, :] & (position[None, :] <= row_position[:, None])
-            if sliding_window is not None:
-                visible &= position[None, :] > row_position[:, None] - sliding_window
-            scaled = [x * factor for x, factor in zip(products, factors, strict=True)]
-            scores = jnp.where(visible, functools.reduce(operator.add, scaled), -jnp.inf)
+            scores = scores_of.masked(products, position, exists)
             new_m = jnp.maximum(m, jnp.max(scores, axis=1))
             alpha, weights = jnp.exp2(m - new_m), jnp.exp2(scores - new_m[:, None])
-            sums = _partial_sums(weights, launch)
+            sums = _row_sums(weights, launch)
             sums += totals * (alpha if totals.ndim == 1 else alpha[:, None])
             return new_m, sums, alpha, weights.astype(dtype)
 
@@ -171,57 +171,94 @@ def _attend(inputs, *outputs, shape, sliding_window, softmax_scale, key_scales, 
         tile,
         (
             jnp.full((launch.block_rows,), NO_SCORE, jnp.float32),
-            _partial_sums(nothing, launch),
-            jnp.zeros((launch.block_rows, pad(value_width)), jnp.float32),
+            _row_sums(nothing, launch),
+            jnp.zeros((launch.block_rows, pad(static.value_width)), jnp.float32),
             page_at(tiles.begin),
         ),
     )
+    return m, totals, acc
+
+
+def _load_tile(inputs, static, cache_row, exists, value_column):
+    """Keys, one array a part, and values of a tile.
+
+    Keys may be anything where no token sees them: their scores are not used. A weight of 0 does not
+    undo a NaN among values.
+    """
+    needed = exists if inputs.v is None or static.sliding_window is not None else None
+    parts = zip(inputs.keys, static.shape.key_parts, strict=True)
+    keys = [load_rows(array, cache_row, needed, 0, part.width) for array, part in parts]
+    if inputs.v is None:
+        return keys, keys[0]
+    return keys, load_rows(inputs.v, cache_row, exists, value_column, static.value_width)
+
+
+def _store(inputs, outputs, static, rows, value_block, value_column, m, totals, acc):
+    """Stores o, and with several splits log2 of the sum of exp of the scores."""
     total = totals if totals.ndim == 1 else jnp.sum(totals, axis=1)
     divisor = jnp.where(total > 0, total, 1.0)  # padding sees nothing: 0
     o = acc / divisor[:, None]
     if inputs.scale is not None:
-        o *= inputs.scale[1]
-    o = jnp.where((row_position == UNPLACED)[:, None], jnp.nan, o)
-    out_row = pl.program_id(1) * inputs.q.shape[0] + q_row
-    store_rows(outputs[0], out_row, row_mask, o, value_column, value_width)
-    if launch.num_splits > 1:
-        log_sum = jnp.where(total > 0, m + jnp.log2(divisor), -jnp.inf)
-        if launch.value_blocks > 1:
-            row_mask &= value_block == 0  # another block's is the same
-        plgpu.store(outputs[1].at[out_row], log_sum, mask=row_mask)
+        o *= inputs.scale[static.shape.value_scale]
+    o = jnp.where((rows.position == UNPLACED)[:, None], jnp.nan, o)
+    out_row = pl.program_id(1) * inputs.q.shape[0] + rows.q_row
+    store_rows(outputs[0], out_row, rows.mask, o, value_column, static.value_width)
+    if static.launch.num_splits > 1:
+        log_sum, mask = jnp.where(total > 0, m + jnp.log2(divisor), -jnp.inf), rows.mask
+        if static.launch.value_blocks > 1:
+            mask &= value_block == 0  # another block's is the same
+        plgpu.store(outputs[1].at[out_row], log_sum, mask=mask)
 
 
-def _partial_sums(weights, launch):
+def _row_sums(weights, launch):
     """Sums of rows, or what is summed in the end where that saves a round between the warps."""
     is_row_in_warp = launch.block_rows >= 64 and not launch.warps_share_rows
     return jnp.sum(weights, axis=1) if is_row_in_warp else weights
 
 
-class _KeyPart(NamedTuple):
-    """An array that queries are multiplied with."""
+class _Scores(NamedTuple):
+    """Query rows of a program, ready for products with keys."""
 
-    array: jax.Array
-    scale: int  # which of the cache's
-    begin: int  # of its columns in q
-    width: int
+    q_parts: list[jax.Array]  # [rows, width of a part]
+    factors: list[jax.Array | float]  # of each part's products
+    row_position: jax.Array
+    sliding_window: int | None
+
+    @classmethod
+    def of(cls, inputs, static, rows):
+        """Loads the query rows."""
+        parts = static.shape.key_parts
+        q_parts = [
+            load_rows(inputs.q, rows.q_row, rows.mask, part.begin, part.width) for part in parts
+        ]
+        factors = [static.softmax_scale * LOG2_E] * len(parts)
+        if inputs.scale is not None:
+            factors = [static.softmax_scale * LOG2_E * inputs.scale[part.scale] for part in parts]
+        return cls(q_parts, factors, rows.position, static.sliding_window)
+
+    def products(self, keys):
+        """Queries times keys, one product a part."""
+        pairs = zip(self.q_parts, keys, strict=True)
+        return [dot(q, k.astype(q.dtype), trans_b=True) for q, k in pairs]
+
+    def masked(self, products, position, exists):
+        """Scores for exp2, -inf where a token does not see a position."""
+        row_position = self.row_position
+        visible = exists[None, :] & (position[None, :] <= row_position[:, None])
+        if self.sliding_window is not None:
+            visible &= position[None, :] > row_position[:, None] - self.sliding_window
+        scaled = [x * factor for x, factor in zip(products, self.factors, strict=True)]
+        return jnp.where(visible, functools.reduce(operator.add, scaled), -jnp.inf)
 
 
-def _key_parts(inputs, key_scales):
-    """What makes the scores; what is a value too comes first."""
-    parts, begin = [], 0
-    for array, scale in zip(inputs.keys, key_scales, strict=True):
-        parts.append(_KeyPart(array, scale, begin, array.shape[-1]))
-        begin += array.shape[-1]
-    return parts
-
-
-def _program(inputs, shape, launch):
-    """Which block of values of which block of query rows of which KV head of which sequence.
+def _program(inputs, static):
+    """Block of values, block of query rows, KV head and sequence of this program.
 
     Those that read the same keys and values are next to each other, to find them in the L2. The
     last block of rows comes first: it has the most keys to go through, and what starts last should
     be short.
     """
+    shape, launch = static.shape, static.launch
     heads = inputs.q.shape[0] // (shape.tokens * shape.group)  # of all sequences
     blocks = pl.cdiv(shape.tokens * shape.group, launch.block_rows)
     program, indices = pl.program_id(0), []
@@ -232,34 +269,51 @@ def _program(inputs, shape, launch):
     return value_block, blocks - 1 - program, head, sequence
 
 
-def _rows(inputs, shape, launch, block, head, sequence):
-    """Positions of the query rows, where in q they are, and which of them exist."""
-    row, group = block * launch.block_rows + iota(launch.block_rows), jnp.int32(shape.group)
-    mask = row < shape.tokens * shape.group
-    token = sequence * shape.tokens + lax.div(row, group)
-    position = load(inputs.positions.at[token], mask, row.shape, other=-1)
-    q_row = token * shape.num_q_heads + head * shape.group + lax.rem(row, group)
-    return position, q_row, mask
+class _Rows(NamedTuple):
+    """Query rows of a program."""
+
+    position: jax.Array
+    q_row: jax.Array  # where in q they are
+    mask: jax.Array  # which of them exist
+
+    @classmethod
+    def of(cls, inputs, static, block, head, sequence):
+        """Rows of a block of a KV head of a sequence."""
+        shape, block_rows = static.shape, static.launch.block_rows
+        row, group = block * block_rows + iota(block_rows), jnp.int32(shape.group)
+        mask = row < shape.tokens * shape.group
+        token = sequence * shape.tokens + lax.div(row, group)
+        position = load(inputs.positions.at[token], mask, row.shape, other=-1)
+        q_row = token * shape.num_q_heads + head * shape.group + lax.rem(row, group)
+        return cls(position, q_row, mask)
+
+    def limits(self, static):
+        """The newest and the oldest position that any of the rows sees."""
+        newest, oldest = jnp.max(self.position), jnp.int32(0)
+        if static.sliding_window is not None:
+            first = jnp.min(jnp.where(self.position >= 0, self.position, newest))
+            oldest = jnp.maximum(first - (static.sliding_window - 1), 0)
+        return newest, oldest
 
 
 class _Tiles(NamedTuple):
-    """The tiles of a split: how many, the first position of the first, and from one to the next."""
+    """Tiles of a split."""
 
     count: jax.Array
-    begin: jax.Array
-    step: int
+    begin: jax.Array  # first position of the first
+    step: int  # from one to the next
 
+    @classmethod
+    def of_split(cls, inputs, start, newest, launch):
+        """Tiles of this split of all from `start` to `newest`; at most one more than another has.
 
-def _tiles(inputs, start, newest, launch):
-    """Those of this split of all from `start` to `newest`; at most one more than another has.
-
-    The programs of a sequence read neighbouring tiles at a time. But pages lie anywhere: of them a
-    program has its tiles side by side, as their pages are in the page table.
-    """
-    keys, splits, split = launch.block_keys, jnp.int32(launch.num_splits), pl.program_id(1)
-    count = jnp.where(newest >= start, lax.div(newest - start, jnp.int32(keys)) + 1, 0)
-    share, left = lax.div(count, splits), lax.rem(count, splits)
-    own = share + (split < left)
-    if inputs.page_table is None:
-        return _Tiles(own, start + split * keys, launch.num_splits * keys)
-    return _Tiles(own, start + (split * share + jnp.minimum(split, left)) * keys, keys)
+        The programs of a sequence read neighbouring tiles at a time. But pages lie anywhere: of
+        them a program has its tiles side by side, as their pages are in the page table.
+        """
+        keys, splits, split = launch.block_keys, jnp.int32(launch.num_splits), pl.program_id(1)
+        count = jnp.where(newest >= start, lax.div(newest - start, jnp.int32(keys)) + 1, 0)
+        share, left = lax.div(count, splits), lax.rem(count, splits)
+        own = share + (split < left)
+        if inputs.page_table is None:
+            return cls(own, start + split * keys, launch.num_splits * keys)
+        return cls(own, start + (split * share + jnp.minimum(split, left)) * keys, keys)

@@ -3,11 +3,13 @@
 from jaxtyping import Array, Float, Int
 
 from g4attn_jax.ops import checks
-from g4attn_jax.ops.grouped_gated_matmul import reference, triton
-from g4attn_jax.ops.implementation import Implementation, differentiable_op
+from g4attn_jax.ops.grouped_gated_matmul import reference
+from g4attn_jax.ops.op import Implementation, Kernel, Op
 
-_op = differentiable_op(
-    kernel=triton.grouped_gated_matmul, reference=reference.grouped_gated_matmul
+_op = Op(
+    "grouped_gated_matmul",
+    reference=reference.grouped_gated_matmul,
+    kernels=[Kernel("triton", "g4attn_jax.ops.grouped_gated_matmul.triton:grouped_gated_matmul")],
 )
 
 

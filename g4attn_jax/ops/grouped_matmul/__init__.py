@@ -3,10 +3,14 @@
 from jaxtyping import Array, Float, Int
 
 from g4attn_jax.ops import checks
-from g4attn_jax.ops.grouped_matmul import reference, triton
-from g4attn_jax.ops.implementation import Implementation, differentiable_op
+from g4attn_jax.ops.grouped_matmul import reference
+from g4attn_jax.ops.op import Implementation, Kernel, Op
 
-_op = differentiable_op(kernel=triton.grouped_matmul, reference=reference.grouped_matmul)
+_op = Op(
+    "grouped_matmul",
+    reference=reference.grouped_matmul,
+    kernels=[Kernel("triton", "g4attn_jax.ops.grouped_matmul.triton:grouped_matmul")],
+)
 
 
 def grouped_matmul(

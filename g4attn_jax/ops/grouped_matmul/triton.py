@@ -19,16 +19,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.ops.gpu import Gpu, gpu
-from g4attn_jax.ops.head_norm.triton import iota, load
-from g4attn_jax.ops.matmul_tiles.triton import dot, load_tile, pad, store_tile
+from g4attn_jax.ops.padding import pad
+from g4attn_jax.ops.triton_tiles import dot, iota, load, load_tile, store_tile
 
 # Of matrices that a program asks for ahead: what a multiprocessor must have on its way to keep an
 # H200's memory busy.
 _BYTES_AHEAD = 40 * 1024
 
 
-class Launch(NamedTuple):
-    """The shape of a launch."""
+class GroupedMatmulLaunch(NamedTuple):
+    """Shape of a launch."""
 
     block_rows: int
     block_columns: int  # of each part of the matrices
@@ -37,8 +37,8 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-class Sizes(NamedTuple):
-    """Sizes of a product: x [rows, depth] times w [groups, depth, parts, columns]."""
+class GroupedMatmulSizes(NamedTuple):
+    """GroupedMatmulSizes of a product: x [rows, depth] times w [groups, depth, parts, columns]."""
 
     rows: int
     groups: int
@@ -58,14 +58,14 @@ class Sizes(NamedTuple):
         groups = min(self.groups + 1, self.rows)  # each a tile, and more for its rows but one
         return groups + (self.rows - groups) // block_rows
 
-    def fits(self, gpu: Gpu, launch: Launch) -> bool:
+    def fits(self, gpu: Gpu, launch: GroupedMatmulLaunch) -> bool:
         """Whether the shared memory holds the tiles of x and w of all stages."""
         width = launch.block_rows + launch.block_columns * self.parts
         tile = width * launch.block_depth * self.itemsize
         return launch.num_stages * tile <= gpu.shared_memory
 
 
-def choose_launch(gpu: Gpu, sizes: Sizes) -> Launch:
+def choose_launch(gpu: Gpu, sizes: GroupedMatmulSizes) -> GroupedMatmulLaunch:
     """The launch for a product, fitted to bench/results/h200/tune_grouped_matmul.json.
 
     Few rows a group are bound by reading the matrices: small tiles, many bytes on their way, and
@@ -108,7 +108,7 @@ def _launches(gpu, sizes):
 
 def _launch(sizes, block_rows, width, block_depth, num_warps, num_stages):
     """With `width` columns of all parts, and no block larger than the product."""
-    return Launch(
+    return GroupedMatmulLaunch(
         block_rows,
         min(width // sizes.parts, pad(sizes.columns)),
         min(block_depth, pad(sizes.depth)),
@@ -140,7 +140,7 @@ def grouped_parts_matmul(
     combine: Callable[..., jax.Array],
     name: str,
     interpret: bool,
-    launch: Launch | None = None,
+    launch: GroupedMatmulLaunch | None = None,
 ) -> jax.Array:
     """One launch for all parts of the matrices: combine(x_i w_g0, x_i w_g1, ...).
 
@@ -157,7 +157,7 @@ def grouped_parts_matmul(
     Returns:
         [M, N] in the dtype of x.
     """
-    sizes = Sizes.of(x, w, rows)
+    sizes = GroupedMatmulSizes.of(x, w, rows)
     if sizes.rows == 0 or x.size == 0:
         return jnp.zeros((sizes.rows, sizes.columns), x.dtype)
     launch = launch or choose_launch(gpu(), sizes)

@@ -11,7 +11,6 @@ kind one after the other, [groups * count, D], which is [..., heads, D] for the 
 """
 
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,15 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-# JAX 0.11 deprecated the backend these kernels are lowered through; pyproject.toml bounds JAX for
-# it. The warning comes when JAX lowers a program, long after we return, so it is filtered here.
-warnings.filterwarnings(
-    "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
-)
+from g4attn_jax.ops.triton_tiles import WARP_LOAD_BYTES, both, iota, load
 
-# One 16-byte load for each of the 32 lanes of a warp. A row is loaded in pieces of this size, so
-# that its sum of squares never leaves the warp: no shared memory, no barrier.
-WARP_LOAD_BYTES = 512
 # Bounds the masks and sums of a program where heads are tiny.
 MAX_BLOCK_ROWS = 16
 
@@ -43,14 +35,14 @@ class Heads(NamedTuple):
     scales: tuple[jax.Array | None, ...]
 
 
-class Launch(NamedTuple):
-    """Rows a program normalises, and the warps it has for them."""
+class NormLaunch(NamedTuple):
+    """Rows that a program normalises, and its warps."""
 
     block_rows: int
     num_warps: int
 
 
-def choose_launch(num_rows: int, row_bytes: int) -> Launch:
+def choose_launch(num_rows: int, row_bytes: int) -> NormLaunch:
     """The launch for `num_rows` heads of `row_bytes` each, padding to a power of two included.
 
     From `bench/results/h200/tune_qkv_norm.json`: programs of 2 KiB with a warp for each 512 bytes
@@ -61,7 +53,7 @@ def choose_launch(num_rows: int, row_bytes: int) -> Launch:
     block_rows = 1
     if num_rows > row_bytes // 4:
         block_rows = min(max(1, 2048 // row_bytes), MAX_BLOCK_ROWS)
-    return Launch(block_rows, num_warps=min(block_rows, 4))
+    return NormLaunch(block_rows, num_warps=min(block_rows, 4))
 
 
 def head_norm(
@@ -70,7 +62,7 @@ def head_norm(
     groups: int,
     eps: float,
     scale_offset: float = 0.0,
-    launch: Launch | None = None,
+    launch: NormLaunch | None = None,
     interpret: bool = False,
 ) -> list[jax.Array]:
     """Normalises all `heads` in one launch.
@@ -233,32 +225,3 @@ def _norm_rows(x_ref, rows, outputs, eps, scale_offset, num_warps):
         if mask is not None:
             mask = jnp.broadcast_to(mask, y.shape)
         plgpu.store(target, (y * rrms).astype(target.dtype), mask=mask)
-
-
-def iota(size: int) -> jax.Array:
-    """int32 0 .. size - 1."""
-    return jnp.arange(size, dtype=jnp.int32)
-
-
-def load(
-    ref,
-    mask: jax.Array | None,
-    shape: tuple[int, ...],
-    other: int = 0,
-    eviction_policy: str | None = None,
-) -> jax.Array:
-    """Loads `ref`, of `shape`, `other` where the mask is false; None loads all.
-
-    `eviction_policy` tells the L2 what to keep: "evict_last", or "evict_first".
-    """
-    if mask is None:
-        return plgpu.load(ref, eviction_policy=eviction_policy)
-    mask = jnp.broadcast_to(mask, shape)
-    return plgpu.load(ref, mask=mask, other=other, eviction_policy=eviction_policy)
-
-
-def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
-    """a & b of two masks, either of which may be None, which is all true."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a & b

@@ -1,30 +1,33 @@
-"""Products of a step's few tokens and a weight, bound by reading the weight."""
+"""Products of a step's few tokens and a weight: `linear`, its split-K form, and `geglu`."""
 
 import jax
 from jaxtyping import Array, Float
 
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.gpu import gpu
-from g4attn_jax.ops.implementation import (
-    Implementation,
-    check_implementation,
-    differentiable_op,
-)
-from g4attn_jax.ops.linear import reference, triton
+from g4attn_jax.ops.linear import reference
+from g4attn_jax.ops.linear.launch import choose_num_partial_sums
+from g4attn_jax.ops.op import XLA, Implementation, Kernel, Op, check_implementation
 
 # Up to this many tokens a step is bound by reading its weights. The kernel reads those of 31B
 # faster than XLA's matmul (bench/tune_linear.py), but for full QKV of up to 8 tokens, where XLA is
 # 2 to 4 % faster, and the MLP of a single token, less than 1 %. Measured by itself up to 32
 # tokens; 8 sequences with 4 to 7 drafts need 64, and bench/speculative.py has 40 of them.
 MAX_TOKENS = 64
-# Without parts fewer columns are too few programs; XLA, which makes parts itself, takes them. Where
+# Without split-K fewer columns are too few programs; XLA, which splits K itself, takes them. Where
 # one overtakes the other has not been measured.
 _MIN_COLUMNS = 6144
 
-_linear_parts = differentiable_op(
-    kernel=triton.linear_partial_sums, reference=reference.linear_partial_sums
+_linear_partial_sums = Op(
+    "linear_partial_sums",
+    reference=reference.linear_partial_sums,
+    kernels=[Kernel("triton", "g4attn_jax.ops.linear.triton:linear_partial_sums")],
 )
-_geglu = differentiable_op(kernel=triton.geglu, reference=reference.geglu)
+_geglu = Op(
+    "geglu",
+    reference=reference.geglu,
+    kernels=[Kernel("triton", "g4attn_jax.ops.linear.triton:geglu")],
+)
 
 
 def linear(
@@ -54,7 +57,8 @@ def linear(
         NotImplementedError: "triton" was demanded and there is no supported GPU.
     """
     _check(x, w, "K, N")
-    return _linear_parts(x, w, num_parts=1, implementation=_whole(x, w, implementation))[0]
+    implementation = _without_split_k(_linear_partial_sums, x, w, implementation)
+    return _linear_partial_sums(x, w, num_partial_sums=1, implementation=implementation)[0]
 
 
 def linear_partial_sums(
@@ -62,8 +66,8 @@ def linear_partial_sums(
     w: Float[Array, "K N"],
     *,
     implementation: Implementation | None = None,
-) -> Float[Array, "parts *batch N"]:
-    """Parts that add up to x w, for what reads them to add: no launch is spent on that.
+) -> Float[Array, "partial_sums *batch N"]:
+    """Partial sums of x w (split-K), for what reads them to add: no launch is spent on that.
 
     With few columns several programs share them, which reads w faster.
 
@@ -73,33 +77,34 @@ def linear_partial_sums(
         implementation: see `linear`, but for any number of columns.
 
     Returns:
-        One part [1, ..., N] in x's dtype, or more in float32: as many as the kernel would make,
-        though XLA in its place fills the first alone. "xla" and more than 64 tokens make one.
+        One partial sum [1, ..., N] in x's dtype, or more in float32: as many as the kernel would
+        make, though XLA in its place fills the first alone. "xla" and more than 64 tokens make one.
 
     Raises:
         ValueError: an argument has the wrong rank, length or dtype.
         NotImplementedError: "triton" was demanded and there is no supported GPU.
     """
     _check(x, w, "K, N")
-    implementation, parts = _for_tokens(x, implementation), 1
-    if implementation != "xla":
-        parts = triton.choose_parts(gpu(), k=w.shape[0], columns=w.shape[1])
-    return _linear_parts(x, w, num_parts=parts, implementation=implementation)
+    implementation, count = _for_tokens(_linear_partial_sums, x, implementation), 1
+    if implementation != XLA:
+        count = choose_num_partial_sums(gpu(), k=w.shape[0], columns=w.shape[1])
+    return _linear_partial_sums(x, w, num_partial_sums=count, implementation=implementation)
 
 
 def add_partial_sums(
-    parts: Float[Array, "parts *batch N"], dtype: jax.typing.DTypeLike
+    partial_sums: Float[Array, "partial_sums *batch N"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "*batch N"]:
-    """What `linear_partial_sums` made parts of.
+    """Sum of what `linear_partial_sums` returns.
 
     Args:
-        parts: [parts, ..., N].
+        partial_sums: [partial sums, ..., N].
         dtype: of the sum, to which it is rounded once.
 
     Returns:
         [..., N].
     """
-    return (parts[0] if len(parts) == 1 else parts.sum(axis=0)).astype(dtype)
+    total = partial_sums[0] if len(partial_sums) == 1 else partial_sums.sum(axis=0)
+    return total.astype(dtype)
 
 
 def geglu(
@@ -128,7 +133,7 @@ def geglu(
     _check(x, w, "K, 2, N")
     if w.shape[1] != 2:
         raise ValueError(f"w has shape {w.shape}; accepted: [K, 2, N]")
-    return _geglu(x, w, implementation=_whole(x, w, implementation))
+    return _geglu(x, w, implementation=_without_split_k(_geglu, x, w, implementation))
 
 
 def _check(x, w, dims):
@@ -143,16 +148,19 @@ def _check(x, w, dims):
         raise ValueError(f"w has dtype {w.dtype}; accepted: that of x, {x.dtype}")
 
 
-def _for_tokens(x, implementation):
-    """What runs: XLA for many tokens, and where their number is symbolic."""
-    check_implementation(implementation)
-    if implementation in ("xla", "triton_interpret"):
+def _for_tokens(op, x, implementation):
+    """Implementation of an op: XLA for many tokens, and where their number is symbolic."""
+    implementation = op.own(implementation)
+    if implementation in (XLA, "triton_interpret"):
         return implementation
-    is_few = isinstance(x.size, int) and x.size <= MAX_TOKENS * x.shape[-1]
-    return implementation if is_few else "xla"
+    if isinstance(x.size, int) and x.size <= MAX_TOKENS * x.shape[-1]:
+        return implementation
+    check_implementation(implementation)  # a demand holds for any number
+    return XLA
 
 
-def _whole(x, w, implementation):
-    """The same without parts: None leaves few columns to XLA."""
+def _without_split_k(op, x, w, implementation):
+    """Implementation of an op that has no partial sums: None leaves few columns to XLA."""
+    implementation = op.own(implementation)
     is_narrow = implementation is None and w.shape[-1] < _MIN_COLUMNS
-    return "xla" if is_narrow else _for_tokens(x, implementation)
+    return XLA if is_narrow else _for_tokens(op, x, implementation)

@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 
 
-def linear_partial_sums(x, w, *, num_parts):
-    """See `g4attn_jax.ops.linear_partial_sums`; the first part is all."""
-    if num_parts == 1:
+def linear_partial_sums(x, w, *, num_partial_sums):
+    """Reference of `g4attn_jax.ops.linear_partial_sums`: all is in the first, the others are 0."""
+    if num_partial_sums == 1:
         return (x @ w)[None]
     y = jnp.matmul(x, w, preferred_element_type=jnp.float32)
-    return jnp.zeros((num_parts, *y.shape), y.dtype).at[0].set(y)
+    return jnp.zeros((num_partial_sums, *y.shape), y.dtype).at[0].set(y)
 
 
 def geglu(x, w):
-    """See `g4attn_jax.ops.geglu`."""
+    """Reference of `g4attn_jax.ops.geglu`."""
     gate_up = jnp.einsum("...k,kcf->...cf", x, w)
     gate, up = jnp.unstack(gate_up.astype(jnp.float32), axis=-2)
     return gelu_gate(gate, up).astype(x.dtype)

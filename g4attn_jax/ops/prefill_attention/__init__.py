@@ -7,18 +7,24 @@ from jaxtyping import Array, Float, Int
 from g4attn_jax.cache import Cache
 from g4attn_jax.layout import SegmentIds
 from g4attn_jax.ops import checks
-from g4attn_jax.ops.flash_attention.launch import launch_refusal
-from g4attn_jax.ops.implementation import Implementation, differentiable_op, for_cache
-from g4attn_jax.ops.prefill_attention import cudnn, reference, triton
+from g4attn_jax.ops.flash_attention.launch import triton_refusal
+from g4attn_jax.ops.op import XLA, Implementation, Kernel, Op
+from g4attn_jax.ops.prefill_attention import cudnn, reference
+
+_TRITON = Kernel(
+    "triton",
+    "g4attn_jax.ops.prefill_attention.triton:prefill_attention",
+    refusal=triton_refusal,
+)
 
 
-def _on_cuda(q, cache, page_table, positions, *, use_cudnn, interpret, **constants):
-    """The kernel, or a program that chooses between it and cuDNN."""
-    kernel = functools.partial(triton.prefill_attention, interpret=interpret, **constants)
-    if not use_cudnn or not cudnn.takes(q, cache, page_table, **constants):
-        return kernel(q, cache, page_table, positions)
+def _by_cudnn(q, cache, page_table, positions, *, interpret, **constants):
+    """Program that chooses between cuDNN and Triton, or XLA where there is no Triton."""
+    otherwise = functools.partial(reference.prefill_attention, **constants)
+    if _TRITON.import_refusal() is None:
+        otherwise = functools.partial(_TRITON.run, interpret=interpret, **constants)
     return cudnn.prefill_attention_or(
-        lambda q, cache, positions: kernel(q, cache, None, positions),
+        lambda q, cache, positions: otherwise(q, cache, page_table, positions),
         q,
         cache,
         positions,
@@ -26,7 +32,20 @@ def _on_cuda(q, cache, page_table, positions, *, use_cudnn, interpret, **constan
     )
 
 
-_op = differentiable_op(kernel=_on_cuda, reference=reference.prefill_attention)
+_op = Op(
+    "prefill_attention",
+    reference=reference.prefill_attention,
+    kernels=[
+        Kernel(
+            "cudnn",
+            _by_cudnn,
+            refusal=cudnn.refusal,
+            is_faster=cudnn.is_faster,
+            has_interpreter=False,
+        ),
+        _TRITON,
+    ],
+)
 
 
 def prefill_attention(
@@ -64,7 +83,9 @@ def prefill_attention(
         implementation: None (on an NVIDIA GPU of compute capability 8.0 or higher the kernel, or
             cuDNN for a prompt of 4096 tokens or more from position 0 in a contiguous `KVCache` of
             bfloat16 or float16 with a head_dim that it takes: up to 256, on 8.x 128; else XLA),
-            "triton" (the kernel), "xla", or "triton_interpret". float8 needs 8.9 for the kernel.
+            "triton" (the kernel), "cudnn" (where positions start at 0, which a program sees when it
+            runs, cuDNN for any number of tokens), "xla", or "triton_interpret". float8 needs 8.9
+            for the kernel.
 
     Returns:
         [B, T, Nq, D] in q's dtype; zeros for padding, NaN for -2.
@@ -86,19 +107,12 @@ def prefill_attention(
     constants = {"sliding_window": sliding_window, "scale": scale}
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids, q, cache, page_table)
-        if implementation not in (None, "xla"):
+        if _op.own(implementation) not in (None, XLA):
             raise NotImplementedError(
                 f"implementation is {implementation!r}; with segment_ids accepted: None, 'xla'"
             )
+        # Not through the op, whose derivative would compute all of this once more.
         return reference.prefill_attention(
-            q, cache, page_table, positions, segment_ids, use_cudnn=False, **constants
+            q, cache, page_table, positions, segment_ids, **constants
         )
-    return _op(
-        q,
-        cache,
-        page_table,
-        positions,
-        **constants,
-        use_cudnn=implementation is None,
-        **for_cache(implementation, cache, launch_refusal(q, cache)),
-    )
+    return _op(q, cache, page_table, positions, implementation=implementation, **constants)

@@ -1,4 +1,4 @@
-"""Where cuDNN's flash attention takes the case of a prompt from its start, and whether it is one.
+"""cuDNN's flash attention, for a prompt from its start.
 
 cuDNN's causal mask lets row t see columns 0 .. t. That is the op where position p lies in slot p
 and token t is at position t, with padding behind the tokens: padding then sees what it may, and is
@@ -6,12 +6,11 @@ zeroed afterwards.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from g4attn_jax.cache import KVCache
 
 # cuDNN is 1.5 times faster (bench/results/h200/prefill_attention.json), but the host must read
 # which of the two is to run: at 2048 tokens of 31B's sliding layers the kernel is done before.
@@ -21,28 +20,41 @@ _MIN_TOKENS = 4096
 _MAX_TILE = 256
 
 
-def takes(q, cache, page_table, *, sliding_window, scale) -> bool:
-    """Whether cuDNN is the faster one for such arguments, where it supports them."""
-    constants = {"sliding_window": sliding_window, "scale": scale}
-    return q.shape[1] >= _MIN_TOKENS and supports(q, cache, page_table, **constants)
+def is_faster(q, *_, **static) -> bool:
+    """Whether cuDNN, where it takes the arguments, is the faster one."""
+    return q.shape[1] >= _MIN_TOKENS
 
 
-def supports(q, cache, page_table, *, sliding_window, scale) -> bool:
-    """Whether JAX would hand such arguments to cuDNN on the GPUs of this process."""
-    if jax.default_backend() != "gpu" or page_table is not None or not isinstance(cache, KVCache):
-        return False
-    if cache.scale is not None or q.shape[1] > cache.v.shape[1]:
-        return False
+def refusal(q, cache, page_table, *_, sliding_window, scale, **static) -> str | None:
+    """Reason for which JAX would not hand such arguments to cuDNN on these GPUs, or None."""
+    capacity = cache.value_part.array.shape[1]
+    accepted = {
+        f"the default device is a {jax.default_backend()}; accepted: gpu": (
+            jax.default_backend() == "gpu"
+        ),
+        "page_table is given; accepted: None": page_table is None,
+        "values are keys too; accepted: a KVCache": not cache.values_are_keys,
+        "the cache is float8; accepted: the dtype of q": cache.scale is None,
+        f"there are {q.shape[1]} tokens; accepted: up to {capacity}, the slots of a sequence": (
+            q.shape[1] <= capacity
+        ),
+    }
+    for reason, is_so in accepted.items():
+        if not is_so:
+            return reason
     attend = functools.partial(_attend, sliding_window=sliding_window, scale=scale)
     try:
         jax.eval_shape(attend, q, cache)
-    except (NotImplementedError, RuntimeError, ValueError):
-        return False  # the head_dim, the dtype or the GPU is none of cuDNN's, or there is no cuDNN
-    return True
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        # The head_dim, the dtype or the GPU is none of cuDNN's, or there is no cuDNN.
+        return f"cuDNN does not take it ({error})"
+    return None
 
 
-def prefill_attention_or(kernel, q, cache, positions, *, sliding_window, scale):
-    """cuDNN where the prompt starts at position 0, `kernel(q, cache, positions)` where it does not.
+def prefill_attention_or(
+    otherwise: Callable[..., jax.Array], q, cache, positions, *, sliding_window, scale
+) -> jax.Array:
+    """cuDNN where the prompt starts at position 0, else `otherwise(q, cache, positions)`.
 
     Positions are known when the program runs, so it holds both.
     """
@@ -58,7 +70,7 @@ def prefill_attention_or(kernel, q, cache, positions, *, sliding_window, scale):
     @jax.custom_batching.sequential_vmap
     def run(q, cache, positions):
         branch = jnp.where(starts_at_0(cache, positions), 1 + (positions < 0).any(), 0)
-        return lax.switch(branch, [kernel, without_padding, with_padding], q, cache, positions)
+        return lax.switch(branch, [otherwise, without_padding, with_padding], q, cache, positions)
 
     return run(q, cache, positions)
 
@@ -66,8 +78,7 @@ def prefill_attention_or(kernel, q, cache, positions, *, sliding_window, scale):
 def _attend(q, cache, *, sliding_window, scale):
     return jax.nn.dot_product_attention(
         q,
-        cache.k,
-        cache.v,
+        *cache.written,
         scale=scale,
         is_causal=True,
         local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
@@ -79,7 +90,7 @@ def starts_at_0(cache, positions):
     """Whether token t is at position t, up to the padding, and nothing harmful lies behind it."""
     token, length = jnp.arange(positions.shape[1]), (positions >= 0).sum(axis=1)
     in_place = positions == jnp.where(token < length[:, None], token, -1)
-    finite = [_is_finite_from(length, array) for array in (cache.k, cache.v)]
+    finite = [_is_finite_from(length, array) for array in cache.written]
     return in_place.all() & finite[0] & finite[1]
 
 

@@ -1,4 +1,4 @@
-"""`prefill_attention` in `jnp`: an on-line softmax over blocks of keys, for blocks of queries."""
+"""Reference of `prefill_attention`, in `jnp`: on-line softmax over blocks of queries and keys."""
 
 import dataclasses
 import functools
@@ -14,10 +14,8 @@ _BLOCK_TOKENS = 128
 _BLOCK_SLOTS = 512
 
 
-def prefill_attention(
-    q, cache, page_table, positions, segment_ids=None, *, sliding_window, scale, use_cudnn
-):
-    """See `g4attn_jax.ops.prefill_attention`; `use_cudnn` is for CUDA.
+def prefill_attention(q, cache, page_table, positions, segment_ids=None, *, sliding_window, scale):
+    """Reference of `g4attn_jax.ops.prefill_attention`.
 
     What no token sees may be anything. For a derivative nothing is kept of a block of tokens but
     its arguments; the accumulators after each block of slots are, while it is differentiated.
@@ -48,7 +46,7 @@ def _blocks(x, padding):
 
 
 def _attend(q, positions, query_ids, *, cache, layout, held, key_ids, sliding_window, scale):
-    """A block of tokens over the whole cache.
+    """Attention of a block of tokens over the whole cache.
 
     Args:
         query_ids: [B, T], the segments of the tokens; None: a row has one.
@@ -64,21 +62,19 @@ def _attend(q, positions, query_ids, *, cache, layout, held, key_ids, sliding_wi
         m, total, acc = carry
         # A weight of 0 does not undo a NaN, nor does a mask in the derivative.
         seen = visible.any(axis=1)[..., None, None]
-        scores, begin = 0.0, 0
-        for array, array_scale in cache.key_parts:
-            end = begin + array.shape[-1]
-            k = jnp.where(seen, _slots_from(first, size, array, layout), 0).astype(q.dtype)
-            part = _einsum("btkgw,bskw->bkgts", q[..., begin:end], k)
-            scores += part if array_scale is None else part * array_scale
-            begin = end
+        scores = 0.0
+        for keys in cache.key_parts:
+            k = jnp.where(seen, _slots_from(first, size, keys.array, layout), 0).astype(q.dtype)
+            part = _einsum("btkgw,bskw->bkgts", q[..., keys.columns], k)
+            scores += _scaled(part, keys.scale)
         scores = jnp.where(visible[:, None, None], scores * scale, -jnp.inf)
         # The result does not depend on m, so neither does its derivative.
         new_m = lax.stop_gradient(jnp.maximum(m, scores.max(axis=-1)))
         alpha, weights = jnp.exp(m - new_m), jnp.exp(scores - new_m[..., None])
-        array, array_scale = cache.value_part
-        v = jnp.where(seen, _slots_from(first, size, array, layout), 0).astype(q.dtype)
+        values = cache.value_part
+        v = jnp.where(seen, _slots_from(first, size, values.array, layout), 0).astype(q.dtype)
         o = _einsum("bkgts,bskd->bkgtd", weights.astype(q.dtype), v)
-        o = o if array_scale is None else o * array_scale
+        o = _scaled(o, values.scale)
         return new_m, total * alpha + weights.sum(axis=-1), acc * alpha[..., None] + o
 
     @jax.checkpoint
@@ -111,6 +107,10 @@ def _attend(q, positions, query_ids, *, cache, layout, held, key_ids, sliding_wi
     o = acc / jnp.where(total > 0, total, 1)[..., None]  # padding sees nothing: 0
     o = jnp.moveaxis(o, 3, 1).reshape(batch, tokens, num_q_heads, head_dim)
     return where_token(positions, o).astype(q.dtype)
+
+
+def _scaled(x, scale):
+    return x if scale is None else x * scale
 
 
 def _einsum(subscripts, a, b):

@@ -1,8 +1,8 @@
 """Flash attention of a prompt, or a chunk of one, in one launch."""
 
-from g4attn_jax.ops.batching import apart_if_float8
-from g4attn_jax.ops.flash_attention.launch import HeadSizes, Launch
+from g4attn_jax.ops.flash_attention.launch import AttentionLaunch, HeadSizes
 from g4attn_jax.ops.flash_attention.triton import flash_attention
+from g4attn_jax.ops.float8_cache import apart_if_float8
 from g4attn_jax.ops.gpu import Gpu, gpu
 
 # Query rows of a program, keys of a tile, programs that share the columns of values, warps and
@@ -24,8 +24,8 @@ _NARROW = (
 _FLOAT32 = ((32, 16, 1, 8, 2), (16, 16, 1, 8, 2))
 
 
-def choose_launch(gpu: Gpu, sizes: HeadSizes) -> Launch:
-    """The launch for a layer, fitted to bench/results/h200/tune_prefill_attention.json.
+def choose_launch(gpu: Gpu, sizes: HeadSizes) -> AttentionLaunch:
+    """Launch for a layer, fitted to bench/results/h200/tune_prefill_attention.json.
 
     Keys and values are read again for every block of rows, so it has as many as the registers hold
     the accumulators of.
@@ -35,7 +35,7 @@ def choose_launch(gpu: Gpu, sizes: HeadSizes) -> Launch:
     """
     tiles = _FLOAT32 if sizes.q_bytes == 4 else _WIDE if sizes.head_dim > 256 else _NARROW
     for rows, keys, value_blocks, num_warps, num_stages in tiles:
-        launch = Launch(rows, keys, 1, value_blocks, num_warps, num_stages)
+        launch = AttentionLaunch(rows, keys, 1, value_blocks, num_warps, num_stages)
         # Blocks of columns are not padded, and not of values that are keys too.
         can_share = sizes.head_dim == 512 and sizes.value_width is not None
         if (value_blocks == 1 or can_share) and sizes.fits(gpu, launch):
@@ -46,7 +46,7 @@ def choose_launch(gpu: Gpu, sizes: HeadSizes) -> Launch:
 def prefill_attention(
     q, cache, page_table, positions, *, sliding_window, scale, interpret=False, launch=None
 ):
-    """See `g4attn_jax.ops.prefill_attention`; `launch` overrides the heuristics, for tuning."""
+    """Kernel of `g4attn_jax.ops.prefill_attention`; `launch` overrides the choice, for tuning."""
     launch = launch or choose_launch(gpu(), HeadSizes.of(q, cache))
 
     def run(*arguments):

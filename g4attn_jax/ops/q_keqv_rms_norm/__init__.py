@@ -3,10 +3,14 @@
 from jaxtyping import Array, Float
 
 from g4attn_jax.ops import checks
-from g4attn_jax.ops.implementation import Implementation, differentiable_op
-from g4attn_jax.ops.q_keqv_rms_norm import reference, triton
+from g4attn_jax.ops.op import Implementation, Kernel, Op
+from g4attn_jax.ops.q_keqv_rms_norm import reference
 
-_op = differentiable_op(kernel=triton.q_keqv_rms_norm, reference=reference.q_keqv_rms_norm)
+_op = Op(
+    "q_keqv_rms_norm",
+    reference=reference.q_keqv_rms_norm,
+    kernels=[Kernel("triton", "g4attn_jax.ops.q_keqv_rms_norm.triton:q_keqv_rms_norm")],
+)
 
 
 def q_keqv_rms_norm(

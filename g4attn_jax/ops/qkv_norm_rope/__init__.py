@@ -4,10 +4,14 @@ from jaxtyping import Array, Float
 
 from g4attn_jax.config import ProjectionMode
 from g4attn_jax.ops import checks
-from g4attn_jax.ops.implementation import Implementation, differentiable_op
-from g4attn_jax.ops.qkv_norm_rope import reference, triton
+from g4attn_jax.ops.op import Implementation, Kernel, Op
+from g4attn_jax.ops.qkv_norm_rope import reference
 
-_op = differentiable_op(kernel=triton.qkv_norm_rope, reference=reference.qkv_norm_rope)
+_op = Op(
+    "qkv_norm_rope",
+    reference=reference.qkv_norm_rope,
+    kernels=[Kernel("triton", "g4attn_jax.ops.qkv_norm_rope.triton:qkv_norm_rope")],
+)
 
 
 def qkv_norm_rope(

@@ -25,15 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.config import ProjectionMode
-from g4attn_jax.ops.head_norm.triton import (
-    MAX_BLOCK_ROWS,
-    WARP_LOAD_BYTES,
-    Launch,
-    both,
-    iota,
-    load,
-    rows_of_program,
-)
+from g4attn_jax.ops.head_norm.triton import MAX_BLOCK_ROWS, NormLaunch, rows_of_program
+from g4attn_jax.ops.triton_tiles import WARP_LOAD_BYTES, both, iota, load
 
 
 class Kind(NamedTuple):
@@ -45,7 +38,7 @@ class Kind(NamedTuple):
     rows_per_group: int
 
 
-class Inputs(NamedTuple):
+class PrologueInputs(NamedTuple):
     """What the kernel reads; None is not there."""
 
     x: jax.Array  # [..., Nkv, G + P, D], in the kernel [M * Nkv * (G + P), D]
@@ -57,7 +50,7 @@ class Inputs(NamedTuple):
     scale: jax.Array | None  # float32 [2], what K and V are divided by before storage
 
 
-class Outputs(NamedTuple):
+class PrologueOutputs(NamedTuple):
     """What it writes: arrays, their shapes, or refs."""
 
     q: jax.Array  # [M * Nq, D], absorbed [M * Nq, D + R]
@@ -74,8 +67,8 @@ def qkv_norm_rope(qkv, q_norm, k_norm, cos, sin, *, mode, eps, interpret=False, 
     if mode is not ProjectionMode.Q_ONLY:
         kv = jax.ShapeDtypeStruct((math.prod(batch) * num_kv_heads, head_dim), qkv.dtype)
     q, k, v = norm_rope(
-        Inputs(qkv, q_norm, k_norm, cos, sin, None, None),
-        Outputs(q, kv, kv),
+        PrologueInputs(qkv, q_norm, k_norm, cos, sin, None, None),
+        PrologueOutputs(q, kv, kv),
         mode=mode,
         eps=eps,
         interpret=interpret,
@@ -91,7 +84,7 @@ _FEW_ROWS = 256
 _MANY_ROWS = 4096
 
 
-def choose_launch(num_rows: int, half_bytes: int, *, absorbed: bool) -> Launch:
+def choose_launch(num_rows: int, half_bytes: int, *, absorbed: bool) -> NormLaunch:
     """The launch for `num_rows` heads.
 
     From `bench/results/h200/tune_qkv_prologue.json`: programs of 2 KiB with a warp for every
@@ -104,13 +97,15 @@ def choose_launch(num_rows: int, half_bytes: int, *, absorbed: bool) -> Launch:
         absorbed: whether queries have D + R numbers.
     """
     if num_rows <= _FEW_ROWS:
-        return Launch(block_rows=2, num_warps=2)
+        return NormLaunch(block_rows=2, num_warps=2)
     program_bytes = 8192 if absorbed and num_rows > _MANY_ROWS else 2048
     block_rows = min(max(1, program_bytes // (2 * half_bytes)), MAX_BLOCK_ROWS)
-    return Launch(block_rows, num_warps=min(block_rows, 4 if program_bytes == 8192 else 2))
+    return NormLaunch(block_rows, num_warps=min(block_rows, 4 if program_bytes == 8192 else 2))
 
 
-def norm_rope(inputs: Inputs, outputs: Outputs, *, mode, eps, interpret, launch=None) -> Outputs:
+def norm_rope(
+    inputs: PrologueInputs, outputs: PrologueOutputs, *, mode, eps, interpret, launch=None
+) -> PrologueOutputs:
     """Launches the kernel.
 
     Args:
@@ -126,7 +121,7 @@ def norm_rope(inputs: Inputs, outputs: Outputs, *, mode, eps, interpret, launch=
     groups = x.shape[0] // rows_per_group
     given = [array for array in outputs if isinstance(array, jax.Array)]
     if groups == 0:
-        return Outputs(*(_empty(array) for array in outputs))
+        return PrologueOutputs(*(_empty(array) for array in outputs))
     pairs = inputs.cos.shape[-1]
     inputs = inputs._replace(
         x=x,
@@ -143,7 +138,7 @@ def norm_rope(inputs: Inputs, outputs: Outputs, *, mode, eps, interpret, launch=
             pl.next_power_of_2(half) * x.dtype.itemsize,
             absorbed=outputs.q.shape[-1] != head_dim,
         )
-    shapes = Outputs(
+    shapes = PrologueOutputs(
         *(None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outputs)
     )
     num_inputs = len(jax.tree.leaves(inputs))

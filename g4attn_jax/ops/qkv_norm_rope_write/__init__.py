@@ -2,27 +2,39 @@
 
 from jaxtyping import Array, Float, Int
 
-from g4attn_jax.cache import Cache, CompactKVCache
+from g4attn_jax.cache import Cache
+from g4attn_jax.checks import check_array
 from g4attn_jax.config import ProjectionMode
-from g4attn_jax.ops import checks
-from g4attn_jax.ops.implementation import (
-    Implementation,
-    differentiable_op,
-    for_cache,
-    inference_op,
-)
+from g4attn_jax.ops import checks, float8_cache
+from g4attn_jax.ops.op import Implementation, Kernel, Op, no_derivative
 from g4attn_jax.ops.qkv_norm_rope import check_heads
-from g4attn_jax.ops.qkv_norm_rope_write import reference, triton
+from g4attn_jax.ops.qkv_norm_rope_write import reference
 
-_write_op = inference_op(
-    kernel=triton.qkv_norm_rope_write,
+
+def _refusal(qkv, q_norm, k_norm, cos, sin, slots, cache, *, interpret, **static):
+    return float8_cache.refusal(cache, interpret=interpret)
+
+
+_write = Op(
+    "qkv_norm_rope_write",
     reference=reference.qkv_norm_rope_write,
-    refusal=(
+    kernels=[
+        Kernel(
+            "triton",
+            "g4attn_jax.ops.qkv_norm_rope_write.triton:qkv_norm_rope_write",
+            refusal=_refusal,
+        )
+    ],
+    derivative=no_derivative(
         "qkv_norm_rope_write updates a cache and has no derivative; accepted: no cache, "
         "ops.qkv_norm_rope (Gemma4Attention with cache=None)"
     ),
 )
-_query_op = differentiable_op(kernel=triton.query, reference=reference.query)
+_query = Op(
+    "q_norm_rope",
+    reference=reference.query,
+    kernels=[Kernel("triton", "g4attn_jax.ops.qkv_norm_rope_write.triton:query")],
+)
 
 
 def qkv_norm_rope_write(
@@ -87,21 +99,13 @@ def qkv_norm_rope_write(
         rotary_dim=2 * cos.shape[-1],
     )
     constants = {"mode": mode, "eps": eps, "implementation": implementation}
-    form = type(cache)
-    compact = form is CompactKVCache
-    if k_norm is None and (compact or mode is not ProjectionMode.Q_ONLY):
+    if k_norm is None and (cache.absorbs_k_norm or mode is not ProjectionMode.Q_ONLY):
         raise ValueError(
-            f"k_norm is missing; {mode.name} with a {form.__name__} needs it, of shape "
+            f"k_norm is missing; {mode.name} with a {type(cache).__name__} needs it, of shape "
             f"({qkv.shape[-1]},)"
         )
     if mode is ProjectionMode.Q_ONLY:
-        k_norm = k_norm if compact else None
-        return _query_op(qkv, q_norm, k_norm, cos, sin, form=form, **constants), cache
-    shape, dtype = getattr(slots, "shape", None), getattr(slots, "dtype", None)
-    if dtype != "int32" or shape != qkv.shape[:-3]:
-        raise ValueError(
-            f"slots is a {type(slots).__name__} of shape {shape} and dtype {dtype}; accepted: an "
-            f"array of int32 {qkv.shape[:-3]}"
-        )
-    constants |= for_cache(implementation, cache)
-    return _write_op(qkv, q_norm, k_norm, cos, sin, slots, cache, **constants)
+        k_norm = k_norm if cache.absorbs_k_norm else None
+        return _query(qkv, q_norm, k_norm, cos, sin, form=type(cache), **constants), cache
+    check_array("slots", slots, qkv.shape[:-3], "int32")
+    return _write(qkv, q_norm, k_norm, cos, sin, slots, cache, **constants)

@@ -4,10 +4,14 @@ from jaxtyping import Array, Float
 
 from g4attn_jax.config import ProjectionMode
 from g4attn_jax.ops import checks
-from g4attn_jax.ops.implementation import Implementation, differentiable_op
-from g4attn_jax.ops.qkv_rms_norm import reference, triton
+from g4attn_jax.ops.op import Implementation, Kernel, Op
+from g4attn_jax.ops.qkv_rms_norm import reference
 
-_op = differentiable_op(kernel=triton.qkv_rms_norm, reference=reference.qkv_rms_norm)
+_op = Op(
+    "qkv_rms_norm",
+    reference=reference.qkv_rms_norm,
+    kernels=[Kernel("triton", "g4attn_jax.ops.qkv_rms_norm.triton:qkv_rms_norm")],
+)
 
 
 def qkv_rms_norm(

@@ -1,76 +1,15 @@
-"""How the kernel sees a cache of any form and layout, and tiles of its rows."""
+"""Slots of a tile of positions, and masked rows of queries, keys, values and the result."""
 
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from g4attn_jax.cache import Cache, CompactKVCache, KVCache
-from g4attn_jax.ops.head_norm.triton import both, iota, load
-from g4attn_jax.ops.matmul_tiles.triton import pad
-
-
-class Inputs(NamedTuple):
-    """What a kernel reads; None is not there."""
-
-    q: jax.Array  # [B * T * Nq, width]
-    keys: tuple[jax.Array, ...]  # [slots * Nkv, part of width]
-    v: jax.Array | None  # [slots * Nkv, D]; None: the first of keys
-    page_table: jax.Array | None  # int32 [B * pages]; None: sequence b has page b
-    positions: jax.Array  # int32 [B * T]
-    scale: jax.Array | None  # float32 [2], of K and of V
-
-
-class Shape(NamedTuple):
-    """Sizes that a kernel knows when it is compiled."""
-
-    tokens: int
-    num_kv_heads: int
-    group: int
-    head_dim: int
-    num_pages: int
-    page_size: int
-    columns: int  # of the page table
-
-    @property
-    def num_q_heads(self):
-        return self.num_kv_heads * self.group
-
-
-# Of `scale`, which are the keys' in order; the values' is the second.
-KEY_SCALES = {KVCache: (0,), CompactKVCache: (1, 0)}
-
-
-def operands(q, cache: Cache, page_table, positions) -> tuple[Inputs, Shape]:
-    """Arguments of an attention op, see `g4attn_jax.ops.decode_attention`, for a kernel."""
-    _, tokens, num_q_heads, width = q.shape
-    num_pages, page_size, num_kv_heads, head_dim = cache.v.shape
-    keys = [part.array for part in cache.key_parts]
-    v_is_key = any(array is cache.v for array in keys)
-    inputs = Inputs(
-        q=q.reshape(-1, width),
-        keys=tuple(array.reshape(-1, array.shape[-1]) for array in keys),
-        v=None if v_is_key else cache.v.reshape(-1, head_dim),
-        page_table=None if page_table is None else page_table.reshape(-1),
-        positions=positions.reshape(-1),
-        scale=cache.scale,
-    )
-    shape = Shape(
-        tokens=tokens,
-        num_kv_heads=num_kv_heads,
-        group=num_q_heads // num_kv_heads,
-        head_dim=head_dim,
-        num_pages=num_pages,
-        page_size=page_size,
-        columns=1 if page_table is None else page_table.shape[1],
-    )
-    return inputs, shape
+from g4attn_jax.ops.padding import pad
+from g4attn_jax.ops.triton_tiles import both, iota, load
 
 
 def pages(inputs, shape, sequence, first, size):
-    """The page of each of `size` positions from `first` on, a multiple of it; one if all share it.
+    """Page of each of `size` positions from `first` on, a multiple of it; one if all share it.
 
     None without a page table.
     """

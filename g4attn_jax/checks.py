@@ -1,0 +1,193 @@
+"""Argument checks that the whole package shares.
+
+Every message names the argument, what was given and what is accepted.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from types import EllipsisType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Dtypes of activations and weights.
+FLOATS = ("bfloat16", "float16", "float32")
+MAX_INT32 = np.iinfo(np.int32).max
+
+# A size that is known; a letter for one that is not, 1 or more; the sizes of a range; `...`, first,
+# for any number of sizes.
+Size = int | str | range | EllipsisType
+
+
+def check_integer(
+    name: str, value: Any, least: int = 1, most: int | None = None, *, none: bool = False
+) -> int | None:
+    """Refuses what is no integer from `least` to `most`.
+
+    Args:
+        name: of the argument.
+        value: of Python or NumPy; a bool is none.
+        least: accepted.
+        most: accepted; None: no limit.
+        none: whether None is accepted too.
+
+    Returns:
+        The value as Python's int, or None. NumPy's would wrap what they do not hold.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    if value is None and none:
+        return None
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or value < least or (most is not None and value > most):
+        limits = f"of {least} or more" if most is None else f"from {least} to {most}"
+        accepted = f"{'None or ' if none else ''}an integer {limits}"
+        raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+    return int(value)
+
+
+def check_number(name: str, value: Any, least: float | None = None) -> None:
+    """Refuses what is no finite Python number, or is below `least`.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or (least is not None and value < least):
+        limit = "" if least is None else f" of {least} or more"
+        raise ValueError(f"{name} is {value!r}; accepted: a finite Python number{limit}")
+
+
+def check_choice(name: str, value: Any, accepted: Iterable[Any]) -> None:
+    """Refuses what is none of the accepted values.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    accepted = list(accepted)
+    if not any(value is choice or value == choice for choice in accepted):
+        choices = ", ".join(x.__name__ if isinstance(x, type) else repr(x) for x in accepted)
+        raise ValueError(f"{name} is {value!r}; accepted: {choices}")
+
+
+def check_type(name: str, value: Any, *types: type, none: bool = False) -> None:
+    """Refuses what is no instance of one of the types.
+
+    Args:
+        name: of the argument.
+        value: given.
+        types: accepted.
+        none: whether None is accepted too.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    if not isinstance(value, types) and not (none and value is None):
+        accepted = " or ".join(t.__name__ for t in types) + (", or None" if none else "")
+        raise ValueError(f"{name} is a {type(value).__name__}; accepted: {accepted}")
+
+
+def check_dtype(
+    name: str, dtype: jax.typing.DTypeLike | None, accepted: Sequence[Any] = FLOATS
+) -> None:
+    """Refuses a dtype that is none of the accepted ones.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    accepted = [jnp.dtype(x).name for x in accepted]
+    try:
+        known = dtype is not None and jnp.dtype(dtype).name in accepted
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"{name} has dtype {dtype}; accepted: {', '.join(accepted)}")
+
+
+def check_array(
+    name: str,
+    array: Any,
+    shape: Sequence[Size],
+    dtype: Any = FLOATS,
+    *,
+    none: bool = False,
+    empty: bool = False,
+) -> None:
+    """Refuses what is no array of a shape and dtype.
+
+    Args:
+        name: of the argument.
+        array: JAX or NumPy array, or anything with a shape and a dtype.
+        shape: sizes accepted, see `Size`, as in `(..., "Nkv", 512)`. Sizes before those that follow
+            `...` may be anything.
+        dtype: "integer" or "floating" for any such, else a dtype or several.
+        none: whether None is accepted too.
+        empty: whether a size that a letter stands for may be 0.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    if array is None and none:
+        return
+    given_shape, given_dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+    is_array = isinstance(given_shape, tuple) and given_dtype is not None
+    if is_array and _has_shape(given_shape, shape, empty) and _has_dtype(given_dtype, dtype):
+        return
+    given = f"has shape {given_shape} and dtype {given_dtype}"
+    if not is_array:
+        given = f"is a {type(array).__name__}"
+    accepted = f"{_dtype_text(dtype)} {_shape_text(shape, empty)}{', or None' if none else ''}"
+    raise ValueError(f"{name} {given}; accepted: {accepted}")
+
+
+def known_values(array: jax.Array) -> np.ndarray | None:
+    """Values of an array; None while it is traced."""
+    return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
+
+
+def _has_shape(given, shape, empty):
+    if shape and shape[0] is ...:
+        shape = shape[1:]
+        given = given[max(0, len(given) - len(shape)) :]
+    return len(given) == len(shape) and all(
+        _is_size(size, wanted, empty) for size, wanted in zip(given, shape, strict=True)
+    )
+
+
+def _is_size(size, wanted, empty):
+    if isinstance(wanted, str):
+        return empty or size != 0
+    return size in wanted if isinstance(wanted, range) else size == wanted
+
+
+def _has_dtype(given, dtype):
+    if isinstance(dtype, str) and dtype in ("integer", "floating"):
+        return jnp.issubdtype(given, getattr(jnp, dtype))
+    return any(given == jnp.dtype(x) for x in _several(dtype))
+
+
+def _several(dtype):
+    return dtype if isinstance(dtype, (tuple, list)) else (dtype,)
+
+
+def _dtype_text(dtype):
+    if isinstance(dtype, str) and dtype in ("integer", "floating"):
+        return {"integer": "integer", "floating": "floating-point"}[dtype]
+    return " or ".join(jnp.dtype(x).name for x in _several(dtype))
+
+
+def _shape_text(shape, empty):
+    def text(size):
+        if isinstance(size, range):
+            return f"{size[0]} to {size[-1]}"
+        return "..." if size is ... else str(size)
+
+    is_known = all(isinstance(size, int) for size in shape)
+    if is_known and shape:
+        return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+    letters = [size for size in shape if isinstance(size, str)]
+    limit = f", {' and '.join(letters)} of 1 or more" if letters and not empty else ""
+    return f"[{', '.join(map(text, shape))}]{limit}"

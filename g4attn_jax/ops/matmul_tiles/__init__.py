@@ -1,1 +1,0 @@
-"""Masked tiles of matrices, for the kernels that multiply them. There is no public function."""
