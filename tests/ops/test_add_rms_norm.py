@@ -32,6 +32,7 @@ def case(*shape, dtype=jnp.float32, y_dtype=None, parts=None, scales=1):
     ]
 
 
+@everyday("triton_interpret")
 @everyday_cases
 @on_both
 @pytest.mark.parametrize("case", tagged(CASES, "odd"), ids=str)

@@ -69,6 +69,7 @@ def case(
 TILE = 64
 
 
+@everyday("triton_interpret")
 @everyday_cases
 @on_both
 @pytest.mark.parametrize("case", tagged(CASES, "odd"), ids=str)

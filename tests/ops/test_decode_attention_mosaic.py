@@ -155,7 +155,7 @@ def test_vmap(attend):
         np.testing.assert_array_equal(o, attend(*single))
 
 
-@everyday("True-9")
+@everyday()
 @pytest.mark.parametrize("tokens", [6, 9])
 @pytest.mark.parametrize("compact", [False, True])
 def test_warpgroups_wait_for_each_other(compact, tokens, monkeypatch):
@@ -265,7 +265,7 @@ def test_an_older_jax_is_refused(monkeypatch):
         ops.decode_attention(*arguments, implementation="mosaic_gpu")
 
 
-@everyday("None-KVCache-True-6-8-3", "mosaic_gpu-CompactKVCache-True-4-16-1")
+@everyday("mosaic_gpu-CompactKVCache-True-4-16-1")
 @pytest.mark.skipif(gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable()))
 @pytest.mark.parametrize(
     ("form", "paged", "tokens", "group", "num_splits"),

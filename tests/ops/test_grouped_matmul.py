@@ -44,6 +44,7 @@ def case(group_sizes, num_rows=None, depth=40, columns=24, tokens=None, dtype=jn
     return *(jnp.asarray(a, dtype) for a in (x, w)), sizes, jnp.asarray(w2, dtype), rows
 
 
+@everyday("triton_interpret")
 @everyday_cases
 @on_both
 @pytest.mark.parametrize("case", tagged(plain.CASES + gated.CASES, "odd"), ids=str)
@@ -147,6 +148,7 @@ def test_a_row_does_not_depend_on_the_others(implementation):
     np.testing.assert_array_equal(moved[5:22], run(x, w, sizes)[:17])
 
 
+@everyday("triton_interpret")
 @on_both
 def test_x64(implementation):
     """Indices stay int32 where JAX makes Python's integers int64."""

@@ -47,6 +47,7 @@ def test_a_token_without_a_slot_is_nan(sizes, implementation):
     np.testing.assert_allclose(o, exact, atol=2e-6)
 
 
+@everyday("triton_interpret")
 @everyday_cases
 @on_both
 @pytest.mark.parametrize("case", [c for c in tagged(CASES, "odd") if c.tokens <= 70], ids=str)
@@ -98,7 +99,7 @@ def test_padding_anywhere(implementation):
     close(o, formula(q, cache, table, positions), positions)
 
 
-@everyday("20-triton_interpret")
+@everyday()
 @on_both
 @pytest.mark.parametrize("window", [None, 20])
 def test_chunks_equal_one_prompt(window, implementation):
@@ -113,6 +114,7 @@ def test_chunks_equal_one_prompt(window, implementation):
         np.testing.assert_allclose(part, whole[:, start:stop], atol=2e-6)
 
 
+@everyday("triton_interpret")
 @on_both
 def test_decode_attention_of_the_last_tokens(implementation):
     q, cache, table, positions = case([69, 30], pages=5, tokens=33)
@@ -155,6 +157,7 @@ def test_half_precision_is_no_worse_than_xla(compact, dtype, implementation):
     assert errors[0] <= errors[1]
 
 
+@everyday("triton_interpret")
 @on_both
 def test_a_sequence_does_not_depend_on_its_batch(implementation):
     """To the last bit in the kernel; XLA's products of a batch may differ from those of one."""
@@ -187,7 +190,7 @@ def test_jit_and_vmap(storage, implementation):
         np.testing.assert_allclose(o, run(*single), atol=2e-6)
 
 
-@everyday("sizes1-9-triton_interpret")
+@everyday()
 @on_both
 @pytest.mark.parametrize(
     ("sizes", "window"),

@@ -4,7 +4,7 @@ import pytest
 
 from g4attn_jax.commands import check
 from g4attn_jax.testing.cases import all_cases
-from tests.everyday import everyday_cases
+from tests.everyday import everyday, everyday_cases
 
 # Thinned for the interpreter; tests/gpu/test_kernels.py runs all of it.
 NORMS = [
@@ -15,6 +15,7 @@ NORMS = [
 ]
 
 
+@everyday("triton_interpret")
 @everyday_cases
 @pytest.mark.parametrize("implementation", ["xla", "triton_interpret"])
 @pytest.mark.parametrize("case", NORMS, ids=str)

@@ -52,6 +52,7 @@ def test_any_shape(
         assert oracle.no_worse_than(error, usual_error, dtype, oracle.largest(y))
 
 
+@everyday("triton_interpret")
 @pytest.mark.parametrize("implementation", RUNS_HERE)
 def test_is_the_packed_op_on_unpacked_buffers(implementation):
     q, kv, q_norm, k_norm = random_arguments((5,), 8, 2, 64)
@@ -64,7 +65,7 @@ def test_is_the_packed_op_on_unpacked_buffers(implementation):
     )
 
 
-@everyday("triton_interpret")
+@everyday()
 @pytest.mark.parametrize("implementation", RUNS_HERE)
 def test_transformations_agree_with_the_formula(implementation):
     arguments = random_arguments((3,), 4, 2, 32)

@@ -114,7 +114,7 @@ class TestDifferentiation:
         given = sorted((x.shape, x.dtype.name) for x in jax.tree.leaves(arguments))
         assert kept == given
 
-    @everyday("ProjectionMode.QKV_FULL-triton_interpret")
+    @everyday()
     def test_vmap_jit_and_gradient_together(self, mode, implementation):
         qkv, q_norm, k_norm, cos, sin = random_arguments(mode, (4,), 2, 3, 32, 16)
 

@@ -36,6 +36,7 @@ SWEEP = [
 ]
 
 
+@everyday("triton_interpret")
 @everyday_cases
 @on_both
 @pytest.mark.parametrize("case", SWEEP, ids=str)
@@ -67,7 +68,7 @@ def random_bits(shape, dtype):
     return jnp.asarray((bits & ~np.array(1 << width - 2, bits.dtype)).view(dtype))
 
 
-@everyday("bfloat16-QK_ONLY")
+@everyday("bfloat16-QK_ONLY-CompactKVCache")
 @on_both
 @on_every_kind
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, FLOAT8])
@@ -104,7 +105,7 @@ def test_other_bytes_stay(mode, form, dtype, implementation):
         assert np.all(np.any(before[hit] != after[hit], axis=1))
 
 
-@everyday("QK_ONLY-KVCache", "QKV_FULL-KVCache-triton_interpret")
+@everyday("QK_ONLY-KVCache-xla")
 @on_both
 @on_every_kind
 def test_leading_dims(mode, form, implementation):
