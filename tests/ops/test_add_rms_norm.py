@@ -115,13 +115,13 @@ def test_no_tokens():
         ({0: jnp.zeros((4, 96), int)}, "x has dtype int32"),
         (
             {1: jnp.zeros((4, 95))},
-            r"y has shape \(4, 95\); accepted: \(4, 96\), that of x, or part",
+            r"y has shape \(4, 95\)",
         ),
         ({1: jnp.zeros((2, 2, 4, 96))}, r"y has shape \(2, 2, 4, 96\)"),
-        ({2: jnp.zeros(95)}, r"scale has shape \(95,\); accepted: \(96,\)"),
-        ({2: None}, r"scale is None; accepted: an array of shape \(96,\)"),
+        ({2: jnp.zeros(95)}, r"scale has shape \(95,\)"),
+        ({2: None}, r"scale is None"),
         ({3: [jnp.zeros(96), jnp.zeros(95)]}, r"next_scales\[1\] has shape \(95,\)"),
-        ({4: jnp.zeros(1)}, r"factor has shape \(1,\); accepted: \(\)"),
+        ({4: jnp.zeros(1)}, r"factor has shape \(1,\)"),
     ],
 )
 def test_refusals(change, message):

@@ -272,9 +272,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"x": jnp.zeros((2, 8, 40))}, r"x has shape \(2, 8, 40\); accepted: \[T, K\]"),
-            ({"x": jnp.zeros((8, 40), jnp.int32)}, "x has dtype int32; accepted"),
-            ({"w": jnp.zeros((3, 40))}, r"w has shape \(3, 40\); accepted: \[..., X, K, "),
+            ({"x": jnp.zeros((2, 8, 40))}, r"x has shape \(2, 8, 40\)"),
+            ({"x": jnp.zeros((8, 40), jnp.int32)}, "x has dtype int32"),
+            ({"w": jnp.zeros((3, 40))}, r"w has shape \(3, 40\)"),
             ({"w": jnp.zeros((3, 39, 2, 24))}, r"w has shape .* with K = 40"),
             ({"w": jnp.zeros((3, 40, 3, 24))}, r"w has shape .* \[X, K, 2, N\] with K = 40"),
             ({"w": jnp.zeros((3, 40, 2, 24), jnp.bfloat16)}, "w has dtype bfloat16; .* of x, f"),
@@ -283,8 +283,8 @@ class TestBadInput:
             ({"group_sizes": jnp.array([9, 0, 0])}, "sums to 9; accepted: 0 or more, 8 in all"),
             ({"group_sizes": jnp.array([9, -1, 0])}, "group_sizes has -1 as its least"),
             ({"rows": jnp.zeros((8, 1), jnp.int32)}, r"rows has shape \(8, 1\) .* int32 \[M\]"),
-            ({"rows": jnp.zeros(8)}, "rows has .* dtype float32; accepted: int32"),
-            ({"implementation": "cuda"}, "implementation is 'cuda'; accepted"),
+            ({"rows": jnp.zeros(8)}, "rows has .* dtype float32"),
+            ({"implementation": "cuda"}, "implementation is 'cuda'"),
         ],
     )
     def test_is_named(self, change, message):

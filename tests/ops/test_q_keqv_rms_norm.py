@@ -103,15 +103,15 @@ def test_no_tokens(implementation):
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (0, np.zeros(8, np.float32), r"q has shape \(8,\); accepted: \[..., Nq, D\]"),
-        (0, np.zeros((5, 0, 32), np.float32), "q has shape .*; none of Nq, D may be 0"),
-        (1, np.zeros((5, 0, 32), np.float32), "kv has shape .*; none of Nkv, D may be 0"),
-        (0, np.zeros((5, 4, 32), np.int32), "q has dtype int32; accepted: bfloat16"),
+        (0, np.zeros(8, np.float32), r"q has shape \(8,\)"),
+        (0, np.zeros((5, 0, 32), np.float32), "q has shape"),
+        (1, np.zeros((5, 0, 32), np.float32), "kv has shape"),
+        (0, np.zeros((5, 4, 32), np.int32), "q has dtype int32"),
         (1, np.zeros((5, 2, 16), np.float32), r"kv has shape .* it must be \(5, Nkv, 32\)"),
         (1, np.zeros((6, 2, 32), np.float32), r"kv has shape .* it must be \(5, Nkv, 32\)"),
         (1, np.zeros((2, 32), np.float32), r"kv has shape .* it must be \(5, Nkv, 32\)"),
-        (1, np.zeros((5, 2, 32), np.float16), "kv has dtype float16; accepted: that of q, float32"),
-        (2, np.zeros(31, np.float32), r"q_norm has shape \(31,\); accepted: \(32,\)"),
+        (1, np.zeros((5, 2, 32), np.float16), "kv has dtype float16"),
+        (2, np.zeros(31, np.float32), r"q_norm has shape \(31,\)"),
         (3, None, "k_norm is missing"),
     ],
 )

@@ -280,14 +280,14 @@ class TestBadInput:
         ("change", "message"),
         [
             ({"slots": None}, "slots is a NoneType .* accepted: an array of int32 .5,."),
-            ({"slots": jnp.zeros(5)}, "slots is .* dtype float32; accepted: .* int32"),
+            ({"slots": jnp.zeros(5)}, "slots is .* dtype float32"),
             ({"slots": jnp.zeros((5, 1), jnp.int32)}, r"slots is .* shape \(5, 1\)"),
             ({"k_norm": None}, "k_norm is missing; QK_ONLY with a CompactKVCache needs it"),
-            ({"cache": None}, "cache is a NoneType; accepted: KVCache or CompactKVCache"),
-            ({"cache": KVCache(1, 2)}, "cache.k is a int of dtype None; accepted: an array"),
+            ({"cache": None}, "cache is a NoneType"),
+            ({"cache": KVCache(1, 2)}, "cache.k is a int of dtype None"),
             (
                 {"cache": CompactKVCache(*jnp.zeros((2, 1, 16, 2, 32)))},
-                r"cache.k_rot has shape \(1, 16, 2, 32\); accepted: .* 2, 8\]",
+                r"cache.k_rot has shape \(1, 16, 2, 32\)",
             ),
             (
                 {"cache": CompactKVCache(jnp.zeros((1, 16, 2, 32)), jnp.zeros((2, 16, 2, 8)))},
@@ -300,7 +300,7 @@ class TestBadInput:
             ),
             (
                 {"cache": KVCache(*jnp.zeros((2, 1, 16, 2, 32)), jnp.ones(2))},
-                "cache.k is .* of dtype float32; accepted",
+                "cache.k is .* of dtype float32",
             ),
             (
                 {"cache": KVCache(*jnp.zeros((2, 1, 16, 2, 32), FLOAT8), 1.0)},
