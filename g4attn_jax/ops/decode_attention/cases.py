@@ -193,8 +193,8 @@ class DecodeAttentionCase(AttentionCase):
 def _stored(array, held, poison):
     if held is None:
         return array
-    poison = np.resize(poison, array.shape[-1])
-    return jnp.asarray(np.where(held[..., None, None], array, poison), array.dtype)
+    poison = np.resize(np.asarray(poison, np.float32), array.shape[-1]).astype(array.dtype)
+    return jnp.asarray(np.where(held[..., None, None], array, poison))
 
 
 def published(of, tokens):
@@ -299,6 +299,22 @@ def small(of, sizes, everyday):
         )
 
 
+def _real():
+    """Sequences that do not fill their slots."""
+    for (batch, context, nkv, group, d, window, tokens), form in itertools.product(
+        (
+            (2, 5000, 4, 8, 512, None, 1),
+            (1, 4096, 1, 16, 512, None, 6),
+            (3, 1024, 16, 2, 256, 1024, 4),
+            (2, 2048, 2, 4, 256, 512, 16),
+        ),
+        FORMS,
+    ):
+        last = tuple(context - 1 - 100 * sequence for sequence in range(batch))
+        sizes = nkv * group, nkv, d, tokens, last, context
+        yield DecodeAttentionCase(form, *sizes, sliding_window=window, tags={"real"})
+
+
 def _compiled():
     # One of each launch configuration and kind of cache: batch, context, Nq, Nkv, D, form, tokens,
     # dtype of the query, of the cache.
@@ -367,5 +383,6 @@ CASES = distinct(
     *_measured(),
     *published(DecodeAttentionCase, (1, 6)),
     *small(DecodeAttentionCase, _SMALL, _SMALL_EVERYDAY),
+    *_real(),
     *_compiled(),
 )

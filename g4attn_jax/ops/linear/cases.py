@@ -85,9 +85,12 @@ class LinearPartialSumsCase(LinearCase):
         return "linear_partial_sums"
 
     def run(self, arguments, implementation=None):
-        """The product, its partial sums added."""
-        sums = ops.linear_partial_sums(*arguments, implementation=implementation)
-        return ops.add_partial_sums(sums, arguments[0].dtype)
+        """The partial sums."""
+        return ops.linear_partial_sums(*arguments, implementation=implementation)
+
+    def result(self, outputs):
+        """The sum of the partial sums."""
+        return ops.add_partial_sums(outputs, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
