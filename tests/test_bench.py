@@ -12,6 +12,7 @@ from bench.steps import decode_step
 from bench.steps._ablated import Variant
 from bench.steps._model import StepCase
 from g4attn_jax import Gemma4Config
+from tests.everyday import everyday
 
 BENCHMARKS = [
     *map(registry.benchmark, registry.names()),
@@ -304,6 +305,7 @@ def test_memory_of_a_card():
     assert memory.sequences("31b", 48, 8192) == 0
 
 
+@everyday("gemma-4-e4b")
 @pytest.mark.parametrize("model", decode_step.MODELS)
 def test_bytes_of_a_step(model):
     """They are what the limits of the committed results were computed from."""
