@@ -193,12 +193,12 @@ def test_launches_fit(shared_memory, tokens):
 @pytest.mark.parametrize(
     ("f", "x", "w", "message"),
     [
-        (ops.linear, (2, 8), (9, 4), r"w has shape \(9, 4\); with x of shape \(2, 8\) accepted"),
+        (ops.linear, (2, 8), (9, 4), r"w has shape \(9, 4\); accepted: \[8, N\]"),
         (ops.linear, (2, 8), (8, 4, 4), r"w has shape \(8, 4, 4\)"),
         (ops.linear, (), (8, 4), r"x has shape \(\)"),
-        (ops.linear_partial_sums, (2, 8), (8, 0), r"w has shape .* K and N of 1 or more"),
+        (ops.linear_partial_sums, (2, 8), (8, 0), r"w has shape \(8, 0\); .* N may not be 0"),
         (ops.geglu, (2, 8), (8, 4), r"w has shape \(8, 4\)"),
-        (ops.geglu, (2, 8), (8, 3, 4), r"w has shape \(8, 3, 4\); accepted: \[K, 2, N\]"),
+        (ops.geglu, (2, 8), (8, 3, 4), r"w has shape \(8, 3, 4\); accepted: \[8, 2, N\]"),
     ],
 )
 def test_refusals(f, x, w, message):
@@ -207,5 +207,5 @@ def test_refusals(f, x, w, message):
 
 
 def test_dtypes_must_agree():
-    with pytest.raises(ValueError, match="w has dtype bfloat16; accepted: that of x, float32"):
+    with pytest.raises(ValueError, match="w has dtype bfloat16; accepted: float32"):
         ops.linear(jnp.zeros((2, 8)), jnp.zeros((8, 4), jnp.bfloat16))

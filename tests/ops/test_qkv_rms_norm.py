@@ -281,7 +281,7 @@ class TestBadInput:
             ({"scale_offset": None}, "scale_offset is None; accepted: a finite Python number"),
             (
                 {"implementation": "cuda"},
-                "implementation is 'cuda'; accepted: None, 'triton', 'xla'",
+                "implementation is 'cuda'; accepted: None, 'xla', 'triton'",
             ),
         ],
     )
