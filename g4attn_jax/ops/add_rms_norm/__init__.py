@@ -1,4 +1,4 @@
-"""The end of a residual branch and the norms of what follows it, in one launch."""
+"""End of a residual branch and the norms of what follows it, in one launch."""
 
 from collections.abc import Sequence
 

@@ -43,7 +43,7 @@ def add_rms_norm(x, y, scale, next_scales, factor, *, eps, interpret=False):
 
 
 class _Row(NamedTuple):
-    """A token's row, in pieces: each is a load of 16 bytes for every thread."""
+    """Row of a token, in pieces: each is a load of 16 bytes for every thread."""
 
     index: jax.Array
     width: int
@@ -82,7 +82,7 @@ class _Row(NamedTuple):
 
 
 def _add_rms_norm(inputs, total_ref, *h_refs, eps):
-    """A program.
+    """Adds and norms one row.
 
     What is multiplied by a root is multiplied by its scale before the root is known, so that no
     load waits for it. A step's weights pass through the L2 between one launch and the next: the

@@ -1,4 +1,4 @@
-"""One program of the Mosaic GPU kernel for decode attention of several tokens.
+"""Program of the Mosaic GPU kernel for decode attention of several tokens.
 
 One warpgroup loads tiles of 64 keys, in chunks of 128 numbers a key, as soon as a ring of them has
 room. Two others multiply. Each makes the scores of every second tile and publishes their weights,

@@ -1,4 +1,4 @@
-"""The first half of a mixture of gated MLPs: both products and the gate in one launch."""
+"""First half of a mixture of gated MLPs: both products and the gate in one launch."""
 
 from jaxtyping import Array, Float, Int
 

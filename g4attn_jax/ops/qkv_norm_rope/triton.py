@@ -1,4 +1,4 @@
-"""One launch from the packed projection to rotated queries and keys, wherever they are to lie.
+"""Launch from the packed projection to rotated queries and keys, wherever they are to lie.
 
 For every head of a packed buffer [..., Nkv, G + P, D], with x in float32 and its halves
 lo = x[:D/2], hi = x[D/2:],
@@ -117,27 +117,19 @@ def norm_rope(
         launch: overrides `choose_launch`.
     """
     *_, num_kv_heads, rows_per_group, head_dim = inputs.x.shape
-    x = inputs.x.reshape(-1, head_dim)
-    groups = x.shape[0] // rows_per_group
-    given = [array for array in outputs if isinstance(array, jax.Array)]
+    inputs = _with_flat_axes(inputs)
+    groups = inputs.x.shape[0] // rows_per_group
     if groups == 0:
         return PrologueOutputs(*(_empty(array) for array in outputs))
-    pairs = inputs.cos.shape[-1]
-    inputs = inputs._replace(
-        x=x,
-        cos=inputs.cos.reshape(-1, pairs) if pairs else None,
-        sin=inputs.sin.reshape(-1, pairs) if pairs else None,
-        slots=None if inputs.slots is None else inputs.slots.reshape(-1),
-    )
     kinds = _kinds(mode, rows_per_group)
-    half = head_dim // 2
-    width = min(pl.next_power_of_2(half), WARP_LOAD_BYTES // x.dtype.itemsize)
-    if launch is None:
-        launch = choose_launch(
-            groups * sum(kind.count for kind in kinds),
-            pl.next_power_of_2(half) * x.dtype.itemsize,
-            absorbed=outputs.q.shape[-1] != head_dim,
-        )
+    heads_per_group = sum(kind.count for kind in kinds)
+    padded_half, itemsize = pl.next_power_of_2(head_dim // 2), inputs.x.dtype.itemsize
+    launch = launch or choose_launch(
+        groups * heads_per_group,
+        padded_half * itemsize,
+        absorbed=outputs.q.shape[-1] != head_dim,
+    )
+    given = [array for array in outputs if isinstance(array, jax.Array)]
     shapes = PrologueOutputs(
         *(None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outputs)
     )
@@ -148,7 +140,7 @@ def norm_rope(
         kinds=kinds,
         groups=groups,
         num_kv_heads=num_kv_heads,
-        width=width,
+        width=min(padded_half, WARP_LOAD_BYTES // itemsize),
         eps=eps,
         launch=launch,
     )
@@ -156,7 +148,7 @@ def norm_rope(
         body,
         name="norm_rope",
         out_shape=(shapes,),
-        grid=(pl.cdiv(groups, launch.block_rows) * sum(kind.count for kind in kinds),),
+        grid=(pl.cdiv(groups, launch.block_rows) * heads_per_group,),
         in_specs=jax.tree.map(lambda _: pl.no_block_spec, (inputs, given)),
         out_specs=(jax.tree.map(lambda _: pl.no_block_spec, shapes),),
         input_output_aliases={num_inputs + i: first_output + i for i in range(len(given))},
@@ -164,6 +156,17 @@ def norm_rope(
         interpret=interpret,
     )(inputs, given)
     return written
+
+
+def _with_flat_axes(inputs):
+    """Inputs as the kernel has them."""
+    pairs = inputs.cos.shape[-1]
+    return inputs._replace(
+        x=inputs.x.reshape(-1, inputs.x.shape[-1]),
+        cos=inputs.cos.reshape(-1, pairs) if pairs else None,
+        sin=inputs.sin.reshape(-1, pairs) if pairs else None,
+        slots=None if inputs.slots is None else inputs.slots.reshape(-1),
+    )
 
 
 def _empty(array):
