@@ -2,6 +2,8 @@
 
 import enum
 
+from flax import nnx
+
 from g4attn_jax import Gemma4Attention, Gemma4Decoder, ProjectionMode, ops
 from g4attn_jax.ops.head_norm.triton import Heads, head_norm
 from g4attn_jax.rope import apply_rope
@@ -84,9 +86,8 @@ class AblatedAttention(Gemma4Attention):
 def ablate(decoder: Gemma4Decoder, variant: Variant) -> Gemma4Decoder:
     """The decoder, changed in place to what a variant has; its weights keep their names."""
     for layer in decoder.layers:
-        implementation = None if variant.has(Variant.AROUND) else "xla"
-        layer.implementation = layer.mlp.implementation = implementation
-        if layer.moe is not None:
-            layer.moe.implementation = implementation
+        for _, module in nnx.iter_modules(layer):
+            if hasattr(module, "implementation"):
+                module.implementation = None if variant.has(Variant.AROUND) else "xla"
         layer.attention = AblatedAttention(layer.attention, variant)
     return decoder

@@ -76,7 +76,7 @@ class Case:
     def caches(self):
         """Structs of the caches."""
         return nnx.eval_shape(
-            lambda params: nnx.merge(self.graph, params).init_caches(self.layouts, self.forms),
+            lambda params: nnx.merge(self.graph, params).init_cache(self.layouts, self.forms),
             self.params,
         )
 
@@ -85,7 +85,7 @@ class Case:
 
         def step(decoder, state):
             tokens, positions, caches = state
-            logits, caches = decoder(tokens, positions, caches, self.layouts)
+            logits, caches = decoder(tokens, decoder.plan(positions, caches), caches)
             likeliest = jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
             shift = 7919 * jnp.arange(1, self.batch + 1, dtype=jnp.int32)
             tokens = (likeliest + shift + positions[:, 0]) % self.config.vocab_size
@@ -99,7 +99,7 @@ class Case:
 
         def prefill(decoder, tokens, positions, caches):
             at = jnp.zeros((self.batch, 0), jnp.int32)
-            return decoder(tokens, positions, caches, self.layouts, logits_at=at)[1]
+            return decoder(tokens, decoder.plan(positions, caches), caches, logits_at=at)[1]
 
         token = jax.ShapeDtypeStruct((self.batch, tokens), jnp.int32)
         return self.compiled(prefill, token, token, self.caches())
@@ -115,7 +115,7 @@ class Case:
         for path, leaf in jax.tree.leaves_with_path(self.params):
             name = jax.tree_util.keystr(path)
             size = leaf.size * leaf.dtype.itemsize
-            if "embed_tokens_per_layer" in name:
+            if "['per_layer_inputs']['embed_tokens']" in name:
                 size *= self.batch / config.vocab_size_per_layer_input
             elif "['moe']" in name and leaf.ndim > 2:
                 chosen = config.top_k_experts / config.num_experts

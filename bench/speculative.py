@@ -36,7 +36,7 @@ from g4attn_jax.assistant_config import AssistantConfig, AssistantTextConfig
 from g4attn_jax.cache import KVCache, bytes_per_token
 from g4attn_jax.model import Gemma4Assistant
 from g4attn_jax.model.acceptance import Greedy
-from g4attn_jax.speculative import draft, verify
+from g4attn_jax.speculative import Drafts, LastTokens, draft, verify
 
 MODEL = "gemma-4-31b"
 CONTEXT = 8192
@@ -136,34 +136,33 @@ class Group(Case):
 
     def _verify(self, stays, state):
         (params, drafts, rule), (token, position, caches) = stays, state
-        verified = self._verified(params, token, position, drafts, None, caches, rule)
-        return verified.tokens[:, 0], position + 1, verified.caches
+        drafts = Drafts(drafts, None, jnp.full(self.batch, DRAFTS, jnp.int32))
+        verified = self._verified(params, LastTokens(token, position), drafts, caches, rule)
+        return verified.tokens[:, 0], position + 1, verified.cache
 
     def _draft(self, stays, state):
         (*models, caches), (token, position, hidden) = stays, state
-        drafts, _ = self._drafted(models, token, position, hidden, caches, Greedy())
-        return drafts[:, -1], position, hidden
+        last = LastTokens(token, position, hidden)
+        return self._drafted(models, last, caches, Greedy()).tokens[:, -1], position, hidden
 
     def _group(self, stays, state):
         (*models, rule), (token, position, hidden, caches) = stays, state
-        drafts, draft_probs = self._drafted(models, token, position, hidden, caches, rule)
-        verified = self._verified(models[0], token, position, drafts, draft_probs, caches, rule)
-        last = verified.num_accepted[:, None]
-        token = jnp.take_along_axis(verified.tokens, last, axis=1)[:, 0]
+        last = LastTokens(token, position, hidden)
+        drafts = self._drafted(models, last, caches, rule)
+        verified = self._verified(models[0], last, drafts, caches, rule)
+        newest = verified.num_accepted[:, None]
+        token = jnp.take_along_axis(verified.tokens, newest, axis=1)[:, 0]
         position += verified.num_accepted + 1
-        return token, position, verified.hidden, verified.caches
+        return token, position, verified.hidden, verified.cache
 
-    def _drafted(self, models, token, position, hidden, caches, rule):
+    def _drafted(self, models, last, caches, rule):
         graphs = self.graph, self.assistant_graph
         decoder, assistant = map(nnx.merge, graphs, models)
-        of_target = token, position, hidden, caches, self.layouts
-        return draft(decoder, assistant, *of_target, rule, draft_tokens=DRAFTS)
+        return draft(decoder, assistant, last, caches, rule, draft_tokens=DRAFTS)
 
-    def _verified(self, params, token, position, drafts, draft_probs, caches, rule):
+    def _verified(self, params, last, drafts, caches, rule):
         decoder = nnx.merge(self.graph, params)
-        num_drafts = jnp.full(self.batch, DRAFTS, jnp.int32)
-        of_drafts = drafts, draft_probs, num_drafts
-        return verify(decoder, token, position, *of_drafts, caches, self.layouts, rule)
+        return verify(decoder, last, drafts, caches, rule)
 
 
 def measure_batch(case, params, of_assistant, gbps):

@@ -10,11 +10,17 @@ if TYPE_CHECKING:
     from g4attn_jax import ops
     from g4attn_jax.assistant_config import AssistantConfig
     from g4attn_jax.attention import Gemma4Attention
-    from g4attn_jax.cache import CompactKVCache, KVCache
+    from g4attn_jax.cache import CompactKVCache, KVCache, ReadableCache
     from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
     from g4attn_jax.generation import Generator
     from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
-    from g4attn_jax.model import Gemma4Assistant, Gemma4Decoder
+    from g4attn_jax.model import (
+        Gemma4Assistant,
+        Gemma4Decoder,
+        ModelCache,
+        Step,
+        split_weights,
+    )
     from g4attn_jax.model.sampling import Sampling
     from g4attn_jax.page_allocator import PageAllocator
 
@@ -29,13 +35,17 @@ __all__ = [
     "Gemma4Decoder",
     "Generator",
     "KVCache",
+    "ModelCache",
     "PageAllocator",
     "Paged",
     "ProjectionMode",
+    "ReadableCache",
     "Ring",
     "Sampling",
+    "Step",
     "ops",
     "plan_step",
+    "split_weights",
 ]
 
 # The module of each name; type checkers read the imports above, which a test compares with this.
@@ -50,12 +60,16 @@ _MODULES = {
     "Gemma4Decoder": "model",
     "Generator": "generation",
     "KVCache": "cache",
+    "ModelCache": "model",
     "PageAllocator": "page_allocator",
     "Paged": "layout",
     "ProjectionMode": "config",
+    "ReadableCache": "cache",
     "Ring": "layout",
     "Sampling": "model.sampling",
+    "Step": "model",
     "plan_step": "layout",
+    "split_weights": "model",
 }
 
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 # Nothing here imports JAX, which takes seconds: `--help` and wrong arguments are to answer at once.
 from g4attn_jax.commands import compilation_cache
-from g4attn_jax.commands.layers import plan as plan_layers
+from g4attn_jax.commands.layers import jobs_of
 from g4attn_jax.commands.memory import OutOfMemory, explained
 from g4attn_jax.commands.model_config import generate_config
 from g4attn_jax.commands.prompts import prompt_type, read_messages, read_text
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         parser, args = _parse(argv)
         try:
             run = _RUNNERS[args.command](args)
-        except (ValueError, OSError) as error:
+        except (ValueError, NotImplementedError, OSError) as error:
             _refuse(parser, error)
         return _run(parser, run)
     except KeyboardInterrupt:
@@ -97,6 +97,13 @@ def _parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Na
         help="the whole equivalence sweep published with the original kernel; if left out, one "
         "case of every op, mode, form of cache and head dim",
     )
+    for command in (generating, decoding):
+        command.add_argument(
+            "--implementation",
+            metavar="NAME",
+            help="demands the kernel of that name, such as triton or xla, of every op that has "
+            "one; if left out, each op runs what is fastest",
+        )
     for command in commands.choices.values():
         command.add_argument(
             "--no-compilation-cache",
@@ -124,12 +131,15 @@ def _check(args: argparse.Namespace) -> Callable[[], int]:
 
 
 def _decode(args: argparse.Namespace) -> Callable[[], int]:
-    jobs = plan_layers(args.config, args.layers)
+    jobs = jobs_of(args.config, args.layers)
     _start_jax(args)
     from g4attn_jax.commands.decode import decode
+    from g4attn_jax.ops.op import check_implementation
 
-    sizes = {"batch": args.batch, "prompt_len": args.prompt_len, "steps": args.steps}
-    return lambda: 1 if decode(jobs, **sizes) else 0
+    check_implementation(args.implementation)
+    names = "batch", "prompt_len", "steps", "implementation"
+    options = {name: getattr(args, name) for name in names}
+    return lambda: 1 if decode(jobs, **options) else 0
 
 
 def _generate(args: argparse.Namespace) -> Callable[[], int]:
@@ -138,7 +148,7 @@ def _generate(args: argparse.Namespace) -> Callable[[], int]:
     _start_jax(args)
     from g4attn_jax.commands import generate
 
-    job = generate.plan(args, config)
+    job = generate.job_of(args, config)
 
     def run():
         generate.generate(job)

@@ -1,6 +1,5 @@
 """One attention layer of a Gemma 4 model, as a Flax NNX module."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from g4attn_jax import cache as caches
 from g4attn_jax import ops
-from g4attn_jax.cache import Cache, KVCache
-from g4attn_jax.checks import check_dtype
+from g4attn_jax.cache import Cache, KVCache, ReadableCache
+from g4attn_jax.checks import check_array
 from g4attn_jax.config import Gemma4Config, ProjectionMode
 from g4attn_jax.layout import (
     Contiguous,
@@ -23,9 +22,9 @@ from g4attn_jax.layout import (
     check_layout,
     plan_step,
 )
+from g4attn_jax.model.linear import Linear, ModuleOptions, assign
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
-from g4attn_jax.ops.op import check_implementation
 
 
 class Gemma4Attention(nnx.Module):
@@ -41,11 +40,11 @@ class Gemma4Attention(nnx.Module):
 
     Attributes:
         spec: `AttentionSpec` of the layer.
-        qkv_proj: packed weight [E, Nkv, G + P, D]: for each KV head its query heads, then K, then
-            V. Query head g * G + r is row r of KV head g.
+        qkv_proj: `Linear`, packed [E, Nkv, G + P, D]: for each KV head its query heads, then K,
+            then V. Query head g * G + r is row r of KV head g.
         q_norm: [D].
         k_norm: [D]; None for Q_ONLY.
-        o_proj: [Nq, D, E].
+        o_proj: `Linear`, [Nq, D, E].
 
     Source: `Gemma4TextAttention` of Hugging Face transformers 5.23.
     """
@@ -58,7 +57,7 @@ class Gemma4Attention(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         param_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        implementation: ops.Implementation | None = None,
+        implementation: str | None = None,
     ):
         """Builds the layer with random weights.
 
@@ -68,32 +67,30 @@ class Gemma4Attention(nnx.Module):
             rngs: stream `params` draws the weights.
             dtype: of activations, and of caches unless `init_cache` is told otherwise.
             param_dtype: of the weights; cast to `dtype` in every call where they differ.
-            implementation: of the kernels, see `ops.qkv_norm_rope_write`.
+            implementation: of the kernels: None, or a name that is demanded of every op that has a
+                kernel of that name; other ops choose for themselves.
 
         Raises:
             ValueError: the model has no such layer, a dtype is not bfloat16, float16 or float32, or
                 there is no such implementation.
             NotImplementedError: "triton" was demanded and there is no supported GPU.
         """
-        check_implementation(implementation)
-        check_dtype("dtype", dtype)
-        check_dtype("param_dtype", param_dtype)
+        options = ModuleOptions(rngs, dtype, param_dtype, implementation)
         spec = config.attention_spec(layer)
         self.spec = spec
         self.layer = layer
         self.hidden_size = config.hidden_size
-        self.dtype = jnp.dtype(dtype)
-        self.implementation = implementation
-        rows = spec.group_size + spec.mode.num_kv_projections
-        qkv_init = nnx.initializers.lecun_uniform(in_axis=0, out_axis=(1, 2, 3))
-        o_init = nnx.initializers.lecun_uniform(in_axis=(0, 1), out_axis=2)
-        qkv_shape = (config.hidden_size, spec.num_kv_heads, rows, spec.head_dim)
-        o_shape = (spec.num_q_heads, spec.head_dim, config.hidden_size)
-        self.qkv_proj = nnx.Param(qkv_init(rngs.params(), qkv_shape, param_dtype))
-        self.o_proj = nnx.Param(o_init(rngs.params(), o_shape, param_dtype))
-        self.q_norm = nnx.Param(jnp.ones(spec.head_dim, param_dtype))
+        self.dtype, self.implementation = options.dtype, options.implementation
+        embed, head_dim = {"embed": config.hidden_size}, {"head_dim": spec.head_dim}
+        rows = {
+            "kv_heads": spec.num_kv_heads,
+            "heads_per_group": spec.group_size + spec.mode.num_kv_projections,
+        }
+        self.qkv_proj = Linear(embed, rows | head_dim, options)
+        self.o_proj = Linear({"heads": spec.num_q_heads} | head_dim, embed, options)
+        self.q_norm = options.scale(head_dim)
         projects_k = spec.mode is not ProjectionMode.Q_ONLY
-        self.k_norm = nnx.Param(jnp.ones(spec.head_dim, param_dtype)) if projects_k else None
+        self.k_norm = options.scale(head_dim) if projects_k else None
 
     def init_cache(
         self,
@@ -115,7 +112,7 @@ class Gemma4Attention(nnx.Module):
                 layout, form or dtype.
         """
         check_layout(layout)
-        layout.check_step(self.spec, num_tokens=0)
+        layout.check_layer(self.spec)
         if self.spec.mode is ProjectionMode.Q_ONLY:
             kv_layer = self.spec.kv_layer
             producer = "the target's last layer" if kv_layer is None else f"layer {kv_layer}"
@@ -139,9 +136,8 @@ class Gemma4Attention(nnx.Module):
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"] | StepPlan,
-        cache: Cache | None = None,
-        k_norm: Float[Array, " D"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], Cache]:
+        cache: Cache | ReadableCache | None = None,
+    ) -> tuple[Float[Array, "B T E"], Cache | ReadableCache]:
         """Attends from T new tokens per sequence to them and to what the cache holds.
 
         A token at position p sees positions 0 .. p, in a sliding layer the last `sliding_window`
@@ -154,10 +150,9 @@ class Gemma4Attention(nnx.Module):
                 layers of this type.
             cache: from `init_cache` or an earlier call, of either form. None is an empty one with
                 room for these T tokens (a prompt alone, or training): then the call can be
-                differentiated, with a cache it cannot. A Q_ONLY layer must be given the cache that
-                layer `spec.kv_layer` returned in this step.
-            k_norm: for a Q_ONLY layer that of layer `spec.kv_layer`, needed if the cache is a
-                `CompactKVCache`; for others None.
+                differentiated, with a cache it cannot. A Q_ONLY layer must be given the
+                `ReadableCache` of what layer `spec.kv_layer` returned in this step and its
+                `k_norm`; a `KVCache` may come by itself.
 
         Returns:
             (y, cache): y [B, T, E] in the layer's dtype, and the updated cache; a Q_ONLY layer
@@ -166,19 +161,20 @@ class Gemma4Attention(nnx.Module):
         Raises:
             ValueError: an argument has the wrong shape or dtype, or as `plan_step` raises.
         """
-        parts, cache = self.partial_sums(x, positions, cache, k_norm)
+        parts, cache = self.partial_sums(x, positions, cache)
         return ops.add_partial_sums(parts, self.dtype), cache
 
     def partial_sums(
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"] | StepPlan,
-        cache: Cache | None = None,
-        k_norm: Float[Array, " D"] | None = None,
-    ) -> tuple[Float[Array, "parts B T E"], Cache]:
-        """The same, y in parts that add up to it, see `ops.linear_partial_sums`."""
+        cache: Cache | ReadableCache | None = None,
+    ) -> tuple[Float[Array, "parts B T E"], Cache | ReadableCache]:
+        """`__call__` with y in parts that add up to it, see `ops.linear_partial_sums`."""
         x = jnp.asarray(x)
-        self._check_hidden(x)
+        check_array("x", x, ("B", "T", self.hidden_size), "floating", empty=True)
+        given = cache
+        cache, k_norm = self._with_k_norm(cache)
         if cache is not None:
             checks.check_cache(
                 cache,
@@ -189,15 +185,15 @@ class Gemma4Attention(nnx.Module):
                 rotary_dim=self.spec.rotary_dim,
             )
         plan = self._plan(x, positions, cache)
-        k_norm = self._scale_of_keys(k_norm)
-        x = x.astype(self.dtype)
-        qkv = ops.linear(x, self._weight(self.qkv_proj, 1), implementation=self.implementation)
-        qkv = qkv.reshape(*x.shape[:2], *self.qkv_proj.shape[1:])
-        q, cache = self._prologue(qkv, k_norm, plan, cache, self.implementation)
-        o = self._attend(q, cache, plan, self.implementation)
-        o = o.reshape(*x.shape[:2], -1)
-        w = self._weight(self.o_proj, 2)
-        return ops.linear_partial_sums(o, w, implementation=self.implementation), cache
+        with jax.named_scope("qkv_proj"):
+            qkv = self.qkv_proj(x)
+        with jax.named_scope("qkv_norm_rope"):
+            q, cache = self._prologue(qkv, k_norm, plan, cache, self.implementation)
+        with jax.named_scope("attention"):
+            o = self._attend(q, cache, plan, self.implementation)
+        with jax.named_scope("o_proj"):
+            parts = self.o_proj.partial_sums(o)
+        return parts, given if isinstance(given, ReadableCache) else cache
 
     def load_hf(self, state_dict: Mapping[str, Any]) -> None:
         """Takes the weights of a Hugging Face `Gemma4TextAttention`, cast to the param dtype.
@@ -236,16 +232,12 @@ class Gemma4Attention(nnx.Module):
         rows += [
             tensors[n].reshape(spec.num_kv_heads, 1, spec.head_dim, embed) for n in kv_projections
         ]
-        _assign(self.qkv_proj, jnp.concatenate(rows, axis=1).transpose(3, 0, 1, 2))
-        _assign(self.o_proj, tensors["o_proj.weight"].T.reshape(-1, spec.head_dim, embed))
-        _assign(self.q_norm, tensors["q_norm.weight"])
+        # Tensors read through DLPack lie where PyTorch has them.
+        assign(self.qkv_proj.weight, jnp.concatenate(rows, axis=1).transpose(3, 0, 1, 2))
+        assign(self.o_proj.weight, tensors["o_proj.weight"].T.reshape(-1, spec.head_dim, embed))
+        assign(self.q_norm, tensors["q_norm.weight"])
         if kv_projections:
-            _assign(self.k_norm, tensors["k_norm.weight"])
-
-    def _weight(self, weight, input_axes):
-        """As a matrix: inputs, which are the first axes, by outputs."""
-        w = weight[...].astype(self.dtype)
-        return w.reshape(math.prod(w.shape[:input_axes]), -1)
+            assign(self.k_norm, tensors["k_norm.weight"])
 
     def _prologue(self, qkv, k_norm, plan, cache, implementation):
         """Queries, and the cache with the new keys and values."""
@@ -261,7 +253,7 @@ class Gemma4Attention(nnx.Module):
         return ops.qkv_norm_rope_write(*heads, plan.slots, cache, **constants)
 
     def _attend(self, q, cache, plan, implementation):
-        arguments = q, cache, plan.layout.pages(), plan.placed()
+        arguments = q, cache, plan.layout.pages(), plan.placed
         constants = {
             "sliding_window": self.spec.sliding_window,
             "implementation": implementation,
@@ -271,12 +263,6 @@ class Gemma4Attention(nnx.Module):
         is_step = q.shape[1] <= MAX_DECODE_TOKENS
         attend = ops.decode_attention if is_step else ops.prefill_attention
         return attend(*arguments, **constants)
-
-    def _check_hidden(self, x):
-        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x has shape {x.shape}; accepted: [B, T, {self.hidden_size}]")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"x has dtype {x.dtype}; accepted: a floating-point dtype")
 
     def _plan(self, x, positions, cache):
         """The plan of the step, made here unless it was given, and checked against the cache."""
@@ -315,14 +301,16 @@ class Gemma4Attention(nnx.Module):
             raise ValueError(f"x has shape {x.shape}; without a cache B and T must not be 0")
         return Contiguous(*x.shape[:2])
 
-    def _scale_of_keys(self, given):
+    def _with_k_norm(self, cache):
+        """(cache, norm scale of its keys), of this layer or of the one whose cache it reads."""
         if self.k_norm is None:
-            return given
-        if given is not None:
+            return cache if isinstance(cache, ReadableCache) else (cache, None)
+        if isinstance(cache, ReadableCache):
             raise ValueError(
-                f"k_norm was given; layer {self.layer} is {self.spec.mode.name} and has its own"
+                f"cache is a ReadableCache; layer {self.layer} is {self.spec.mode.name} and "
+                "accepts a cache of its own"
             )
-        return self.k_norm[...]
+        return cache, self.k_norm[...]
 
 
 def _as_array(name, tensor, shape):
@@ -342,8 +330,3 @@ def _as_array(name, tensor, shape):
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} has dtype {array.dtype}; accepted: a floating-point dtype")
     return array
-
-
-def _assign(param, value):
-    # To where the parameter is: tensors read through DLPack lie where PyTorch has them.
-    param[...] = jax.device_put(value.astype(param.dtype), param[...].sharding)

@@ -238,6 +238,18 @@ class CompactKVCache(NamedTuple):
 Cache = KVCache | CompactKVCache
 
 
+class ReadableCache(NamedTuple):
+    """A cache for layers other than the one that writes it.
+
+    Attributes:
+        cache: of the layer that writes it.
+        k_norm: [D], that layer's, which queries are multiplied with in a compact form.
+    """
+
+    cache: Cache
+    k_norm: Float[Array, " D"]
+
+
 def check_form(form: type[Cache]) -> None:
     """Refuses what is no form of a cache.
 

@@ -10,12 +10,12 @@ means that nothing was written there yet. Layouts differ in their table and in w
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from g4attn_jax.config import AttentionSpec
 from g4attn_jax.page_allocator import check_page_size
@@ -44,6 +44,10 @@ class _OnePagePerSequence:
     def pages(self) -> None:
         """The page table; None is the identity."""
 
+    def sizes(self) -> Self:
+        """The layout, which has nothing but sizes."""
+        return self
+
     def sequences(self, array: Float[Array, "B C *rest"]) -> Float[Array, "B C *rest"]:
         """The slots of each sequence: the array as it is."""
         return array
@@ -71,8 +75,11 @@ class Contiguous(_OnePagePerSequence):
         """The last position that fits."""
         return self.capacity - 1
 
-    def check_step(self, spec: AttentionSpec, num_tokens: int) -> None:
-        """Any layer, any number of tokens."""
+    def check_layer(self, spec: AttentionSpec) -> None:
+        """Accepts any layer."""
+
+    def check_step(self, num_tokens: int) -> None:
+        """Accepts any number of tokens."""
 
     def slots(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
         """The slot of each position; -1 if it is negative or past the capacity."""
@@ -111,8 +118,8 @@ class Ring(_OnePagePerSequence):
         """The last position that fits; the largest int32 stands for all that it does not hold."""
         return jnp.iinfo(jnp.int32).max - 1
 
-    def check_step(self, spec: AttentionSpec, num_tokens: int) -> None:
-        """Refuses layers that see more than the window, and steps that overwrite it.
+    def check_layer(self, spec: AttentionSpec) -> None:
+        """Refuses layers that see more or less than the window.
 
         Raises:
             ValueError: naming what was given and what is accepted.
@@ -122,6 +129,13 @@ class Ring(_OnePagePerSequence):
                 f"the layer has sliding_window {spec.sliding_window}; this ring accepts "
                 f"{self.sliding_window}"
             )
+
+    def check_step(self, num_tokens: int) -> None:
+        """Refuses steps that overwrite what their first token sees.
+
+        Raises:
+            ValueError: naming what was given and what is accepted.
+        """
         if num_tokens > self.max_new_tokens:
             raise ValueError(
                 f"positions has {num_tokens} tokens a sequence; the ring's max_new_tokens accepts "
@@ -141,14 +155,15 @@ class Paged:
     """Sequences own pages of a common pool, as `PageAllocator` deals them.
 
     Attributes:
-        page_table: integer [B, pages], the pages of each sequence in order; -1 where it has none.
         num_pages: pages of the pool.
         page_size: slots of a page, 16 to 256.
+        page_table: integer [B, pages], the pages of each sequence in order; -1 where it has none.
+            A cache is made with the sizes alone (None); a step needs the table.
     """
 
-    page_table: Int[Array, "B pages"]
     num_pages: int = dataclasses.field(metadata={"static": True})
     page_size: int = dataclasses.field(metadata={"static": True})
+    page_table: Int[Array, "B pages"] | None = None
 
     def __post_init__(self):
         _check_sizes(self, "num_pages", "page_size")
@@ -170,7 +185,10 @@ class Paged:
         """The last position that fits, if the sequence has all its pages."""
         return self.capacity - 1
 
-    def check_step(self, spec: AttentionSpec, num_tokens: int) -> None:
+    def check_layer(self, spec: AttentionSpec) -> None:
+        """Accepts any layer."""
+
+    def check_step(self, num_tokens: int) -> None:
         """Refuses a page table that is none, or names a page that is not there.
 
         Raises:
@@ -184,6 +202,10 @@ class Paged:
                 f"{dtype}; accepted: an integer array [B, pages], neither 0"
             )
         check_page_table(self.page_table, self.num_pages)
+
+    def sizes(self) -> Self:
+        """The layout without its page table."""
+        return dataclasses.replace(self, page_table=None)
 
     def pages(self) -> Int[Array, "B pages"]:
         """The page table in int32, -1 for whatever is no page of the pool."""
@@ -222,7 +244,7 @@ def read_layout(
     """
     if page_table is None:
         return Contiguous(num_pages, page_size)
-    return Paged(page_table, num_pages, page_size)
+    return Paged(num_pages, page_size, page_table)
 
 
 class LayerType(NamedTuple):
@@ -258,6 +280,7 @@ class StepPlan:
 
     Attributes:
         positions: int32 [B, T], -1 for padding.
+        placed: int32 [B, T], the positions for attention: `UNPLACED` for tokens without a slot.
         cos: float32 [B, T, R/2].
         sin: float32 [B, T, R/2].
         slots: int32 [B, T], where the tokens go in every cache; -1 is nowhere.
@@ -267,6 +290,7 @@ class StepPlan:
     """
 
     positions: Int[Array, "B T"]
+    placed: Int[Array, "B T"]
     cos: Float[Array, "B T R/2"]
     sin: Float[Array, "B T R/2"]
     slots: Int[Array, "B T"]
@@ -274,14 +298,19 @@ class StepPlan:
     segment_ids: SegmentIds | None
     layer_type: LayerType = dataclasses.field(metadata={"static": True})
 
-    @property
-    def unplaced(self) -> Bool[Array, "B T"]:
-        """Tokens that are no padding and have no slot: they can be neither stored nor attended."""
-        return (self.positions >= 0) & (self.slots < 0)
+    def select(self, at: Int[Array, "B n"]) -> Self:
+        """The plan of tokens `at` alone, for layers that write nothing."""
+        names = "positions", "placed", "cos", "sin", "slots"
+        fields = {name: select_tokens(getattr(self, name), at) for name in names}
+        if self.segment_ids is not None:
+            query = select_tokens(self.segment_ids.query, at)
+            fields["segment_ids"] = self.segment_ids._replace(query=query)
+        return dataclasses.replace(self, **fields)
 
-    def placed(self) -> Int[Array, "B T"]:
-        """The positions for attention: `UNPLACED` for tokens without a slot, -1 for padding."""
-        return jnp.where(self.unplaced, UNPLACED, self.positions)
+
+def select_tokens(array: Shaped[Array, "B T *rest"], at: Int[Array, "B n"]):
+    """Tokens `at` of an array, [B, n, ...]."""
+    return jnp.take_along_axis(array, at.reshape(*at.shape, *[1] * (array.ndim - 2)), axis=1)
 
 
 def check_page_table(page_table: Int[Array, "B pages"], num_pages: int) -> None:
@@ -349,7 +378,8 @@ def plan_step(
     known = not isinstance(positions, jax.core.Tracer)
     if known:
         positions = np.asarray(positions)  # as given: JAX would wrap what int32 does not hold
-    layout.check_step(spec, positions.shape[1] if positions.ndim == 2 else 0)
+    layout.check_layer(spec)
+    layout.check_step(positions.shape[1] if positions.ndim == 2 else 0)
     if positions.ndim != 2 or positions.shape[0] != layout.batch:
         raise ValueError(
             f"positions has shape {positions.shape}; accepted: [{layout.batch}, T], the layout "
@@ -364,7 +394,8 @@ def plan_step(
     cos, sin = rope_cos_sin(
         int32, theta=spec.rope_theta, head_dim=spec.head_dim, rotary_dim=spec.rotary_dim
     )
-    return StepPlan(int32, cos, sin, slots, layout, segment_ids, LayerType.of(spec))
+    placed = jnp.where((int32 >= 0) & (slots < 0), UNPLACED, int32)
+    return StepPlan(int32, placed, cos, sin, slots, layout, segment_ids, LayerType.of(spec))
 
 
 def check_layout(layout: Layout) -> None:

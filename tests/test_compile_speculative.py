@@ -11,11 +11,13 @@ from flax import nnx
 
 from g4attn_jax import Gemma4Config, Gemma4Decoder, Generator
 from g4attn_jax.assistant_config import AssistantConfig, AssistantTextConfig
-from g4attn_jax.commands.decode import count_launches
+from g4attn_jax.generation.programs import Limits
 from g4attn_jax.model import Gemma4Assistant
 from g4attn_jax.model.acceptance import Greedy
 from g4attn_jax.speculative import draft
-from tests import gpu_target
+from g4attn_jax.testing import gpu_target
+from g4attn_jax.testing.launches import FREE_OPCODES, count_launches
+from tests.everyday import everyday
 
 pytestmark = pytest.mark.skipif(
     gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())
@@ -36,7 +38,7 @@ ASSISTANT = AssistantConfig(AssistantTextConfig(**_FIELDS), TARGET.hidden_size, 
 PER_LAYER = {"linear": 3, "geglu": 1, "norm_rope": 1, "decode_attention": 1, "add_rms_norm": 2}
 
 
-def generator_and_caches():
+def generator_and_cache():
     """Of models whose weights are not there."""
     decoder, assistant = nnx.eval_shape(
         lambda: (
@@ -45,33 +47,35 @@ def generator_and_caches():
         )
     )
     generator = Generator(decoder, capacity=CAPACITY, assistant=assistant, draft_tokens=DRAFTS)
-    caches = jax.eval_shape(
-        functools.partial(generator._empty_caches, batch=BATCH), generator._params
+    cache = jax.eval_shape(
+        functools.partial(generator._empty_cache, batch=BATCH), generator._weights
     )
-    return generator, caches
+    return generator, cache
 
 
-def producers_of(text, caches):
+def sequences_of(generator):
+    return generator._sequences([np.ones(1, np.int32)] * BATCH, np.zeros(BATCH, np.int32))
+
+
+def producers_of(text, cache):
     """The opcodes that make an array of the shape of one of the caches, but for the free ones."""
-    shapes = {f"bf16[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves(caches)}
+    shapes = {f"bf16[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves(cache)}
     lines = re.findall(r"^\s+(?:ROOT )?%?\S+ = (\S+?)\{\S* ([\w-]+)\(", text, re.M)
     found = {opcode for shape, opcode in lines if shape in shapes}
     assert found  # the caches are there, in these shapes
-    return found - gpu_target.FREE_OPCODES
+    return found - FREE_OPCODES
 
 
+@everyday()
 def test_a_draft_only_projects_queries_and_reads_the_caches():
-    generator, caches = generator_and_caches()
+    generator, cache = generator_and_cache()
     programs = generator._decode.__wrapped__.__self__
-    layouts = programs._layouts(BATCH)
 
-    def drafts(params, sequences, caches):
-        models = nnx.merge(programs.graph, params)
-        of_target = *sequences[:3], caches, layouts
-        return draft(*models, *of_target, Greedy(), draft_tokens=DRAFTS)
+    def drafts(weights, last, cache):
+        return draft(*programs.merge(weights), last, cache, Greedy(), draft_tokens=DRAFTS)
 
-    sequences = generator._sequences([np.ones(1, np.int32)] * BATCH)
-    text = gpu_target.compile_for("9.0", drafts, generator._params, sequences, caches).as_text()
+    arguments = generator._weights, sequences_of(generator).last, cache
+    text = gpu_target.compile_for("9.0", drafts, *arguments).as_text()
     # The passes are one loop, whose trip count is known: nothing waits for the host.
     assert re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', text) == [str(DRAFTS)]
     # Its body is in the text once.
@@ -84,24 +88,25 @@ def test_a_draft_only_projects_queries_and_reads_the_caches():
         *[f"bf16[{heads},256]"] * 3,
         f"bf16[{heads},{512 + 128}]",
     ]
-    assert producers_of(text, caches) == set()
+    assert producers_of(text, cache) == set()
 
 
+@everyday()
 def test_the_generators_loop_updates_the_caches_in_place():
-    generator, caches = generator_and_caches()
+    generator, cache = generator_and_cache()
     row = np.zeros(BATCH, np.int32)
     compiled = gpu_target.compile_for(
         "9.0",
         generator._decode.__wrapped__,
-        generator._params,
-        generator._sequences([np.ones(1, np.int32)] * BATCH),
-        caches,
-        *(row, row, np.int32(1), np.zeros(TARGET.vocab_size, bool), Greedy()),
+        generator._weights,
+        sequences_of(generator),
+        cache,
+        *(Limits(row, row, np.zeros(TARGET.vocab_size, bool)), np.int32(1), Greedy()),
         donate_argnums=2,
     )
-    assert producers_of(compiled.as_text(), caches) == set()
+    assert producers_of(compiled.as_text(), cache) == set()
     memory = compiled.memory_analysis()
-    cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
+    cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes == cache_bytes
     # Float32 logits of all tokens of a group are most of it.
     assert memory.temp_size_in_bytes < 2 * 4 * BATCH * (DRAFTS + 1) * TARGET.vocab_size

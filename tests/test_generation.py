@@ -16,8 +16,10 @@ from flax import nnx
 from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Generator, KVCache, Sampling
 from g4attn_jax.cache import FLOAT8, CompactKVCache
 from g4attn_jax.checkpoint import load_hf_into
+from g4attn_jax.generation.programs import Limits
 from g4attn_jax.generation.prompts import check_prompts, chunks
 from g4attn_jax.model.acceptance import Greedy
+from tests.everyday import everyday
 
 GOLDEN = Path(__file__).parent / "golden_model"
 MODELS = ("gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b")
@@ -65,12 +67,14 @@ def follows(*lengths, end=LENGTH, name="gemma-4-e2b"):
     return [tokens[row % 2, length:end].tolist() for row, length in enumerate(lengths)]
 
 
+@everyday("12b")
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_of_hugging_face(name):
     answers = generator_of(name)(prompts_of(PROMPT, PROMPT, name=name), LENGTH - PROMPT)
     assert answers == follows(PROMPT, PROMPT, name=name)
 
 
+@everyday()
 def test_64_bit_numbers_change_nothing():
     prompts, name = prompts_of(PROMPT, 3), "gemma-4-e2b"
     with jax.enable_x64(True):
@@ -78,6 +82,7 @@ def test_64_bit_numbers_change_nothing():
     assert answers == generator_of(name)(prompts, 8)
 
 
+@everyday()
 @pytest.mark.parametrize("temperature", [1e-37, 1e-40, 1e-50])
 def test_hardly_any_temperature_is_greedy(temperature):
     """The last two are subnormal and 0 in float32."""
@@ -92,6 +97,7 @@ def test_unequal_prompts_in_chunks():
     assert answers == [tokens[:20] for tokens in follows(PROMPT + 20, PROMPT)]
 
 
+@everyday("8")
 # Smaller than the window, as large, larger, and such that a ring would exceed the capacity.
 @pytest.mark.parametrize("chunk_tokens", [3, 8, 17, 100])
 def test_chunks_fill_caches_as_a_whole_prompt_does(chunk_tokens):
@@ -99,10 +105,10 @@ def test_chunks_fill_caches_as_a_whole_prompt_does(chunk_tokens):
     caches = []
     for size in (chunk_tokens, 64):
         generator = generator_of("gemma-4-31b", chunk_tokens=size)
-        held = generator._empty_caches(generator._params, batch=2)
+        held = generator._empty_cache(generator._weights, batch=2)
         for chunk in chunks(check_prompts(prompts_of(60, 33), 128, LENGTH), size):
-            held = generator._prefill(generator._params, *chunk, held)
-        caches.append(held[5])
+            held = generator._prefill(generator._weights, *chunk, held)
+        caches.append(held.layers[5])
     written = np.arange(LENGTH) < np.array([[59], [32]])
     for chunked, whole in zip(jax.tree.leaves(caches[0]), jax.tree.leaves(caches[1]), strict=True):
         np.testing.assert_allclose(chunked, whole, rtol=0, atol=1e-4)
@@ -113,7 +119,7 @@ def test_forms_of_caches_do_not_matter():
     name = "gemma-4-12b"
     separate = Generator(model_of(name)[0], capacity=LENGTH, forms={"full_attention": KVCache})
     forms = [
-        {type(cache) for cache in generator._empty_caches(generator._params, batch=1).values()}
+        set(map(type, generator._empty_cache(generator._weights, batch=1).layers))
         for generator in (generator_of(name), separate)
     ]
     assert forms == [{KVCache, CompactKVCache}, {KVCache}]
@@ -121,6 +127,7 @@ def test_forms_of_caches_do_not_matter():
     assert answers == follows(PROMPT, PROMPT, name=name)
 
 
+@everyday()
 def test_unequal_prompts_are_alone_and_draw_from_their_keys():
     """One token, one in a chunk in which others go on, and two that differ in the key alone."""
     generator = small_generator(chunk_tokens=16)
@@ -150,7 +157,8 @@ def logits_of_one(decoder, token):
     @jax.jit
     def step(params):
         decoder, where = nnx.merge(graph, params), jnp.zeros((1, 1), jnp.int32)
-        return decoder(where + token, where, decoder.init_caches(layouts), layouts)[0][0, 0]
+        cache = decoder.init_cache(layouts)
+        return decoder(where + token, decoder.plan(where, cache), cache)[0][0, 0]
 
     return step(params)
 
@@ -211,10 +219,11 @@ def test_a_directory_gives_sampling_and_stop_tokens_unless_a_call_does(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(fields))
     generator = Generator.from_hf(tmp_path, **options, stop_tokens=[5])
     assert (generator.sampling, generator.stop_tokens) == (Sampling(0.7, 64, 0.95), (5,))
-    with pytest.raises(ValueError, match="key is None; accepted with a temperature above 0"):
+    with pytest.raises(ValueError, match="key is None"):
         generator(prompts, 6)
 
 
+@everyday()
 def test_a_directory_of_an_assistant():
     name = "gemma-4-e4b"
     generator = Generator.from_hf(
@@ -245,7 +254,7 @@ def test_a_directory_is_read_as_load_hf_reads_it(tmp_path):
             progress=lambda *done: seen.append(done),
         )
     assert len(warned) == 1 and seen
-    with pytest.raises(ValueError, match="directory is a dict; accepted: a path"):
+    with pytest.raises(ValueError, match="directory is a dict"):
         Generator.from_hf(config, capacity=LENGTH)
 
 
@@ -289,6 +298,7 @@ def compiled():
 def test_programs_are_compiled_once(compiled):
     generator = Generator(small_model(), capacity=LENGTH, chunk_tokens=32)
     prompts = prompts_of(20, 30)
+    compiled.clear()  # what made the model, if no test before has
     generator(prompts, 10)
     assert len(compiled) == 3  # caches, a chunk, the steps
     compiled.clear()
@@ -304,6 +314,7 @@ def test_programs_are_compiled_once(compiled):
     assert len(compiled) == 1
 
 
+@everyday()
 def test_sampling_parameters_compile_nothing(compiled):
     generator = Generator(small_model(), capacity=LENGTH)
     keys = jax.random.key(0), jax.random.key(1)
@@ -316,6 +327,7 @@ def test_sampling_parameters_compile_nothing(compiled):
     assert len(compiled) == 1
 
 
+@everyday()
 def test_suppressed_tokens_compile_nothing(compiled):
     generator = Generator(small_model(), capacity=LENGTH)
     for sampling, key in ((Sampling(), None), (DRAWN, jax.random.key(0))):
@@ -326,6 +338,7 @@ def test_suppressed_tokens_compile_nothing(compiled):
         assert not compiled
 
 
+@everyday()
 def test_suppressed_tokens_are_not_made():
     """The best of the others follows: what a model makes whose table lacks the tokens."""
     prompts, generator = prompts_of(PROMPT, 3), small_generator()
@@ -351,9 +364,11 @@ def logits_of(decoder, tokens):
     """[n, V], of a sequence in one step."""
     layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(1, len(tokens)))
     positions = np.arange(len(tokens))[None]
-    return decoder(np.array([tokens]), positions, decoder.init_caches(layouts), layouts)[0][0]
+    cache = decoder.init_cache(layouts)
+    return decoder(np.array([tokens]), decoder.plan(positions, cache), cache)[0][0]
 
 
+@everyday()
 def test_weights_that_are_placed_compile_nothing_more(compiled):
     """As of a sharded model: then everything that comes out of a program is placed too."""
     graph, params = nnx.split(small_model())
@@ -370,16 +385,16 @@ def test_caches_are_updated_in_place():
     """The programs return the memory of the caches that they are given, and no step copies them."""
     generator = small_generator(chunk_tokens=16)
     batch = 2
-    caches = generator._empty_caches(generator._params, batch=batch)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+    cache = generator._empty_cache(generator._weights, batch=batch)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     row = np.zeros(batch, np.int32)
     chunk = np.zeros((batch, 16), np.int32)
     stops = np.zeros(128, bool)
-    sequences = generator._sequences([row, row])
-    constants = row, row, np.int32(1), stops, Greedy()
+    sequences = generator._sequences([row, row], row)
+    constants = Limits(row, row, stops), np.int32(1), Greedy()
     for lowered in (
-        generator._prefill.lower(generator._params, chunk, chunk, caches),
-        generator._decode.lower(generator._params, sequences, caches, *constants),
+        generator._prefill.lower(generator._weights, chunk, chunk, cache),
+        generator._decode.lower(generator._weights, sequences, cache, *constants),
     ):
         assert lowered.compile().memory_analysis().alias_size_in_bytes >= size
 
@@ -402,62 +417,63 @@ def test_weights_are_those_that_the_models_had():
     weights = jax.tree.leaves(nnx.state(decoder))
     generator = Generator(decoder, capacity=8)
     decoder.norm[...] = jnp.zeros_like(decoder.norm[...])
-    held = jax.tree.leaves(generator._params)
+    held = generator._weights
     assert all(ours is theirs for ours, theirs in zip(held, weights, strict=True))
 
 
 def test_float8_caches():
     generator = small_generator(cache_dtype=FLOAT8)
-    caches = generator._empty_caches(generator._params, batch=1)
-    assert {cache.v.dtype for cache in caches.values()} == {FLOAT8}
+    cache = generator._empty_cache(generator._weights, batch=1)
+    assert {of_layer.v.dtype for of_layer in cache.layers} == {FLOAT8}
     [answer] = generator(prompts_of(PROMPT), 16)
     assert len(answer) == 16
 
 
+@everyday()
 def test_a_prompt_may_fill_the_capacity():
     generator = generator_of(capacity=PROMPT + 4)
     assert generator(prompts_of(PROMPT), 4) == [follows(PROMPT)[0][:4]]
-    with pytest.raises(ValueError, match=r"prompts\[0\] has 24 tokens; accepted .*: up to 23"):
+    with pytest.raises(ValueError, match=r"prompts\[0\] has 24 tokens"):
         generator(prompts_of(PROMPT), 5)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompts": []}, "prompts is empty; accepted: one prompt or more"),
-        ({"prompts": None}, "prompts is None; accepted: sequences of tokens"),
-        ({"prompts": [[[1], [2, 3]]]}, r"prompts\[0\] is \[\[1\], \[2, 3\]\]; accepted: a sequ"),
-        ({"prompts": [[1], []]}, r"prompts\[1\] is empty; accepted: one token or more"),
-        ({"prompts": [1, 2]}, r"prompts\[0\] is 1; accepted: a sequence of tokens"),
-        ({"prompts": ["text"]}, r"prompts\[0\] is 'text'; accepted: a sequence of tokens"),
-        ({"prompts": [[1.0]]}, r"prompts\[0\] is \[1.0\]; accepted: a sequence of tokens"),
-        ({"prompts": [[5, 128]]}, r"prompts\[0\] has 128; accepted: tokens 0 to 127"),
-        ({"prompts": [[-1]]}, r"prompts\[0\] has -1; accepted: tokens 0 to 127"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; accepted: an integer of 1 or more"),
-        ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0; accepted: an integer of 1 or more"),
-        ({"max_new_tokens": LENGTH - 1}, r"prompts\[0\] has 2 tokens; accepted with .*: up to 1"),
+        ({"prompts": []}, "prompts is empty"),
+        ({"prompts": None}, "prompts is None"),
+        ({"prompts": [[[1], [2, 3]]]}, r"prompts\[0\] is \[\[1\], \[2, 3\]\]"),
+        ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
+        ({"prompts": [1, 2]}, r"prompts\[0\] is 1"),
+        ({"prompts": ["text"]}, r"prompts\[0\] is 'text'"),
+        ({"prompts": [[1.0]]}, r"prompts\[0\] is \[1.0\]"),
+        ({"prompts": [[5, 128]]}, r"prompts\[0\] has 128"),
+        ({"prompts": [[-1]]}, r"prompts\[0\] has -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0"),
+        ({"max_new_tokens": LENGTH - 1}, r"prompts\[0\] has 2 tokens"),
         (
             {"max_new_tokens": 10**20},
-            "max_new_tokens is 10{20}; accepted with capacity 88: up to 87",
+            "max_new_tokens is 10{20}",
         ),
-        ({"stop_tokens": [128]}, "stop_tokens has 128; accepted: tokens 0 to 127"),
-        ({"stop_tokens": 5}, "stop_tokens is 5; accepted: a sequence of tokens"),
-        ({"on_tokens": 5}, "on_tokens is 5; accepted: a function, or None"),
-        ({"sampling": 0.5}, "sampling is a float; accepted: Sampling"),
+        ({"stop_tokens": [128]}, "stop_tokens has 128"),
+        ({"stop_tokens": 5}, "stop_tokens is 5"),
+        ({"on_tokens": 5}, "on_tokens is 5"),
+        ({"sampling": 0.5}, "sampling is a float"),
         (
             {"sampling": Sampling(suppress_tokens=[128])},
-            "suppress_tokens has 128; accepted: tokens 0 to 127",
+            "suppress_tokens has 128",
         ),
         (
             {"sampling": Sampling(suppress_tokens=range(128))},
-            "suppress_tokens has all 128 tokens; accepted: all but one, or fewer",
+            "suppress_tokens has all 128 tokens",
         ),
-        ({"log_probs": 1}, "log_probs is 1; accepted: True or False"),
-        ({"sampling": DRAWN}, "key is None; accepted with a temperature above 0: one of jax.ran"),
-        ({"sampling": DRAWN, "key": 3}, "key is 3; accepted"),
+        ({"log_probs": 1}, "log_probs is a int"),
+        ({"sampling": DRAWN}, "key is None"),
+        ({"sampling": DRAWN, "key": 3}, "key is 3"),
         (
             {"sampling": DRAWN, "key": jax.random.key(0, impl="rbg")},
-            "key has .* impl 'rbg'; accepted",
+            "key has .* impl 'rbg'",
         ),
         ({"sampling": DRAWN, "key": jax.random.split(jax.random.key(0))}, r"key has shape \(2,\)"),
     ],
@@ -470,19 +486,19 @@ def test_calls_that_make_no_sense(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"capacity": 0}, "capacity is 0; accepted: an integer of 1 to 2147483647"),
-        ({"capacity": 2**31}, "capacity is 2147483648; accepted: an integer of 1 to 2147483647"),
-        ({"chunk_tokens": True}, "chunk_tokens is True; accepted: an integer of 1 to 2147483647"),
-        ({"chunk_tokens": 2**31}, "chunk_tokens is 2147483648; accepted: an integer of 1 to"),
-        ({"decoder": "x"}, "decoder is a str; accepted: Gemma4Decoder"),
-        ({"forms": [1]}, r"forms is \[1\]; accepted: a dict by layer type, or None"),
-        ({"forms": {"full": KVCache}}, "forms has 'full'; accepted: full_attention, sliding"),
+        ({"capacity": 0}, "capacity is 0"),
+        ({"capacity": 2**31}, "capacity is 2147483648"),
+        ({"chunk_tokens": True}, "chunk_tokens is True"),
+        ({"chunk_tokens": 2**31}, "chunk_tokens is 2147483648"),
+        ({"decoder": "x"}, "decoder is a str"),
+        ({"forms": [1]}, "forms is a list"),
+        ({"forms": {"full": KVCache}}, "forms has 'full'"),
         ({"forms": {"full_attention": CompactKVCache}}, "CompactKVCache holds one projection"),
-        ({"sampling": None}, "sampling is a NoneType; accepted: Sampling"),
-        ({"stop_tokens": None}, "stop_tokens is None; accepted: a sequence of tokens"),
-        ({"stop_tokens": [128]}, "stop_tokens has 128; accepted: tokens 0 to 127"),
-        ({"cache_dtype": jnp.int8}, "cache_dtype is int8; accepted: float32 or float8_e4m3fn"),
-        ({"cache_dtype": "foo"}, "cache_dtype is 'foo'; accepted: float32 or float8_e4m3fn"),
+        ({"sampling": None}, "sampling is a NoneType"),
+        ({"stop_tokens": None}, "stop_tokens is None"),
+        ({"stop_tokens": [128]}, "stop_tokens has 128"),
+        ({"cache_dtype": jnp.int8}, "cache_dtype .*int8.*; accepted: float32, float8_e4m3fn"),
+        ({"cache_dtype": "foo"}, "cache_dtype .*foo; accepted: float32, float8_e4m3fn"),
     ],
 )
 def test_generators_that_make_no_sense(changes, message):
@@ -492,7 +508,7 @@ def test_generators_that_make_no_sense(changes, message):
 
 def test_more_prompts_than_slots_can_be_numbered_for():
     generator = Generator(small_model(), capacity=2**30, chunk_tokens=2**31 - 1)
-    with pytest.raises(ValueError, match="prompts has 2; accepted with capacity 1073741824: up to"):
+    with pytest.raises(ValueError, match="prompts has 2"):
         generator([[1], [2]], 1)
 
 

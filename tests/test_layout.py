@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from g4attn_jax.layout import (
+    UNPLACED,
     Contiguous,
     LayerType,
     Paged,
@@ -18,6 +19,7 @@ from g4attn_jax.layout import (
     plan_step,
 )
 from g4attn_jax.rope import rope_cos_sin
+from tests.everyday import everyday
 from tests.test_attention import K_EQ_V
 
 SLIDING, FULL = K_EQ_V.attention_spec(0), K_EQ_V.attention_spec(1)
@@ -82,7 +84,7 @@ def test_shapes_of_the_caches():
     for layout, shape, capacity in (
         (Contiguous(3, 7), (3, 7), 7),
         (Ring(3, 5, 8), (3, 64), 64),
-        (Paged(np.zeros((3, 2), np.int32), 9, 16), (9, 16), 32),
+        (Paged(9, 16, np.zeros((3, 2), np.int32)), (9, 16), 32),
     ):
         assert (layout.num_pages, layout.page_size) == shape
         assert (layout.batch, layout.capacity) == (3, capacity)
@@ -102,8 +104,8 @@ def page_tables(draw, batch=3, columns=4, num_pages=13):
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(table=page_tables(), page_size=st.sampled_from([16, 48, 256]))
 def test_slots_of_pages(table, page_size):
-    layout = Paged(table, 13, page_size)
-    positions = every_position(Paged(table, 13, 256))  # one shape for all: compiled once
+    layout = Paged(13, page_size, table)
+    positions = every_position(Paged(13, 256, table))  # one shape for all: compiled once
     slots = np.asarray(layout.slots(positions))
     np.testing.assert_array_equal(slots, slots_by_the_rule(layout, positions))
     used = slots[slots >= 0]
@@ -129,8 +131,8 @@ def test_page_tables_of_any_integer_dtype(dtype, num_pages):
     """Also where the dtype holds neither -1 nor the number of pages."""
     table = np.array([[2, 0, 100], [1, 99, 120]])
     positions = np.array([[0, 17, 33], [15, 16, 34]])
-    layout = Paged(table.astype(dtype), num_pages, 16)
-    by_the_rule = slots_by_the_rule(Paged(table, num_pages, 16), positions)
+    layout = Paged(num_pages, 16, table.astype(dtype))
+    by_the_rule = slots_by_the_rule(Paged(num_pages, 16, table), positions)
     np.testing.assert_array_equal(layout.slots(positions), by_the_rule)
     has_page = np.array([[True, True, num_pages > 100], [True, True, num_pages > 120]])
     np.testing.assert_array_equal(layout.pages(), np.where(has_page, table, -1))
@@ -142,7 +144,7 @@ def test_page_tables_of_any_integer_dtype(dtype, num_pages):
 
 
 def test_page_ids_that_int32_does_not_hold_are_no_pages():
-    layout = Paged(np.array([[2**32, 2**32 + 1, 1]]), 2, 16)
+    layout = Paged(2, 16, np.array([[2**32, 2**32 + 1, 1]]))
     np.testing.assert_array_equal(layout.slots(np.array([[0, 16, 32]])), [[-1, -1, 16]])
     np.testing.assert_array_equal(layout.pages(), [[-1, -1, 1]])
 
@@ -151,10 +153,10 @@ def test_page_ids_that_int32_does_not_hold_are_no_pages():
 def test_sizes_may_be_numpy_integers(integer):
     ring = Ring(integer(2), integer(100), integer(100))
     assert (ring.capacity, ring.num_pages) == (256, 2)
-    assert Paged(np.zeros((1, 7), int), integer(7), integer(64)).capacity == 448
+    assert Paged(integer(7), integer(64), np.zeros((1, 7), int)).capacity == 448
     with jax.enable_x64(True):
         plan = plan_step(FULL, np.array([[3], [99]]), Contiguous(integer(2), integer(100)))
-    assert plan.slots.dtype == key_positions(plan.placed(), plan.layout).dtype == "int32"
+    assert plan.slots.dtype == key_positions(plan.placed, plan.layout).dtype == "int32"
     np.testing.assert_array_equal(plan.slots, [[3], [199]])
 
 
@@ -164,14 +166,14 @@ def test_sequences_gather_pages_and_fill_holes_with_zero():
     expected = np.zeros((2, 3, 16, 1))
     for b, column, page in ((0, 0, 3), (0, 2, 0), (1, 1, 2)):
         expected[b, column] = array[page]
-    actual = Paged(table, 4, 16).sequences(array)
+    actual = Paged(4, 16, table).sequences(array)
     np.testing.assert_array_equal(actual, expected.reshape(2, 48, 1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def slots_and_their_positions(spec, positions, layout):
     plan = plan_step(spec, positions, layout)
-    return plan.slots, key_positions(plan.placed(), plan.layout)
+    return plan.slots, key_positions(plan.placed, plan.layout)
 
 
 @jax.jit
@@ -226,7 +228,7 @@ class Simulation:
 def holey_pages():
     """Pages in no order; the last column of each sequence was never dealt."""
     pages = np.random.default_rng(0).permutation(14)[:12].reshape(2, 6)
-    return Paged(np.concatenate([pages, [[-1], [-1]]], axis=1).astype(np.int32), 14, 16)
+    return Paged(14, 16, np.concatenate([pages, [[-1], [-1]]], axis=1).astype(np.int32))
 
 
 # 56 keys and 8 new tokens: no slot of the 64 is to spare.
@@ -283,12 +285,13 @@ def test_rejected_tokens_of_many_steps_in_a_ring():
     assert simulation.lengths == [70, 210]
 
 
+@everyday()
 def test_a_sequence_that_does_not_step_has_no_keys():
     for layout in (Contiguous(2, 64), Ring(2, WINDOW, 8), holey_pages()):
         plan = plan_step(SLIDING, np.array([[40, 41], [-1, -1]]), layout)
-        assert int(key_positions(plan.placed(), plan.layout)[1].max()) < 0
+        assert int(key_positions(plan.placed, plan.layout)[1].max()) < 0
         none = plan_step(SLIDING, np.zeros((2, 0), int), layout)
-        assert int(key_positions(none.placed(), none.layout).max()) < 0
+        assert int(key_positions(none.placed, none.layout).max()) < 0
 
 
 @on_every_layout
@@ -308,7 +311,7 @@ def test_a_plan_has_positions_cos_and_sin(spec, layout):
     assert {a.dtype.name for a in (plan.positions, plan.slots)} == {"int32"}
     assert {a.dtype.name for a in (plan.cos, plan.sin)} == {"float32"}
     assert plan.layer_type == LayerType.of(spec)
-    assert not bool(plan.unplaced.any())
+    assert not bool((plan.placed == UNPLACED).any())
 
 
 @on_every_layout
@@ -324,7 +327,7 @@ def test_layouts_and_plans_pass_through_jit(spec, layout):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), other, plan)
         np.testing.assert_array_equal(other.slots, plan.slots)
         np.testing.assert_array_equal(
-            key_positions(other.placed(), other.layout), key_positions(plan.placed(), plan.layout)
+            key_positions(other.placed, other.layout), key_positions(plan.placed, plan.layout)
         )
     sizes = layout.batch, layout.capacity, layout.num_pages, layout.page_size
     again = passed.layout
@@ -341,7 +344,7 @@ def test_a_new_page_table_is_not_a_new_program():
 
     for table in ([[0, 1]], [[2, 0]]):
         expected = [[16 * page for page in table[0]]]
-        np.testing.assert_array_equal(slots(Paged(np.array(table), 3, 16)), expected)
+        np.testing.assert_array_equal(slots(Paged(3, 16, np.array(table))), expected)
     assert len(traces) == 1
 
 
@@ -351,68 +354,68 @@ def test_a_new_page_table_is_not_a_new_program():
         (Contiguous(1, 4), [3, 4, -1, -5], [False, True, False, False]),
         (Contiguous(1, 4), [INT32_MAX, 0, INT32_MIN, 2], [True, False, False, False]),
         (Ring(1, WINDOW, 8), [64, INT32_MAX, -1, 1], [False, True, False, False]),
-        (Paged(np.array([[1, -1, 9]]), 2, 16), [15, 16, 32, 48], [False, True, True, True]),
-        (Paged(np.array([[0, 0]]), 2, 16), [1, 17, 1, -2], [False, False, False, False]),
+        (Paged(2, 16, np.array([[1, -1, 9]])), [15, 16, 32, 48], [False, True, True, True]),
+        (Paged(2, 16, np.array([[0, 0]])), [1, 17, 1, -2], [False, False, False, False]),
     ],
 )
 def test_under_jit_unplaced_says_which_tokens_have_no_slot(layout, positions, unplaced):
     plan = jax.jit(lambda p, layout: plan_step(SLIDING, p, layout))(np.array([positions]), layout)
-    np.testing.assert_array_equal(plan.unplaced, [unplaced])
+    np.testing.assert_array_equal(plan.placed == UNPLACED, [unplaced])
     np.testing.assert_array_equal(plan.slots, slots_by_the_rule(layout, [positions]))
 
 
-@pytest.mark.parametrize("layout", [Contiguous(1, 32), Paged(np.array([[0, 1]]), 2, 16)])
+@pytest.mark.parametrize("layout", [Contiguous(1, 32), Paged(2, 16, np.array([[0, 1]]))])
 def test_under_jit_an_unplaced_token_hides_no_key_of_the_others(layout):
     plan = jax.jit(lambda p, layout: plan_step(FULL, p, layout))(np.array([[31, 32]]), layout)
-    np.testing.assert_array_equal(key_positions(plan.placed(), plan.layout), [list(range(32))])
+    np.testing.assert_array_equal(key_positions(plan.placed, plan.layout), [list(range(32))])
 
 
 @pytest.mark.parametrize("no_page", [-1, -7, 2, 9, INT32_MAX])
 def test_a_page_that_does_not_exist_holds_no_keys(no_page):
-    layout = Paged(np.array([[1, no_page, 0]]), 2, 16)
+    layout = Paged(2, 16, np.array([[1, no_page, 0]]))
     plan = jax.jit(lambda p, layout: plan_step(FULL, p, layout))(np.array([[40]]), layout)
     expected = [*range(16), *[-1] * 16, *range(32, 41)]
-    np.testing.assert_array_equal(key_positions(plan.placed(), plan.layout)[0, :41], expected)
+    np.testing.assert_array_equal(key_positions(plan.placed, plan.layout)[0, :41], expected)
 
 
 def test_positions_that_int32_does_not_hold():
     far = np.array([[2**32, 2**31, 2**63 - 1, -(2**40)]])
-    for layout in (Contiguous(1, 64), Ring(1, WINDOW, 8), Paged(np.array([[0, 1]]), 2, 16)):
+    for layout in (Contiguous(1, 64), Ring(1, WINDOW, 8), Paged(2, 16, np.array([[0, 1]]))):
         for i, position in enumerate(far[0, :3]):
             with pytest.raises(ValueError, match=f"positions has {position}, for which sequence 0"):
                 plan_step(SLIDING, far[:, i : i + 1], layout)
-        with pytest.raises(ValueError, match=f"positions has {far[0, 3]}; accepted: -1"):
+        with pytest.raises(ValueError, match=f"positions has {far[0, 3]}"):
             plan_step(SLIDING, far, layout)
         with jax.enable_x64(True):
             plan = jax.jit(lambda p, layout: plan_step(SLIDING, p, layout))(far, layout)
-        np.testing.assert_array_equal(plan.unplaced, [[True, True, True, False]])
+        np.testing.assert_array_equal(plan.placed == UNPLACED, [[True, True, True, False]])
 
 
 CONTIGUOUS, RING = Contiguous(2, 64), Ring(2, WINDOW, 8)
-PAGED = Paged(np.array([[0, 1, -1], [2, 3, -1]]), 4, 16)
+PAGED = Paged(4, 16, np.array([[0, 1, -1], [2, 3, -1]]))
 
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, RING, PAGED])
 @pytest.mark.parametrize(
     ("positions", "message"),
     [
-        (np.array([[0], [-2]]), r"positions has -2; accepted: -1 \(padding\) and 0 or more"),
+        (np.array([[0], [-2]]), r"positions has -2"),
         (
             np.array([[0, 1], [7, 7]]),
             "positions has 7 in sequence 1 and 7 in sequence 1, which have",
         ),
         (np.array([[3, -1, 3], [0, 1, 2]]), "have the same slot; accepted: one for every token"),
         (np.array([[0], [INT32_MAX]]), "positions has 2147483647, for which sequence 1 has no sl"),
-        (np.zeros((2, 3)), "positions has dtype float64; accepted: a signed integer"),
-        (np.zeros((2, 3), np.uint32), "positions has dtype uint32; accepted: a signed integer"),
-        (np.zeros((2, 3), bool), "positions has dtype bool; accepted: a signed integer"),
+        (np.zeros((2, 3)), "positions has dtype float64"),
+        (np.zeros((2, 3), np.uint32), "positions has dtype uint32"),
+        (np.zeros((2, 3), bool), "positions has dtype bool"),
         (
             np.zeros((3, 1), int),
-            r"positions has shape \(3, 1\); accepted: \[2, T\], the layout hav",
+            r"positions has shape \(3, 1\)",
         ),
-        (np.zeros(2, int), r"positions has shape \(2,\); accepted: \[2, T\]"),
-        (np.zeros((2, 1, 1), int), r"positions has shape \(2, 1, 1\); accepted: \[2, T\]"),
-        (np.int32(0), r"positions has shape \(\); accepted: \[2, T\]"),
+        (np.zeros(2, int), r"positions has shape \(2,\)"),
+        (np.zeros((2, 1, 1), int), r"positions has shape \(2, 1, 1\)"),
+        (np.int32(0), r"positions has shape \(\)"),
     ],
 )
 def test_positions_refused(layout, positions, message):
@@ -430,15 +433,15 @@ def test_positions_refused(layout, positions, message):
         (
             RING,
             np.tile(np.arange(9), (2, 1)),
-            "positions has 9 tokens a sequence; the ring's max_new_tokens accepts 8 in a step",
+            "positions has 9 tokens a sequence",
         ),
         (
-            Paged(np.array([[0, 0], [1, 2]]), 4, 16),
+            Paged(4, 16, np.array([[0, 0], [1, 2]])),
             [[3, 19], [0, 1]],
             "positions has 3 in sequence 0 and 19 in sequence 0, which have the same slot",
         ),
         (
-            Paged(np.array([[0, 1], [3, 1]]), 4, 16),
+            Paged(4, 16, np.array([[0, 1], [3, 1]])),
             [[20], [20]],
             "positions has 20 in sequence 0 and 20 in sequence 1, which have the same slot",
         ),
@@ -456,26 +459,26 @@ def test_tokens_without_a_slot_of_their_own_are_refused(layout, positions, messa
 
 @pytest.mark.parametrize("page", [-2, 4, INT32_MAX])
 def test_a_page_table_that_names_another_page_is_refused(page):
-    layout = Paged(np.array([[0, 1], [page, 2]]), 4, 16)
-    with pytest.raises(ValueError, match=rf"page_table has {page}; accepted: -1 .* 0 to 3"):
+    layout = Paged(4, 16, np.array([[0, 1], [page, 2]]))
+    with pytest.raises(ValueError, match=rf"page_table has {page}"):
         plan_step(SLIDING, np.array([[3], [17]]), layout)
 
 
 def test_a_shared_page_is_fine_where_nobody_writes_it():
-    layout = Paged(np.array([[0, 1], [0, 2]]), 4, 16)
+    layout = Paged(4, 16, np.array([[0, 1], [0, 2]]))
     plan = plan_step(FULL, np.array([[16, 17], [16, 17]]), layout)
     np.testing.assert_array_equal(plan.slots, [[16, 17], [32, 33]])
     np.testing.assert_array_equal(
-        key_positions(plan.placed(), plan.layout)[:, :18], [list(range(18))] * 2
+        key_positions(plan.placed, plan.layout)[:, :18], [list(range(18))] * 2
     )
 
 
 def test_a_ring_is_for_layers_of_its_window():
     positions = np.array([[0], [0]])
-    message = f"the layer has sliding_window None; this ring accepts {WINDOW}"
+    message = "the layer has sliding_window None"
     with pytest.raises(ValueError, match=message):
         plan_step(FULL, positions, RING)
-    with pytest.raises(ValueError, match="the layer has sliding_window 5; this ring accepts 6"):
+    with pytest.raises(ValueError, match="the layer has sliding_window 5"):
         plan_step(SLIDING, positions, Ring(2, 6, 8))
 
 
@@ -498,23 +501,23 @@ def test_sizes_refused(size):
         ("batch", lambda: Ring(size, 5, 8)),
         ("sliding_window", lambda: Ring(1, size, 8)),
         ("max_new_tokens", lambda: Ring(1, 5, size)),
-        ("num_pages", lambda: Paged(np.zeros((1, 1), int), size, 16)),
-        ("page_size", lambda: Paged(np.zeros((1, 1), int), 1, size)),
+        ("num_pages", lambda: Paged(size, 16, np.zeros((1, 1), int))),
+        ("page_size", lambda: Paged(1, size, np.zeros((1, 1), int))),
     ):
-        with pytest.raises(ValueError, match=f"{name} is .*; accepted: an integer of 1 or more"):
+        with pytest.raises(ValueError, match=f"{name} is .*"):
             make()
 
 
 @pytest.mark.parametrize("page_size", [1, 8, 15, 17, 24, 257, 272, 512])
 def test_page_sizes_refused(page_size):
-    message = f"page_size is {page_size!r}; accepted: a multiple of 16 from 16 to 256"
+    message = f"page_size is {page_size!r}"
     with pytest.raises(ValueError, match=message):
-        Paged(np.zeros((1, 1), int), 1, page_size)
+        Paged(1, page_size, np.zeros((1, 1), int))
 
 
 @pytest.mark.parametrize("page_size", range(16, 257, 16))
 def test_page_sizes_accepted(page_size):
-    assert Paged(np.zeros((1, 3), int), 1, page_size).capacity == 3 * page_size
+    assert Paged(1, page_size, np.zeros((1, 3), int)).capacity == 3 * page_size
 
 
 @pytest.mark.parametrize(
@@ -531,8 +534,8 @@ def test_page_sizes_accepted(page_size):
     ],
 )
 def test_page_tables_refused(table, given):
-    layout = Paged(table, 4, 16)
-    message = rf"page_table is .*{given}.*; accepted: an integer array \[B, pages\], neither 0"
+    layout = Paged(4, 16, table)
+    message = rf"page_table is .*{given}.*"
     with pytest.raises(ValueError, match=message):
         plan_step(FULL, np.zeros((2, 1), int), layout)
 
@@ -542,17 +545,15 @@ def test_caches_of_2_31_slots_are_refused():
     for make in (
         lambda: Contiguous(2, 2**30),
         lambda: Ring(2**20, 2040, 8),
-        lambda: Paged(np.zeros((1, 1), int), 2**27, 16),
+        lambda: Paged(2**27, 16, np.zeros((1, 1), int)),
     ):
-        with pytest.raises(
-            ValueError, match=r"num_pages \* page_size is 2147483648; accepted: below"
-        ):
+        with pytest.raises(ValueError, match=r"num_pages \* page_size is 2147483648"):
             make()
 
 
 def test_what_is_no_layer_or_layout_is_refused():
     positions = np.zeros((2, 1), int)
-    with pytest.raises(ValueError, match="spec is a Gemma4Config; accepted: AttentionSpec"):
+    with pytest.raises(ValueError, match="spec is a Gemma4Config"):
         plan_step(K_EQ_V, positions, CONTIGUOUS)
-    with pytest.raises(ValueError, match="layout is a tuple; accepted: Contiguous, Ring or Paged"):
+    with pytest.raises(ValueError, match="layout is a tuple"):
         plan_step(FULL, positions, (2, 64))

@@ -10,11 +10,12 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from g4attn_jax import AssistantConfig, Gemma4Config, Gemma4Decoder
-from g4attn_jax.checkpoint.assistant import _ASSISTANT
-from g4attn_jax.checkpoint.hf import packing_table, save_hf
-from g4attn_jax.checkpoint.loading import parameters
+from g4attn_jax.checkpoint.assistant import packing_table
+from g4attn_jax.checkpoint.hf import save_hf
+from g4attn_jax.checkpoint.loading import parameters, table_of
 from g4attn_jax.json_file import read_object
 from g4attn_jax.model import Gemma4Assistant
+from tests.everyday import everyday
 from tests.gpu import evidence
 from tests.test_speculative import ASSISTANTS, TARGETS
 
@@ -63,7 +64,7 @@ def directories(tmp_path_factory):
 def save_assistant(folder, given):
     config = AssistantConfig.from_hf(given)
     model = Gemma4Assistant(config, rngs=nnx.Rngs(1))
-    table = packing_table(config.text, "model.") | _ASSISTANT
+    table = table_of(model, packing_table(config.text))
     tensors = {
         tensor: np.asarray(value)
         for name, variable in parameters(model).items()
@@ -73,6 +74,7 @@ def save_assistant(folder, given):
     (folder / "config.json").write_text(json.dumps(given))
 
 
+@everyday()
 @pytest.mark.parametrize("code", SNIPPETS, ids=lambda code: code.splitlines()[0])
 def test_snippet(code, directories, monkeypatch):
     monkeypatch.setattr("builtins.print", lambda *_: None)

@@ -14,10 +14,12 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, oracle
-from g4attn_jax.cache import CompactKVCache, KVCache
+from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode
+from g4attn_jax.cache import CompactKVCache, KVCache, ReadableCache
 from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
 from g4attn_jax.page_allocator import OutOfPages, PageAllocator
+from g4attn_jax.testing import oracle
+from tests.everyday import everyday
 from tests.ops.kernel import kernel_of
 from tests.test_attention import COMMON, K_EQ_V, layer_of, weights_of
 
@@ -63,7 +65,7 @@ def layout_of(kind, spec, page_table):
         return Contiguous(batch, LENGTH)
     if kind == "ring":
         return Ring(batch, spec.sliding_window, max_new_tokens=8)
-    return Paged(page_table, NUM_PAGES, PAGE)
+    return Paged(NUM_PAGES, PAGE, page_table)
 
 
 @functools.cache
@@ -211,6 +213,7 @@ KINDS = [
 on_every_kind = pytest.mark.parametrize(("layer", "kind", "form"), KINDS)
 
 
+@everyday("xla-0-ring-KVCache", "xla-1-paged-CompactKVCache")
 @on_every_kind
 @pytest.mark.parametrize(
     "implementation", ["xla", *kernel_of("qkv_norm_rope_write", "decode_attention")[1:]]
@@ -221,6 +224,7 @@ def test_every_token_is_as_in_its_stream_alone(layer, kind, form, implementation
     serve(layer, kind, form, implementation, drawn)
 
 
+@everyday("1-paged-CompactKVCache")
 @pytest.mark.parametrize(("layer", "kind", "form"), [KINDS[1], KINDS[6]])
 @settings(derandomize=True, deadline=None, max_examples=3)
 @given(drawn=st.lists(operations, min_size=25, max_size=25))
@@ -253,6 +257,7 @@ def shared_model_layer(layer):
     return attention
 
 
+@everyday("2-ring")
 @pytest.mark.parametrize(
     ("layer", "kind"),
     [(2, "contiguous"), (2, "ring"), (2, "paged"), (3, "contiguous"), (3, "paged")],
@@ -273,10 +278,9 @@ def test_a_shared_layer_reads_any_cache_of_its_producer(layer, kind):
     def step(x, positions, cache):
         plan = plan_step(spec, positions, layout_of(kind, spec, table))
         _, cache = producer(x, plan, cache)
-        # A compact cache needs it; with whole keys it makes no difference.
-        k_norm = producer.k_norm[...] if isinstance(cache, CompactKVCache) else None
-        y, same = attention(x, plan, cache, k_norm)
-        assert all(a is b for a, b in zip(same, cache, strict=True))
+        readable = ReadableCache(cache, producer.k_norm[...])
+        y, same = attention(x, plan, readable)
+        assert same is readable
         return y, cache
 
     widths = [max(WIDTHS[kind])] * (72 // max(WIDTHS[kind])) + [1, 4, 1, 1, 4, 4, 1]

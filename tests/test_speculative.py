@@ -25,13 +25,16 @@ from g4attn_jax import (
     Ring,
     Sampling,
     generation,
+    split_weights,
 )
 from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import FLOAT8, CompactKVCache
 from g4attn_jax.checkpoint import load_assistant_into, load_hf_into
 from g4attn_jax.model import Gemma4Assistant
 from g4attn_jax.model.acceptance import Greedy, RejectionSampling
-from g4attn_jax.speculative import draft, verify
+from g4attn_jax.speculative import Drafts, LastTokens, draft, verify
+from tests.everyday import everyday
+from tests.test_model import page_tables_of
 
 TARGETS = Path(__file__).parent / "golden_model"
 ASSISTANTS = Path(__file__).parent / "golden_assistant"
@@ -161,6 +164,7 @@ def assert_all_is_told(generator, name, monkeypatch):
     assert of_told.tokens_per_step > 2 > of_own.tokens_per_step >= 1
 
 
+@everyday("12b")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_tokens_of_plain_decoding(name, monkeypatch):
     """Sliding layers in rings, and in 12B, 26B-A4B and 31B full ones in compact caches."""
@@ -179,9 +183,21 @@ def paged(batch):
     """Pages from the end of the pool, every other one another's; none past the capacity."""
     columns = -(-CAPACITY // 16)
     table = 2 * (batch * columns - 1 - np.arange(batch * columns)).reshape(batch, columns)
-    return Paged(jnp.asarray(table, jnp.int32), 2 * batch * columns, 16)
+    return Paged(2 * batch * columns, 16, jnp.asarray(table, jnp.int32))
 
 
+def give_page_tables(model, layouts, monkeypatch):
+    """Lets steps be planned with page tables, which a generator has none of."""
+    plan = model.plan
+
+    def planned(self, positions, cache, page_tables=None):
+        assert page_tables is None
+        return plan(self, positions, cache, page_tables_of(layouts(None, positions.shape[0])))
+
+    monkeypatch.setattr(model, "plan", planned)
+
+
+@everyday("gemma-4-26b-a4b-paged-paged-CompactKVCache")
 @pytest.mark.parametrize(
     ("name", "sliding", "full", "form"),
     # With the generator's own choice, ring, contiguous and compact, all that each type can have.
@@ -199,11 +215,14 @@ def test_layouts_and_forms(name, sliding, full, form, monkeypatch):
         return {"sliding_attention": sliding(batch), "full_attention": full(batch)}
 
     monkeypatch.setattr(generation.programs.Programs, "_layouts", layouts)
+    for model in (Gemma4Decoder, Gemma4Assistant):
+        give_page_tables(model, layouts, monkeypatch)
     options = {"capacity": CAPACITY, "chunk_tokens": 16, "forms": {"full_attention": form}}
     generator = Generator(target_of(name), assistant=assistant_of(name), draft_tokens=K, **options)
     assert_all_is_told(generator, name, monkeypatch)
 
 
+@everyday()
 def test_a_ring_of_a_window_and_a_group(monkeypatch):
     """No slot more than is asked for, 59 + 5 in a tile of 64, with chunks smaller than a group.
 
@@ -228,8 +247,8 @@ def test_a_ring_of_a_window_and_a_group(monkeypatch):
     seen = []
     for options in (roomy, roomy | {"chunk_tokens": 2}):
         generator = Generator(target, assistant=assistant, draft_tokens=K, **options)
-        caches = generator._empty_caches(generator._params, batch=1)
-        assert caches[0].k.shape[1] == (CAPACITY if options is roomy else window + K + 1)
+        cache = generator._empty_cache(generator._weights, batch=1)
+        assert cache.layers[0].k.shape[1] == (CAPACITY if options is roomy else window + K + 1)
         assert generator(prompts, NEW, on_drafts=seen.append) == plain
     # The assistant's own drafts are the same too: it sees the same keys.
     for of_roomy, of_tight in zip(*seen, strict=True):
@@ -257,25 +276,23 @@ def test_a_group_drafts_as_if_nothing_had_been_refused():
         "sliding_attention": Ring(batch, target.config.sliding_window, length),
         "full_attention": Contiguous(batch, length + K),
     }
-    graph, params = nnx.split((target, assistant))
+    merge, weights = split_weights((target, assistant))
     forms = {"full_attention": CompactKVCache}
 
     @jax.jit
-    def fill(params, positions):
-        target, _ = nnx.merge(graph, params)
-        caches = target.init_caches(layouts, forms)
-        return target.hidden(tokens, positions, caches, layouts)
+    def fill(weights, positions):
+        target, _ = merge(weights)
+        cache = target.init_cache(layouts, forms)
+        return target.hidden(tokens, target.plan(positions, cache), cache)
 
     @jax.jit
-    def drafted(params, token, position, hidden, caches):
-        models = nnx.merge(graph, params)
-        return draft(*models, token, position, hidden, caches, layouts, Logits(), draft_tokens=K)
+    def drafted(weights, last, cache):
+        return draft(*merge(weights), last, cache, Logits(), draft_tokens=K)
 
     @jax.jit
-    def verified(params, token, position, drafts, num_drafts, caches):
-        target, _ = nnx.merge(graph, params)
-        of_drafts = drafts, None, num_drafts
-        return verify(target, token, position, *of_drafts, caches, layouts, Logits())
+    def verified(weights, last, drafts, cache):
+        target, _ = merge(weights)
+        return verify(target, last, drafts, cache, Logits())
 
     rows, index = np.arange(batch), np.arange(length)
     begin = np.array([30, 41, 40, 30, 63, 64], np.int32)
@@ -284,23 +301,26 @@ def test_a_group_drafts_as_if_nothing_had_been_refused():
     drafts = tokens[rows[:, None], begin[:, None] + 1 + np.arange(K)]
     refused = np.arange(K) >= accepted[:, None]
     drafts = np.where(refused, (drafts + 1) % 128, drafts).astype(np.int32)
-    _, before = fill(params, np.where(index < begin[:, None], index, -1))
-    group = verified(params, tokens[rows, begin], begin, drafts, num_drafts, before)
+    _, before = fill(weights, np.where(index < begin[:, None], index, -1))
+    drafts = Drafts(drafts, None, num_drafts)
+    group = verified(weights, LastTokens(tokens[rows, begin], begin), drafts, before)
     np.testing.assert_array_equal(group.num_accepted, accepted)
 
     position = begin + accepted + 1
-    whole, caches = fill(params, np.where(index < position[:, None], index, -1))
+    whole, cache = fill(weights, np.where(index < position[:, None], index, -1))
     hidden = np.asarray(whole)[rows, position - 1]
     np.testing.assert_allclose(group.hidden, hidden, rtol=0, atol=2e-4)
     token = tokens[rows, position]
     np.testing.assert_array_equal(np.asarray(group.tokens)[rows, accepted], token)
-    of_group = drafted(params, token, position, group.hidden, group.caches)
-    expected = drafted(params, token, position, hidden, caches)
-    np.testing.assert_allclose(of_group[1], expected[1], rtol=0, atol=2e-4)
-    np.testing.assert_array_equal(of_group[0], expected[0])
+    last = LastTokens(token, position, hidden)
+    of_group = drafted(weights, last._replace(hidden=group.hidden), group.cache)
+    expected = drafted(weights, last, cache)
+    np.testing.assert_allclose(of_group.probs, expected.probs, rtol=0, atol=2e-4)
+    np.testing.assert_array_equal(of_group.tokens, expected.tokens)
     # The state of another token would be noticed.
-    other = drafted(params, token, position, np.asarray(whole)[rows, position - 2], caches)
-    assert np.abs(other[1] - expected[1]).max(axis=(1, 2)).min() > 0.01
+    wrong = np.asarray(whole)[rows, position - 2]
+    other = drafted(weights, last._replace(hidden=wrong), cache)
+    assert np.abs(other.probs - expected.probs).max(axis=(1, 2)).min() > 0.01
 
 
 @pytest.mark.parametrize("name", ["gemma-4-e4b", "gemma-4-31b"])
@@ -309,23 +329,23 @@ def test_drafts_of_hugging_face(name):
     target, tokens = target_of(name), np.load(TARGETS / name / "golden.npz")["tokens"]
     lengths = np.array([5, 80], np.int32)  # of golden_assistant/make_golden.py
     layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(2, 88))
-    graph, params = nnx.split((target, assistant_of(name)))
+    merge, weights = split_weights((target, assistant_of(name)))
 
     @jax.jit
-    def drafts(params, positions):
-        target, assistant = nnx.merge(graph, params)
-        hidden, caches = target.hidden(tokens, positions, target.init_caches(layouts), layouts)
+    def drafts(weights, positions):
+        target, assistant = merge(weights)
+        cache = target.init_cache(layouts)
+        hidden, cache = target.hidden(tokens, target.plan(positions, cache), cache)
         rows = np.arange(2)
-        last = tokens[rows, lengths], lengths, hidden[rows, lengths - 1]
-        return draft(
-            target, assistant, *last, caches, layouts, Greedy(), draft_tokens=golden.shape[1]
-        )[0]
+        last = LastTokens(tokens[rows, lengths], lengths, hidden[rows, lengths - 1])
+        return draft(target, assistant, last, cache, Greedy(), draft_tokens=golden.shape[1]).tokens
 
     index = np.arange(tokens.shape[1])
     positions = np.where(index < lengths[:, None], index, -1)
-    np.testing.assert_array_equal(drafts(params, positions), golden)
+    np.testing.assert_array_equal(drafts(weights, positions), golden)
 
 
+@everyday("1")
 @pytest.mark.parametrize("draft_tokens", [1, 8])
 def test_fewest_and_most_drafts(draft_tokens):
     name, seen = "gemma-4-e4b", []
@@ -412,31 +432,32 @@ def drawn_from_chains(sampling, same_chain=False):
     """
     target, assistant = chain(0), chain(0 if same_chain else 1)
     decoder = SimpleNamespace(
-        embed_tokens=jnp.arange(VOCAB, dtype=jnp.float32)[:, None],
+        embed_tokens=lambda tokens: tokens[..., None].astype(jnp.float32),
         dtype=jnp.dtype(jnp.float32),
-        hidden=lambda tokens, positions, caches, layouts: (tokens[..., None], caches),
+        plan=lambda positions, cache, page_tables: None,
+        readable=lambda cache: None,
+        hidden=lambda tokens, step, cache: (tokens[..., None], cache),
         logits=lambda hidden: jnp.asarray(target)[hidden[..., 0]],
     )
 
-    reader = SimpleNamespace(
-        dtype=jnp.dtype(jnp.float32),
-        plan=lambda positions, layouts: None,
-        step=lambda embeddings, hidden, *of_caches: (
-            jnp.asarray(assistant)[embeddings[..., 0].astype(int)],
-            hidden,
-        ),
-    )
+    class Reader:
+        dtype = jnp.dtype(jnp.float32)
+
+        def plan(self, positions, cache, page_tables):
+            return None
+
+        def __call__(self, embeddings, hidden, step, readable):
+            return jnp.asarray(assistant)[embeddings[..., 0].astype(int)], hidden
+
     keys = jax.random.split(jax.random.key(5), DRAWN_SEQUENCES)
     rule = generation._rule(sampling, keys, DRAWN_SEQUENCES, VOCAB)
 
     @jax.jit
     def group(token, position, num_drafts, rule):
-        hidden = jnp.zeros((DRAWN_SEQUENCES, 1))
-        of_target = token, position, hidden, {}, {}
-        drafts, draft_probs = draft(decoder, reader, *of_target, rule, draft_tokens=K)
-        of_drafts = token, position, drafts, draft_probs, num_drafts
-        verified = verify(decoder, *of_drafts, {}, {}, rule)
-        return verified._replace(hidden=None), drafts
+        last = LastTokens(token, position, jnp.zeros((DRAWN_SEQUENCES, 1)))
+        drafts = draft(decoder, Reader(), last, (), rule, draft_tokens=K)
+        verified = verify(decoder, last, drafts.at_most(num_drafts), (), rule)
+        return verified._replace(hidden=None), drafts.tokens
 
     made = np.full((DRAWN_SEQUENCES, 3 + K), -1)
     token, position = np.zeros((2, DRAWN_SEQUENCES), np.int32)
@@ -462,6 +483,7 @@ def drawn_from_chains(sampling, same_chain=False):
     return made[:, :3], accepted / drafted
 
 
+@everyday("sampling1", "sampling4")
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -521,6 +543,7 @@ def test_the_draft_that_goes_is_drawn_from_what_is_left():
     assert scipy.stats.chisquare(after, after.sum() * p).pvalue > 1e-3
 
 
+@everyday()
 def test_64_bit_numbers_change_nothing():
     name = "gemma-4-e4b"
     with jax.enable_x64(True):
@@ -529,6 +552,7 @@ def test_64_bit_numbers_change_nothing():
     assert answers == [answer[:8] for answer in plain_of(name)]
 
 
+@everyday()
 def test_suppressed_tokens_are_suppressed_with_an_assistant_too():
     name = "gemma-4-e4b"
     prompts, plain = prompts_of(name), plain_of(name)
@@ -545,15 +569,13 @@ def test_more_room_than_drafts():
     """Of three drafts all are read if there is room for five."""
     target = target_of("gemma-4-e4b")
     layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(2, 16))
-    token, position = jnp.array([3, 5]), jnp.zeros(2, jnp.int32)
+    last = LastTokens(jnp.array([3, 5]), jnp.zeros(2, jnp.int32))
     drafts = jnp.array([[1, 2, 3], [4, 5, 6]])
 
     @jax.jit
-    def verified(num_drafts):
-        caches = target.init_caches(layouts)
-        return verify(
-            target, token, position, drafts, None, num_drafts, caches, layouts, All(jnp.int32(9))
-        )
+    def verified(count):
+        cache = target.init_cache(layouts)
+        return verify(target, last, Drafts(drafts, None, count), cache, All(jnp.int32(9)))
 
     exact, more = (verified(jnp.full(2, room)) for room in (3, 5))
     assert exact.num_accepted.tolist() == [3, 3]
@@ -569,6 +591,7 @@ class All(NamedTuple):
         return num_drafts, jnp.broadcast_to(self.last, num_drafts.shape)
 
 
+@everyday()
 def test_sequences_draw_from_their_keys_alone():
     """Two prompts are the same and differ in the key, which alone gives them their tokens."""
     name, sampling = "gemma-4-e4b", Sampling(0.9, top_k=40, top_p=0.95)
@@ -588,13 +611,13 @@ def test_sequences_draw_from_their_keys_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"draft_tokens": 0}, "draft_tokens is 0; accepted: an integer from 1 to 8"),
-        ({"draft_tokens": 9}, "draft_tokens is 9; accepted: an integer from 1 to 8"),
-        ({"draft_tokens": True}, "draft_tokens is True; accepted: an integer from 1 to 8"),
-        ({"assistant": None}, "draft_tokens is 4; accepted with an assistant alone"),
-        ({"assistant": "31b"}, "assistant is a str; accepted: Gemma4Assistant, or None"),
+        ({"draft_tokens": 0}, "draft_tokens is 0"),
+        ({"draft_tokens": 9}, "draft_tokens is 9"),
+        ({"draft_tokens": True}, "draft_tokens is True"),
+        ({"assistant": None}, "draft_tokens is 4"),
+        ({"assistant": "31b"}, "assistant is a str"),
         ({"assistant": "gemma-4-31b"}, "assistant was made for another decoder: backbone_hidden"),
-        ({"assistant": jnp.bfloat16}, "assistant has dtype bfloat16; the decoder has float32"),
+        ({"assistant": jnp.bfloat16}, "assistant has dtype bfloat16"),
     ],
 )
 def test_generators_that_make_no_sense(changes, message):
@@ -611,46 +634,42 @@ def test_generators_that_make_no_sense(changes, message):
 
 def test_statistics_need_an_assistant():
     generator = Generator(target_of("gemma-4-e4b"), capacity=8)
-    with pytest.raises(ValueError, match="on_drafts is given; accepted with an assistant alone"):
+    with pytest.raises(ValueError, match="on_drafts is given"):
         generator([[1]], 2, on_drafts=print)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"token": np.zeros((2, 1), int)},
-            r"token is a ndarray of shape \(2, 1\) .* integer \[B\]",
-        ),
-        ({"position": np.zeros(3, int)}, r"position is .* shape \(3,\) .* accepted: integer \[2\]"),
-        ({"drafts": np.zeros((2, 9), int)}, r"drafts is .* \(2, 9\) .* integer \[2, 0 to 8\]"),
-        ({"drafts": np.zeros((2, 4))}, "drafts is .* dtype float64; accepted: integer"),
-        ({"num_drafts": 4}, "num_drafts is a int of shape .* accepted: integer"),
+        ({"token": np.zeros((2, 1), int)}, r"last.token .* \(2, 1\) .* integer \[B\]"),
+        ({"position": np.zeros(3, int)}, r"last.position .* \(3,\) .* integer \(2,\)"),
+        ({"tokens": np.zeros((2, 9), int)}, r"drafts.tokens .* \(2, 9\) .* \[2, 0 to 8\]"),
+        ({"tokens": np.zeros((2, 4))}, "drafts.tokens .* float64; accepted: integer"),
+        ({"count": 4}, "drafts.count is a int"),
     ],
 )
 def test_groups_that_make_no_sense(changes, message):
-    arguments = {
-        "token": np.zeros(2, int),
-        "position": np.zeros(2, int),
-        "drafts": np.zeros((2, 4), int),
-        "draft_probs": None,
-        "num_drafts": np.zeros(2, int),
-    }
+    last = {"token": np.zeros(2, int), "position": np.zeros(2, int)}
+    drafts = {"tokens": np.zeros((2, 4), int), "probs": None, "count": np.zeros(2, int)}
+    last |= {key: changes[key] for key in changes if key in last}
+    drafts |= {key: changes[key] for key in changes if key in drafts}
+    target = target_of("gemma-4-e4b")
     with pytest.raises(ValueError, match=message):
-        verify(target_of("gemma-4-e4b"), **arguments | changes, caches={}, layouts={}, rule=None)
+        verify(target, LastTokens(**last), Drafts(**drafts), cache=None, rule=None)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"draft_tokens": 0}, "draft_tokens is 0; accepted: an integer from 1 to 8"),
-        ({"token": np.zeros(2)}, r"token is .* dtype float64; accepted: integer \[B\]"),
-        ({"position": np.zeros((2, 1), int)}, r"position is .* accepted: integer \[2\]"),
+        ({"draft_tokens": 0}, "draft_tokens is 0"),
+        ({"token": np.zeros(2)}, r"last.token .* float64; accepted: integer \[B\]"),
+        ({"position": np.zeros((2, 1), int)}, r"last.position .* integer \(2,\)"),
+        ({"hidden": None}, "last.hidden is a NoneType"),
     ],
 )
 def test_drafts_that_make_no_sense(changes, message):
-    arguments = {"token": np.zeros(2, int), "position": np.zeros(2, int), "draft_tokens": K}
+    last = {"token": np.zeros(2, int), "position": np.zeros(2, int), "hidden": np.zeros((2, 48))}
+    draft_tokens = changes.pop("draft_tokens", K)
     models = target_of("gemma-4-e4b"), assistant_of("gemma-4-e4b")
-    of_target = {"hidden": np.zeros((2, 48)), "caches": {}, "layouts": {}, "rule": Greedy()}
     with pytest.raises(ValueError, match=message):
-        draft(*models, **arguments | of_target | changes)
+        draft(*models, LastTokens(**last | changes), None, Greedy(), draft_tokens=draft_tokens)

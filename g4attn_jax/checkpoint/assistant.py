@@ -1,4 +1,4 @@
-"""The assistant's directory in Hugging Face's form, read.
+"""Hugging Face directories of assistants, read.
 
 Source of names and shapes: `Gemma4AssistantForCausalLM` of Hugging Face transformers 5.24.
 """
@@ -19,15 +19,24 @@ from g4attn_jax.checkpoint.packing import Packed
 from g4attn_jax.checkpoint.quantised import check_not_quantised
 from g4attn_jax.checkpoint.report import LoadReport, terminal_bar
 from g4attn_jax.checkpoint.shards import read_json, stored_tensors
+from g4attn_jax.config import Gemma4Config
 
 _PREFIX = "model."
 _TOKEN_ORDERING = "masked_embedding.token_ordering"
-# Letters as in `packing`; A is the target's width, here C counts centroids.
 _ASSISTANT = {
-    "pre_projection": Packed("AE", {"pre_projection.weight": "E,A"}),
-    "post_projection": Packed("EA", {"post_projection.weight": "A,E"}),
-    "centroids": Packed("EC", {"masked_embedding.centroids.weight": "C,E"}),
+    "pre_projection.weight": Packed({"pre_projection.weight": "embed, target_embed"}),
+    "post_projection.weight": Packed({"post_projection.weight": "target_embed, embed"}),
+    "centroids.weight": Packed({"masked_embedding.centroids.weight": "centroids, embed"}),
 }
+
+
+def packing_table(config: Gemma4Config) -> dict[str, Packed]:
+    """Tensors of every parameter that an assistant can have, by the parameter's path.
+
+    Args:
+        config: of the assistant's layers.
+    """
+    return hf.packing_table(config, _PREFIX) | _ASSISTANT
 
 
 def load_assistant_into(
@@ -67,7 +76,7 @@ def load_assistant_into(
     ordering = None
     if config.use_ordered_embeddings:
         ordering = _token_ordering(found.tensors.pop(_TOKEN_ORDERING, None), config.text.vocab_size)
-    table = hf.packing_table(config.text, _PREFIX) | _ASSISTANT
+    table = packing_table(config.text)
     check(model, table, found.tensors)
     found.check_values()
     if found.head is not None:

@@ -24,62 +24,68 @@ _OTHER_TOWERS = re.compile(r"vision_encoder/|audio_encoder/|embedder/mm_|embedde
 _UNUSED_IF_SHARED = re.compile(r"layer_(\d+)/attn/(kv_einsum|k_einsum|key_norm/scale)$")
 
 _MODEL = {
-    "embed_tokens": Packed("VE", {"embedder/input_embedding": "V,E"}),
-    "embed_tokens_per_layer": Packed("VLP", {"embedder/per_layer_embeddings": "V,L,P"}),
-    "per_layer_model_projection": Packed("ELP", {"embedder/per_layer_model_projection": "E,L,P"}),
-    "per_layer_projection_norm": Packed("P", {"embedder/per_layer_projection_norm/scale": "P"}),
-    "norm": Packed("E", {"final_norm/scale": "E"}),
+    "embed_tokens.weight": Packed({"embedder/input_embedding": "vocab, embed"}),
+    "per_layer_inputs.embed_tokens.weight": Packed(
+        {"embedder/per_layer_embeddings": "vocab, layers, per_layer"}
+    ),
+    "per_layer_inputs.projection.weight": Packed(
+        {"embedder/per_layer_model_projection": "embed, layers, per_layer"}
+    ),
+    "per_layer_inputs.norm": Packed({"embedder/per_layer_projection_norm/scale": "per_layer"}),
+    "norm": Packed({"final_norm/scale": "embed"}),
 }
 _ATTENTION = {
-    "attention.o_proj": Packed("NDE", {"attn/attn_vec_einsum": "N,D,E"}),
-    "attention.q_norm": Packed("D", {"attn/query_norm/scale": "D"}),
-    "attention.k_norm": Packed("D", {"attn/key_norm/scale": "D"}),
-    "input_norm": Packed("E", {"pre_attention_norm/scale": "E"}),
-    "post_attention_norm": Packed("E", {"post_attention_norm/scale": "E"}),
-    "post_feedforward_norm": Packed("E", {"post_ffw_norm/scale": "E"}),
-    "per_layer_gate": Packed("EP", {"per_layer_input_gate": "E,P"}),
-    "per_layer_projection": Packed("PE", {"per_layer_projection": "P,E"}),
-    "post_per_layer_norm": Packed("E", {"post_per_layer_input_norm/scale": "E"}),
-    "layer_scalar": Packed("", {"skip_scale": "1"}),
+    "attention.o_proj.weight": Packed({"attn/attn_vec_einsum": "heads, head_dim, embed"}),
+    "attention.q_norm": Packed({"attn/query_norm/scale": "head_dim"}),
+    "attention.k_norm": Packed({"attn/key_norm/scale": "head_dim"}),
+    "input_norm": Packed({"pre_attention_norm/scale": "embed"}),
+    "post_attention_norm": Packed({"post_attention_norm/scale": "embed"}),
+    "post_feedforward_norm": Packed({"post_ffw_norm/scale": "embed"}),
+    "per_layer_gate.weight": Packed({"per_layer_input_gate": "embed, per_layer"}),
+    "per_layer_projection.weight": Packed({"per_layer_projection": "per_layer, embed"}),
+    "post_per_layer_norm": Packed({"post_per_layer_input_norm/scale": "embed"}),
+    "layer_scalar": Packed({"skip_scale": "1"}),
 }
 _DENSE = {
-    "pre_feedforward_norm": Packed("E", {"pre_ffw_norm/scale": "E"}),
-    "mlp.gate_up_proj": Packed("ECF", {"mlp/gating_einsum": "C,F,E"}),
-    "mlp.down_proj": Packed("FE", {"mlp/linear": "F,E"}),
+    "pre_feedforward_norm": Packed({"pre_ffw_norm/scale": "embed"}),
+    "mlp.gate_up_proj.weight": Packed({"mlp/gating_einsum": "gate_up, mlp, embed"}),
+    "mlp.down_proj.weight": Packed({"mlp/linear": "mlp, embed"}),
 }
 # With experts, `mlp` and the norms around it are theirs, and the dense MLP is the second.
 _MOE = {
-    "pre_feedforward_norm": Packed("E", {"pre_ffw2_norm/scale": "E"}),
-    "mlp.gate_up_proj": Packed("ECF", {"mlp2/gating_einsum": "C,F,E"}),
-    "mlp.down_proj": Packed("FE", {"mlp2/linear": "F,E"}),
-    "post_feedforward_norm_1": Packed("E", {"post_ffw2_norm/scale": "E"}),
-    "pre_feedforward_norm_2": Packed("E", {"pre_ffw_norm/scale": "E"}),
-    "moe.router_scale": Packed("E", {"mlp/router_scale": "E"}),
-    "moe.router_proj": Packed("EX", {"mlp/router_logits": "E,X"}),
-    "moe.per_expert_scale": Packed("X", {"mlp/per_expert_scale": "X"}),
-    "moe.gate_up_proj": Packed("XECF", {"mlp/gating_einsum": "X,C,F,E"}),
-    "moe.down_proj": Packed("XFE", {"mlp/linear": "X,F,E"}),
-    "post_feedforward_norm_2": Packed("E", {"post_ffw1_norm/scale": "E"}),
+    "pre_feedforward_norm": Packed({"pre_ffw2_norm/scale": "embed"}),
+    "mlp.gate_up_proj.weight": Packed({"mlp2/gating_einsum": "gate_up, mlp, embed"}),
+    "mlp.down_proj.weight": Packed({"mlp2/linear": "mlp, embed"}),
+    "post_feedforward_norm_1": Packed({"post_ffw2_norm/scale": "embed"}),
+    "pre_feedforward_norm_2": Packed({"pre_ffw_norm/scale": "embed"}),
+    "moe.router_scale": Packed({"mlp/router_scale": "embed"}),
+    "moe.router_proj.weight": Packed({"mlp/router_logits": "embed, experts"}),
+    "moe.per_expert_scale": Packed({"mlp/per_expert_scale": "experts"}),
+    "moe.gate_up_proj.weight": Packed({"mlp/gating_einsum": "experts, gate_up, expert_mlp, embed"}),
+    "moe.down_proj.weight": Packed({"mlp/linear": "experts, expert_mlp, embed"}),
+    "post_feedforward_norm_2": Packed({"post_ffw1_norm/scale": "embed"}),
 }
 
 
 def _qkv(spec: AttentionSpec) -> Packed:
-    q = {"attn/q_einsum": "KG,E,D"}
+    q = {"attn/q_einsum": "kv_heads heads_per_group, embed, head_dim"}
     match spec.mode:
         case ProjectionMode.Q_ONLY:
-            return Packed("EKGD", q)
+            return Packed(q)
         case ProjectionMode.QK_ONLY:
-            return Packed("EKGD", q | {"attn/k_einsum": "KG,E,D"}, "G", (spec.group_size, 1))
+            k = {"attn/k_einsum": "kv_heads heads_per_group, embed, head_dim"}
+            return Packed(q | k, "heads_per_group", (spec.group_size, 1))
         case ProjectionMode.QKV_FULL:
-            return Packed("EKGD", q | {"attn/kv_einsum": "G,K,E,D"}, "G", (spec.group_size, 2))
+            kv = {"attn/kv_einsum": "heads_per_group, kv_heads, embed, head_dim"}
+            return Packed(q | kv, "heads_per_group", (spec.group_size, 2))
 
 
 def _table(config: Gemma4Config) -> dict[str, Packed]:
-    """From paths of our parameters to what they are made of, for all a Gemma 4 model can have."""
+    """Arrays of every parameter that a Gemma 4 model can have, by the parameter's path."""
     table = dict(_MODEL)
     for layer in range(config.num_hidden_layers):
         rows = _ATTENTION | (_MOE if config.enable_moe_block else _DENSE)
-        rows |= {"attention.qkv_proj": _qkv(config.attention_spec(layer))}
+        rows |= {"attention.qkv_proj.weight": _qkv(config.attention_spec(layer))}
         table |= {f"layers.{layer}.{n}": row.under(f"layer_{layer}/") for n, row in rows.items()}
     return table
 
@@ -156,7 +162,7 @@ def _named_arrays(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _why_skipped(name, config):
-    """Under which heading the report counts this array; None if it is to be loaded."""
+    """Heading under which the report counts an array that is skipped; None if it is loaded."""
     if tower := _OTHER_TOWERS.match(name):
         return tower[0]
     unused = _UNUSED_IF_SHARED.match(name)

@@ -32,52 +32,67 @@ _ARCHITECTURES = {
 }
 
 _MODEL = {
-    "embed_tokens": Packed("VE", {"embed_tokens.weight": "V,E"}),
-    "embed_tokens_per_layer": Packed("VLP", {"embed_tokens_per_layer.weight": "V,LP"}),
-    "per_layer_model_projection": Packed("ELP", {"per_layer_model_projection.weight": "LP,E"}),
-    "per_layer_projection_norm": Packed("P", {"per_layer_projection_norm.weight": "P"}),
-    "norm": Packed("E", {"norm.weight": "E"}),
+    "embed_tokens.weight": Packed({"embed_tokens.weight": "vocab, embed"}),
+    "per_layer_inputs.embed_tokens.weight": Packed(
+        {"embed_tokens_per_layer.weight": "vocab, layers per_layer"}
+    ),
+    "per_layer_inputs.projection.weight": Packed(
+        {"per_layer_model_projection.weight": "layers per_layer, embed"}
+    ),
+    "per_layer_inputs.norm": Packed({"per_layer_projection_norm.weight": "per_layer"}),
+    "norm": Packed({"norm.weight": "embed"}),
 }
 # Beside the language model, and under no prefix.
-_OWN_HEAD = {"lm_head": Packed("VE", {HEAD: "V,E"})}
+_OWN_HEAD = {"lm_head.weight": Packed({HEAD: "vocab, embed"})}
 _LAYER = {
-    "attention.o_proj": Packed("NDE", {"self_attn.o_proj.weight": "E,ND"}),
-    "attention.q_norm": Packed("D", {"self_attn.q_norm.weight": "D"}),
-    "attention.k_norm": Packed("D", {"self_attn.k_norm.weight": "D"}),
-    "input_norm": Packed("E", {"input_layernorm.weight": "E"}),
-    "post_attention_norm": Packed("E", {"post_attention_layernorm.weight": "E"}),
-    "pre_feedforward_norm": Packed("E", {"pre_feedforward_layernorm.weight": "E"}),
-    "post_feedforward_norm": Packed("E", {"post_feedforward_layernorm.weight": "E"}),
-    "mlp.gate_up_proj": Packed(
-        "ECF", {"mlp.gate_proj.weight": "CF,E", "mlp.up_proj.weight": "CF,E"}, "C", (1, 1)
+    "attention.o_proj.weight": Packed({"self_attn.o_proj.weight": "embed, heads head_dim"}),
+    "attention.q_norm": Packed({"self_attn.q_norm.weight": "head_dim"}),
+    "attention.k_norm": Packed({"self_attn.k_norm.weight": "head_dim"}),
+    "input_norm": Packed({"input_layernorm.weight": "embed"}),
+    "post_attention_norm": Packed({"post_attention_layernorm.weight": "embed"}),
+    "pre_feedforward_norm": Packed({"pre_feedforward_layernorm.weight": "embed"}),
+    "post_feedforward_norm": Packed({"post_feedforward_layernorm.weight": "embed"}),
+    "mlp.gate_up_proj.weight": Packed(
+        {"mlp.gate_proj.weight": "gate_up mlp, embed", "mlp.up_proj.weight": "gate_up mlp, embed"},
+        "gate_up",
+        (1, 1),
     ),
-    "mlp.down_proj": Packed("FE", {"mlp.down_proj.weight": "E,F"}),
-    "moe.router_scale": Packed("E", {"router.scale": "E"}),
-    "moe.router_proj": Packed("EX", {"router.proj.weight": "X,E"}),
-    "moe.per_expert_scale": Packed("X", {"router.per_expert_scale": "X"}),
-    "moe.gate_up_proj": Packed("XECF", {"experts.gate_up_proj": "X,CF,E"}),
-    "moe.down_proj": Packed("XFE", {"experts.down_proj": "X,E,F"}),
-    "post_feedforward_norm_1": Packed("E", {"post_feedforward_layernorm_1.weight": "E"}),
-    "pre_feedforward_norm_2": Packed("E", {"pre_feedforward_layernorm_2.weight": "E"}),
-    "post_feedforward_norm_2": Packed("E", {"post_feedforward_layernorm_2.weight": "E"}),
-    "per_layer_gate": Packed("EP", {"per_layer_input_gate.weight": "P,E"}),
-    "per_layer_projection": Packed("PE", {"per_layer_projection.weight": "E,P"}),
-    "post_per_layer_norm": Packed("E", {"post_per_layer_input_norm.weight": "E"}),
-    "layer_scalar": Packed("", {"layer_scalar": "1"}),
+    "mlp.down_proj.weight": Packed({"mlp.down_proj.weight": "embed, mlp"}),
+    "moe.router_scale": Packed({"router.scale": "embed"}),
+    "moe.router_proj.weight": Packed({"router.proj.weight": "experts, embed"}),
+    "moe.per_expert_scale": Packed({"router.per_expert_scale": "experts"}),
+    "moe.gate_up_proj.weight": Packed(
+        {"experts.gate_up_proj": "experts, gate_up expert_mlp, embed"}
+    ),
+    "moe.down_proj.weight": Packed({"experts.down_proj": "experts, embed, expert_mlp"}),
+    "post_feedforward_norm_1": Packed({"post_feedforward_layernorm_1.weight": "embed"}),
+    "pre_feedforward_norm_2": Packed({"pre_feedforward_layernorm_2.weight": "embed"}),
+    "post_feedforward_norm_2": Packed({"post_feedforward_layernorm_2.weight": "embed"}),
+    "per_layer_gate.weight": Packed({"per_layer_input_gate.weight": "per_layer, embed"}),
+    "per_layer_projection.weight": Packed({"per_layer_projection.weight": "embed, per_layer"}),
+    "post_per_layer_norm": Packed({"post_per_layer_input_norm.weight": "embed"}),
+    "layer_scalar": Packed({"layer_scalar": "1"}),
 }
 
 
 def _qkv(spec: AttentionSpec) -> Packed:
     names = ("q_proj", "k_proj", "v_proj")[: 1 + spec.mode.num_kv_projections]
-    tensors = {f"self_attn.{name}.weight": "KGD,E" for name in names}
-    return Packed("EKGD", tensors, "G", (spec.group_size, 1, 1)[: len(names)])
+    tensors = {
+        f"self_attn.{name}.weight": "kv_heads heads_per_group head_dim, embed" for name in names
+    }
+    return Packed(tensors, "heads_per_group", (spec.group_size, 1, 1)[: len(names)])
 
 
 def packing_table(config: Gemma4Config, prefix: str) -> dict[str, Packed]:
-    """From paths of our parameters to what they are made of, for all a Gemma 4 model can have."""
+    """Tensors of every parameter that a Gemma 4 model can have, by the parameter's path.
+
+    Args:
+        config: of the decoder, or of an assistant's layers.
+        prefix: of the names of tensors.
+    """
     table = _OWN_HEAD | {name: packed.under(prefix) for name, packed in _MODEL.items()}
     for layer in range(config.num_hidden_layers):
-        rows = _LAYER | {"attention.qkv_proj": _qkv(config.attention_spec(layer))}
+        rows = _LAYER | {"attention.qkv_proj.weight": _qkv(config.attention_spec(layer))}
         at = f"layers.{layer}."
         table |= {at + name: packed.under(prefix + at) for name, packed in rows.items()}
     return table
@@ -89,8 +104,8 @@ def load_hf_into(
     """Loads a Hugging Face checkpoint straight to the device.
 
     Tensors are read through memory maps and packed on the device, one parameter at a time. Beside
-    the model itself that takes host and device memory for the tensors of one parameter. Of other
-    towers (vision, audio) and of what KV-shared layers do not use nothing is read.
+    the model itself that takes host and device memory for the tensors of one parameter. Tensors of
+    other towers (vision, audio), and projections that KV-shared layers do not use, are not read.
 
     A `lm_head.weight` that equals the table is skipped. One that differs is used, as by
     transformers, though the config says that they are tied: the model returned then has a `lm_head`
@@ -141,11 +156,11 @@ def load_hf_into(
 
 
 def _with_own_head(model):
-    """The model with a head beside its table, as an untied config has it."""
+    """An untied copy of the model, whose head is a copy of its table."""
     graph, state = nnx.split(model)
     untied = nnx.merge(graph, state, copy=True)
     untied.config = dataclasses.replace(model.config, tie_word_embeddings=False)
-    untied.lm_head = untied.embed_tokens.replace(untied.embed_tokens.get_value())
+    untied.lm_head = nnx.clone(untied.embed_tokens)
     return untied
 
 
@@ -190,12 +205,17 @@ def save_hf(
         raise CheckpointError(
             f"{directory} cannot be made a directory: {error.strerror}"
         ) from error
-    weight_map, total = {}, 0
+    _write_tensors(directory, model, table, shards)
+    _write_json(directory / "config.json", _text_config(config, model))
+
+
+def _write_tensors(directory, model, table, shards):
+    """Writes the files, and an index where they are several."""
+    weight_map, total, values = {}, 0, parameters(model)
     for number, names in enumerate(shards, start=1):
         file = SINGLE_FILE
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        values = parameters(model)
         tensors = {
             tensor: np.asarray(value)
             for name in names
@@ -208,22 +228,22 @@ def save_hf(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / INDEX_FILE, index)
+
+
+def _text_config(config, model):
+    """Contents of `config.json` of the text model alone."""
     text = text_config_of(config)
     text.pop("quantization_config", None)
-    _write_json(
-        directory / "config.json",
-        text
-        | {
-            "layer_types": list(model.config.layer_types),
-            "tie_word_embeddings": model.config.tie_word_embeddings,
-            "architectures": [_ARCHITECTURES[text["model_type"]]],
-            "dtype": str(model.embed_tokens.dtype),
-        },
-    )
+    return text | {
+        "layer_types": list(model.config.layer_types),
+        "tie_word_embeddings": model.config.tie_word_embeddings,
+        "architectures": [_ARCHITECTURES[text["model_type"]]],
+        "dtype": str(model.embed_tokens.weight.dtype),
+    }
 
 
 def _shards(model: nnx.Module, max_bytes: int) -> Iterator[list[str]]:
-    """The names of parameters, file by file."""
+    """Names of parameters, file by file."""
     names, size = [], 0
     for name, variable in parameters(model).items():
         value = variable.get_value()
@@ -237,13 +257,15 @@ def _shards(model: nnx.Module, max_bytes: int) -> Iterator[list[str]]:
 
 
 def check_config(given, model_config, config_class, fields=vars):
-    """Refuses a `config.json` of another model; None in either is unknown.
+    """Refuses a `config.json` of another model.
+
+    A field that is None in one of the two is not compared.
 
     Args:
         given: contents of the file.
         model_config: what the model was built with.
         config_class: of which `model_config` is, with the method `from_hf`.
-        fields: from a config to its fields by the names they have in the file.
+        fields: makes of a config its fields, by the names they have in the file.
 
     Raises:
         CheckpointError: a field differs, or the contents are no such config.

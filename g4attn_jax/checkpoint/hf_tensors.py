@@ -1,8 +1,8 @@
-"""The tensors of a Hugging Face directory: what is loaded, what is skipped, and on what condition.
+"""Tensors of a Hugging Face directory, sorted into those to load and those to skip.
 
 Tools write more than the model needs: buffers, norm scales that are all ones, a second copy of a
-weight; or the same under other names. What says nothing is passed over and counted. What would
-change the model is refused.
+weight; or they write other names. Tensors that say nothing are skipped and counted. Tensors that
+would change the model are refused.
 """
 
 import collections
@@ -53,13 +53,13 @@ _COMPARED_AT_ONCE = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class HFTensors:
-    """The tensors of a directory by their fate, without wrappers such as `_orig_mod.` in names.
+    """Tensors of a directory by their fate, without wrappers such as `_orig_mod.` in names.
 
     Attributes:
         prefix: of the language model's names.
         tensors: to be loaded; `loading.check` refuses those that the model has no place for.
-        skipped: how many are passed over, by what they have in common.
-        num_joined: how many more the files have than `tensors`, which joins experts one by one.
+        skipped: numbers of tensors that are not loaded, by what they have in common.
+        num_joined: tensors that the files have beyond `tensors`, which joins experts one by one.
         head: `lm_head.weight` beside a table that the config calls the head; None if there is none.
         constants: skipped if they are this number throughout, by name.
         copies: skipped if they equal another tensor, by name and the name of the other.
@@ -74,7 +74,7 @@ class HFTensors:
     copies: dict[str, tuple[StoredTensor, str]]
 
     def check_values(self) -> None:
-        """Reads what is skipped on a condition.
+        """Reads the tensors that are skipped on a condition.
 
         Raises:
             CheckpointError: the model would be another one with one of these tensors.
@@ -98,7 +98,7 @@ class HFTensors:
 
 
 def sorted_tensors(stored: Mapping[str, StoredTensor], config: Gemma4Config) -> HFTensors:
-    """Sorts tensors by what becomes of them; reads none.
+    """Sorts tensors into those to load and those to skip; reads none.
 
     Args:
         stored: all tensors of a directory.
@@ -165,7 +165,7 @@ def _unwrapped(stored):
 
 
 def _prefix(names: Iterable[str]) -> str:
-    """What the names of the language model's tensors begin with."""
+    """Prefix of the names of the language model's tensors."""
     found = [prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in names]
     if not found:
         raise CheckpointError(
@@ -179,7 +179,7 @@ def _prefix(names: Iterable[str]) -> str:
 
 
 def _why_skipped(name, short, config):
-    """Under which heading the report counts a tensor that is skipped whatever it holds."""
+    """Heading under which the report counts a tensor that is skipped whatever it holds, or None."""
     if tower := _OTHER_TOWERS.match(name):
         return tower[0]
     if _BUFFER.fullmatch(short):
@@ -191,7 +191,7 @@ def _why_skipped(name, short, config):
 
 
 def _constant(short, config):
-    """The number that a tensor must be throughout to be skipped; None if that would not do."""
+    """Number that a tensor must be throughout to be skipped; None if no number would do."""
     if _ONES.fullmatch(short):
         return 1.0
     if of_table := _EMBED_SCALE.fullmatch(short):
@@ -201,7 +201,7 @@ def _constant(short, config):
 
 
 def _original(name, short, config):
-    """The name of the projection that this one must equal to be skipped; None if it is needed."""
+    """Name of the projection that this one must equal to be skipped; None if it is needed."""
     value = _VALUE.fullmatch(short)
     if value and _mode(value[1], config) is ProjectionMode.QK_ONLY:
         return name.replace("v_proj", "k_proj")

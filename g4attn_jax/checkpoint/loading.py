@@ -1,5 +1,6 @@
-"""From the tensors of a checkpoint to the parameters of a model, whatever the format."""
+"""Tensors of a checkpoint made parameters of a model, whatever the format."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -9,6 +10,7 @@ from flax import nnx
 from g4attn_jax.checkpoint.errors import CheckpointError, listed
 from g4attn_jax.checkpoint.packing import Packed, Shape
 from g4attn_jax.checkpoint.report import LoadReport
+from g4attn_jax.model.linear import weight_axes
 
 Model = TypeVar("Model", bound=nnx.Module)
 Progress = Callable[[int, int], None]
@@ -26,13 +28,13 @@ class Tensor(Protocol):
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """The parameters of a model by their paths, such as "layers.0.attention.qkv_proj"."""
+    """Parameters of a model by their paths, such as "layers.0.attention.qkv_proj.weight"."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): variable for path, variable in flat}
 
 
 def table_of(model: nnx.Module, table: Mapping[str, Packed]) -> dict[str, Packed]:
-    """What of a format's table this model has.
+    """The part of a format's table that this model has, with the axes of its weights.
 
     Raises:
         CheckpointError: the model has a parameter that the format does not know.
@@ -40,7 +42,8 @@ def table_of(model: nnx.Module, table: Mapping[str, Packed]) -> dict[str, Packed
     names = parameters(model)
     if unknown := names.keys() - table.keys():
         raise CheckpointError(f"the format has no place for {listed(unknown)} of the model")
-    return {name: table[name] for name in names}
+    axes = weight_axes(model)
+    return {name: dataclasses.replace(table[name], axes=axes.get(name)) for name in names}
 
 
 def load(
@@ -52,14 +55,14 @@ def load(
 ) -> tuple[Model, LoadReport]:
     """A model with the parameters that the tensors make up.
 
-    All is checked before the first tensor is read. Then one parameter after the other is read,
-    packed on the device and waited for, so that beside the model the tensors of one are held.
+    Everything is checked before the first tensor is read. Then each parameter is read, packed on
+    the device and waited for before the next, so that beside the model the tensors of one are held.
 
     Args:
         model: gives structure, shapes, dtypes and shardings; its parameters may be abstract.
         table: of the format, for at least the parameters of the model.
         tensors: of the checkpoint, without those that are skipped.
-        skipped: for the report.
+        skipped: numbers of tensors that are not loaded, for the report.
         progress: called with (bytes done, bytes in all).
 
     Raises:

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model in one call: config, structure and weights."""
+"""Config, structure and weights of a model from a checkpoint, in one call."""
 
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from g4attn_jax import ops
 from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.checkpoint.assistant import load_assistant_into
 from g4attn_jax.checkpoint.deepmind import load_deepmind_into
@@ -31,7 +30,7 @@ def load_hf(
     directory: str | PathLike,
     *surplus: Any,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    implementation: ops.Implementation | None = None,
+    implementation: str | None = None,
     on_report: OnReport | None = None,
     progress: Progress | None = terminal_bar,
 ) -> Gemma4Decoder:
@@ -45,7 +44,7 @@ def load_hf(
             sharded or have a structure of the caller's.
         surplus: none is accepted.
         dtype: of weights, activations and caches: bfloat16, float16 or float32.
-        implementation: of the kernels, see `ops.qkv_norm_rope_write`.
+        implementation: of the kernels, see `Gemma4Attention`.
         on_report: called at the end with what was loaded and skipped.
         progress: called with (bytes done, bytes in all) after each parameter. As it is, a bar on a
             terminal and nothing elsewhere; None is quiet.
@@ -66,7 +65,7 @@ def load_assistant(
     directory: str | PathLike,
     *surplus: Any,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    implementation: ops.Implementation | None = None,
+    implementation: str | None = None,
     on_report: OnReport | None = None,
     progress: Progress | None = terminal_bar,
 ) -> Gemma4Assistant:
@@ -85,7 +84,7 @@ def load_deepmind(
     config: Gemma4Config,
     *surplus: Any,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    implementation: ops.Implementation | None = None,
+    implementation: str | None = None,
     on_report: OnReport | None = None,
     progress: Progress | None = terminal_bar,
 ) -> Gemma4Decoder:
@@ -139,7 +138,7 @@ def config_of(directory: str | PathLike, config_class: type[Config]) -> Config:
 
 
 def _abstract(model_class, config, dtype, implementation):
-    """The structure of a model, without weights."""
+    """Structure of a model, without weights."""
     try:
         dtype = jnp.dtype(dtype)
     except TypeError as error:

@@ -1,9 +1,7 @@
-"""How one parameter of ours is made of tensors of a checkpoint, and back.
+"""Parameters of ours packed from tensors of a checkpoint, and unpacked into them.
 
 A table maps names of parameters to `Packed`; each checkpoint format has one, and loading and saving
-both follow it. Its letters are those of the modules: E embed, F MLP width, D head dim, K KV heads,
-G query heads per KV head, N query heads, X experts, C gate and up, V vocabulary, L layers, P width
-of per-layer embeddings.
+both follow it. Axes have the names of `model.linear`.
 """
 
 import dataclasses
@@ -21,32 +19,37 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A parameter, the tensors it is made of, and the order of axes in each.
+    """The tensors that a parameter is made of, and the order of axes in each.
 
-        Packed("ECF", {"gate.weight": "CF,E", "up.weight": "CF,E"}, along="C", split=(1, 1))
+        Packed(
+            {"gate.weight": "gate_up mlp, embed", "up.weight": "gate_up mlp, embed"},
+            along="gate_up",
+            split=(1, 1),
+            axes=("embed", "gate_up", "mlp"),
+        )
 
-    is a parameter [E, 2, F] whose first half along C is `gate.weight`, stored as [1 * F, E].
+    is a parameter [E, 2, F]. Its first half along `gate_up` is `gate.weight`, stored as [1 * F, E].
 
     Attributes:
-        letters: one per axis of the parameter.
-        tensors: from a tensor's name to its axes, separated by commas: each is a letter, several
-            that are stored as one axis, or "1", an axis of size 1 that the parameter lacks.
-        along: the letter of the axis that several tensors share.
+        tensors: from a tensor's name to its axes, separated by commas: each is a name, several
+            names that are stored as one axis, or "1", an axis of size 1 that the parameter lacks.
+        along: the axis that several tensors share.
         split: how much of that axis each tensor has, in the order of `tensors`.
+        axes: of the parameter, in order. None: those of its only tensor, as for scales of norms.
     """
 
-    letters: str
     tensors: Mapping[str, str]
     along: str = ""
     split: tuple[int, ...] = ()
+    axes: tuple[str, ...] | None = None
 
     def under(self, prefix: str) -> Self:
-        """The same with a prefix before the names of the tensors."""
+        """This parameter with a prefix before the names of its tensors."""
         tensors = {prefix + name: axes for name, axes in self.tensors.items()}
         return dataclasses.replace(self, tensors=tensors)
 
     def shapes(self, shape: Shape) -> dict[str, Shape]:
-        """The shape of every tensor of a parameter of this shape."""
+        """Shapes of the tensors of a parameter of this shape, by name."""
         return {
             name: _stored_shape(axes, sizes)
             for (name, axes), sizes in zip(self.tensors.items(), self._sizes(shape), strict=True)
@@ -59,7 +62,7 @@ class Packed:
         dtype: jax.typing.DTypeLike,
         sharding: jax.sharding.Sharding | None = None,
     ) -> Float[Array, "..."]:
-        """The parameter: computed where the tensors are, never an alias of one of them.
+        """Makes the parameter, where the tensors are; it is never an alias of one of them.
 
         Args:
             tensors: in the order of `self.tensors`, of shapes `self.shapes(shape)`.
@@ -68,43 +71,53 @@ class Packed:
             sharding: of the parameter; None leaves it where the tensors are.
         """
         # Names are left out of what is compiled: all layers of one shape share a program.
-        compiled = _compiled_pack(self.letters, self.along, tuple(self.tensors.values()), sharding)
+        compiled = _compiled_pack(self._axes(), self.along, tuple(self.tensors.values()), sharding)
         sizes = tuple(tuple(part.items()) for part in self._sizes(shape))
         return compiled(tuple(tensors), sizes, jnp.dtype(dtype))
 
     def unpack(self, parameter: Float[Array, "..."]) -> dict[str, Float[Array, "..."]]:
-        """The inverse of `pack`."""
+        """Makes the tensors of a parameter, by name: the inverse of `pack`."""
         parts = _unpack(
-            parameter, self.letters, self.along, self.split, tuple(self.tensors.values())
+            parameter, self._axes(), self.along, self.split, tuple(self.tensors.values())
         )
         return dict(zip(self.tensors, parts, strict=True))
 
+    def _axes(self):
+        if self.axes is not None:
+            return self.axes
+        (axes,) = self.tensors.values()
+        return _stored_axes(axes)
+
     def _sizes(self, shape):
-        """For each tensor, from letters to sizes."""
-        whole = dict(zip(self.letters, shape, strict=True))
+        """Sizes of each tensor's axes by their names."""
+        whole = dict(zip(self._axes(), shape, strict=True))
         if not self.along:
             return [whole]
         return [whole | {self.along: size} for size in self.split]
 
 
 def _stored_shape(axes, sizes):
-    groups = axes.split(",") if axes else []
-    return tuple(math.prod(sizes[c] for c in group if c != "1") for group in groups)
+    groups = axes.split(", ")
+    return tuple(
+        math.prod(sizes[name] for name in group.split(" ") if name != "1") for group in groups
+    )
 
 
-def _stored_letters(axes):
-    return axes.replace(",", "").replace("1", "")
+def _stored_axes(axes):
+    """Names of all axes that are stored, in order."""
+    return tuple(name for name in axes.replace(",", "").split(" ") if name != "1")
 
 
 @functools.cache
-def _compiled_pack(letters, along, layouts, sharding):
+def _compiled_pack(axes, along, stored, sharding):
     def pack(tensors, sizes, dtype):
         parts = []
-        for tensor, axes, part in zip(tensors, layouts, map(dict, sizes), strict=True):
-            order = _stored_letters(axes)
-            part = tensor.reshape([part[c] for c in order])
-            parts.append(part.transpose([order.index(c) for c in letters]).astype(dtype))
-        whole = jnp.concatenate(parts, axis=letters.index(along)) if along else parts[0]
+        for tensor, order, part in zip(
+            tensors, map(_stored_axes, stored), map(dict, sizes), strict=True
+        ):
+            part = tensor.reshape([part[name] for name in order])
+            parts.append(part.transpose([order.index(name) for name in axes]).astype(dtype))
+        whole = jnp.concatenate(parts, axis=axes.index(along)) if along else parts[0]
         # jit hands out its own argument where nothing is left to compute, and on a CPU that
         # argument can be the mapped file.
         return jnp.copy(whole)
@@ -113,14 +126,14 @@ def _compiled_pack(letters, along, layouts, sharding):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _unpack(parameter, letters, along, split, layouts):
+def _unpack(parameter, axes, along, split, stored):
     parts = [parameter]
     if along:
         ends = [sum(split[: i + 1]) for i in range(len(split) - 1)]
-        parts = jnp.split(parameter, ends, axis=letters.index(along))
+        parts = jnp.split(parameter, ends, axis=axes.index(along))
     tensors = []
-    for part, axes in zip(parts, layouts, strict=True):
-        sizes = dict(zip(letters, part.shape, strict=True))
-        order = [letters.index(c) for c in _stored_letters(axes)]
-        tensors.append(part.transpose(order).reshape(_stored_shape(axes, sizes)))
+    for part, of_tensor in zip(parts, stored, strict=True):
+        sizes = dict(zip(axes, part.shape, strict=True))
+        order = [axes.index(name) for name in _stored_axes(of_tensor)]
+        tensors.append(part.transpose(order).reshape(_stored_shape(of_tensor, sizes)))
     return tensors

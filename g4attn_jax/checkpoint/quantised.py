@@ -27,7 +27,7 @@ _SAID = (
 
 
 def check_not_quantised(config: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Refuses a checkpoint whose weights are quantised, and says how they are.
+    """Refuses a checkpoint whose weights are quantised, and names the format.
 
     Args:
         config: contents of `config.json`.

@@ -1,4 +1,4 @@
-"""What happened while a checkpoint was loaded: a bar meanwhile, a report after."""
+"""Progress while a checkpoint is loaded, and a report of it afterwards."""
 
 import dataclasses
 import sys
@@ -9,15 +9,15 @@ _WIDTH = 30
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What became of the tensors of a checkpoint.
+    """Tensors of a checkpoint that were loaded or skipped.
 
     Attributes:
-        loaded: tensors that are now in the model.
-        parameters: parameters they make up; fewer, as some are packed together.
+        loaded: number of tensors that are now in the model.
+        parameters: number of parameters they make up; fewer, as some tensors are packed together.
         bytes: that the parameters take.
-        skipped: how many tensors were passed over, by what they have in common: the prefix of a
-            tower of another modality, the tied head, what KV-shared layers do not use, buffers and
-            scales that say nothing.
+        skipped: numbers of tensors that were not loaded, by what they have in common: the prefix of
+            a tower of another modality, the tied head, projections that KV-shared layers do not
+            use, buffers and scales that say nothing.
     """
 
     loaded: int
@@ -27,7 +27,7 @@ class LoadReport:
 
 
 def terminal_bar(done: int, total: int) -> None:
-    """Draws how many of all bytes are loaded on standard error, if that is a terminal."""
+    """Draws a bar of the bytes that are loaded on standard error, if that is a terminal."""
     if not sys.stderr.isatty():
         return
     filled = _WIDTH * done // total

@@ -1,4 +1,4 @@
-"""Reads the safetensors files of a Hugging Face directory, mapped into memory tensor by tensor."""
+"""Safetensors files of a Hugging Face directory, mapped into memory tensor by tensor."""
 
 import collections
 import dataclasses
@@ -13,14 +13,14 @@ from g4attn_jax.json_file import parse_object, read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# Others are quantized weights, whose scales and layouts this package does not know.
+# Other dtypes are those of quantised weights, whose scales and layouts this package does not know.
 _FLOATS = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32}
 _INTEGERS = {"I32": np.int32, "I64": np.int64}
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where in which file a tensor is; `dtype` is the format's name for it, such as "BF16"."""
+    """A tensor's place in a file; `dtype` is the format's name for it, such as "BF16"."""
 
     file: Path
     offset: int
@@ -36,10 +36,10 @@ class StoredTensor:
         return self.dtype in _INTEGERS
 
     def read(self) -> np.ndarray:
-        """The tensor, read-only, mapped into memory: read from the disk when it is first used.
+        """Maps the tensor into memory, read-only: it is read from the disk when it is first used.
 
-        The mapping ends with the array, so what has been read of a file does not add up. (The
-        `get_tensor` of safetensors 0.8 maps all of the file and copies the tensor to the heap.)
+        The mapping ends with the array, so memory does not grow as a file is read. (`get_tensor` of
+        safetensors 0.8 maps all of the file and copies the tensor to the heap.)
         """
         dtype = np.dtype((_FLOATS | _INTEGERS)[self.dtype])
         return np.memmap(self.file, dtype, "r", self.offset, self.shape).view(np.ndarray)

@@ -11,10 +11,11 @@ import numpy as np
 from flax import nnx
 
 from g4attn_jax.attention import Gemma4Attention
-from g4attn_jax.cache import Cache, CompactKVCache, KVCache, bytes_per_token
+from g4attn_jax.cache import Cache, CompactKVCache, KVCache, ReadableCache, bytes_per_token
 from g4attn_jax.commands.layers import Job
 from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
 from g4attn_jax.layout import Contiguous
+from g4attn_jax.testing.launches import count_launches
 
 # Norm-wise, over one step: bfloat16 operands give 1e-3 to 1e-2.
 MAX_RELATIVE_ERROR = 2e-2
@@ -59,6 +60,7 @@ def decode_layers(
     prompt_len: int,
     steps: int,
     seed: int = 0,
+    implementation: str | None = None,
 ) -> Iterator[Row]:
     """Runs each layer by itself: a prefill, then `steps` jitted steps of one token a sequence.
 
@@ -71,17 +73,21 @@ def decode_layers(
     runs = {}
     for layer in sorted({*layers, *producers}):
         producer = runs.get(config.attention_spec(layer).kv_layer)
-        runs[layer] = _LayerRun(config, layer, producer, batch, prompt_len, steps, seed)
+        runs[layer] = _LayerRun(
+            config, layer, producer, batch, prompt_len, steps, seed, implementation
+        )
         for row in runs[layer].decode():
             if layer in layers:
                 yield row
 
 
 class _LayerRun:
-    def __init__(self, config, layer, producer, batch, prompt_len, steps, seed):
+    def __init__(self, config, layer, producer, batch, prompt_len, steps, seed, implementation):
         self.config, self.layer = config, layer
         self.prompt_len, self.capacity = prompt_len, prompt_len + steps
-        self.attention = Gemma4Attention(config, layer, rngs=nnx.Rngs(seed + layer))
+        self.attention = Gemma4Attention(
+            config, layer, rngs=nnx.Rngs(seed + layer), implementation=implementation
+        )
         # With random weights and a scale of 1, scores reach sqrt(D) and softmax picks single keys,
         # which a rounding of q can swap. Trained scales keep the scores of order 1; so does this.
         head_dim = self.attention.spec.head_dim
@@ -162,26 +168,31 @@ class _LayerRun:
         return np.asarray(y[:, self.prompt_len :])
 
 
-def count_launches(compiled_text: str, kernel: str) -> int:
-    """Launches of a kernel in a compiled program, by Triton or by Mosaic GPU."""
-    return sum(
-        ("__gpu$xla.gpu.triton" in line and f'name = "{kernel}"' in line)
-        or ('"mosaic_gpu' in line and f"/{kernel}/mpmd_map" in line)
-        for line in compiled_text.splitlines()
-    )
-
-
 def _jitted(attention):
-    """(f, params), f(params, x, positions, cache, k_norm) jitted, the cache donated."""
+    """(f, params), f(params, x, positions, cache, k_norm) jitted, the cache donated.
+
+    k_norm is that of the layer whose cache a Q_ONLY layer reads, else None.
+    """
     graph, params = nnx.split(attention)
 
     def forward(params, x, positions, cache, k_norm):
-        return nnx.merge(graph, params)(x, positions, cache, k_norm)
+        attention = nnx.merge(graph, params)
+        if k_norm is None:
+            return attention(x, positions, cache)
+        y, _ = attention(x, positions, ReadableCache(cache, k_norm))
+        return y, cache
 
     return jax.jit(forward, donate_argnums=3), params
 
 
-def decode(jobs: Sequence[Job], *, batch: int, prompt_len: int, steps: int) -> int:
+def decode(
+    jobs: Sequence[Job],
+    *,
+    batch: int,
+    prompt_len: int,
+    steps: int,
+    implementation: str | None = None,
+) -> int:
     """Runs `decode_layers` for each job and prints a row a layer.
 
     Returns:
@@ -207,6 +218,7 @@ def decode(jobs: Sequence[Job], *, batch: int, prompt_len: int, steps: int) -> i
             batch=batch,
             prompt_len=prompt_len,
             steps=steps,
+            implementation=implementation,
         )
         for row in rows:
             failures += not row.passed

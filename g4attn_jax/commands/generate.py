@@ -17,6 +17,7 @@ from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import model_bytes
 from g4attn_jax.chat import ChatTemplate
 from g4attn_jax.checkpoint import CheckpointError, load_assistant, load_hf
+from g4attn_jax.checks import check_integer
 from g4attn_jax.commands import memory
 from g4attn_jax.commands.answers import Answers
 from g4attn_jax.config import Gemma4Config
@@ -28,7 +29,8 @@ from g4attn_jax.generation.settings import GenerationSettings
 from g4attn_jax.model import Gemma4Assistant, Gemma4Decoder
 from g4attn_jax.model.embedding import num_embedded_tokens
 from g4attn_jax.model.sampling import Sampling
-from g4attn_jax.speculative import DraftStatistics, check_draft_tokens
+from g4attn_jax.ops.op import check_implementation
+from g4attn_jax.speculative import MAX_DRAFT_TOKENS, DraftStatistics
 
 # The kernels read caches in whole tiles.
 _CAPACITY_TILE = 64
@@ -52,6 +54,7 @@ class Job:
         stop_tokens: that end a sequence.
         taken: what the checkpoint's files said of the last two, in words; empty if nothing.
         seed: of random weights and of sampling.
+        implementation: of the kernels; None: what is fastest.
     """
 
     config: Gemma4Config
@@ -66,17 +69,20 @@ class Job:
     stop_tokens: Sequence[int]
     taken: str
     seed: int
+    implementation: str | None
 
 
-def plan(args: argparse.Namespace, config: Gemma4Config) -> Job:
-    """A job of the arguments of the command, and the config that they name; reads no weights.
+def job_of(args: argparse.Namespace, config: Gemma4Config) -> Job:
+    """The job that the arguments of the command describe; reads no weights.
 
     Standard error has a warning if a model that is tuned for chats is to read a prompt as it is.
 
     Raises:
         ValueError: arguments contradict each other, or what they name is not there or none that is
             accepted.
+        NotImplementedError: the implementation cannot run here.
     """
+    check_implementation(args.implementation)
     tokenizer = None if args.checkpoint is None else _tokenizer(args)
     prompts = _prompts(args, config, tokenizer)
     settings = GenerationSettings()
@@ -96,6 +102,7 @@ def plan(args: argparse.Namespace, config: Gemma4Config) -> Job:
         stop_tokens=_stop_tokens(args, settings, config.vocab_size),
         taken=_taken(args, settings, sampling),
         seed=args.seed,
+        implementation=args.implementation,
     )
     _check_assistant(job)
     return job
@@ -202,8 +209,8 @@ class _Clock:
 
 def _decoder(job):
     if job.checkpoint is not None:
-        return _loaded("--checkpoint", load_hf, job.checkpoint)
-    return Gemma4Decoder(job.config, rngs=_rngs(job.seed))
+        return _loaded("--checkpoint", load_hf, job.checkpoint, job.implementation)
+    return Gemma4Decoder(job.config, rngs=_rngs(job.seed), implementation=job.implementation)
 
 
 def _assistant(job):
@@ -211,13 +218,13 @@ def _assistant(job):
         return None
     config = _assistant_config(job.assistant)
     if job.checkpoint is not None:
-        return _loaded("--assistant", load_assistant, job.assistant)
-    return Gemma4Assistant(config, rngs=_rngs(job.seed + 1))
+        return _loaded("--assistant", load_assistant, job.assistant, job.implementation)
+    return Gemma4Assistant(config, rngs=_rngs(job.seed + 1), implementation=job.implementation)
 
 
-def _loaded(option, load, directory):
+def _loaded(option, load, directory, implementation):
     try:
-        return load(directory)
+        return load(directory, implementation=implementation)
     except CheckpointError as error:
         raise CheckpointError(f"{option}: {error}") from error
 
@@ -232,7 +239,7 @@ def _check_assistant(job):
     if job.assistant is None:
         return
     if job.draft_tokens is not None:
-        check_draft_tokens(job.draft_tokens)
+        check_integer("draft_tokens", job.draft_tokens, most=MAX_DRAFT_TOKENS)
     try:
         _assistant_config(job.assistant).check_target(job.config)
     except ValueError as error:

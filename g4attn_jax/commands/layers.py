@@ -17,7 +17,7 @@ class Job:
     layers: tuple[int, ...]
 
 
-def plan(names: Sequence[str], layers: Sequence[int] | None) -> list[Job]:
+def jobs_of(names: Sequence[str], layers: Sequence[int] | None) -> list[Job]:
     """A job a config; `layers` None is the first of each kind.
 
     Raises:

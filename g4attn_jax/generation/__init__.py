@@ -9,23 +9,16 @@ from typing import Any, Literal, Self, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool, PRNGKeyArray
 
-from g4attn_jax.cache import Cache, CompactKVCache
+from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache
 from g4attn_jax.checkpoint import load_assistant, load_hf, terminal_bar
 from g4attn_jax.checkpoint.loading import Progress
 from g4attn_jax.checkpoint.models import config_of
+from g4attn_jax.checks import check_dtype, check_integer, check_type
 from g4attn_jax.config import Gemma4Config, ProjectionMode
-from g4attn_jax.generation.checks import (
-    check_assistant,
-    check_cache_dtype,
-    check_choices,
-    check_number,
-    check_sampling,
-    check_weights,
-)
-from g4attn_jax.generation.programs import MAX_SLOTS, MAX_STEPS, Programs, Sequences
+from g4attn_jax.generation.checks import check_assistant, check_choices, check_weights
+from g4attn_jax.generation.programs import MAX_SLOTS, MAX_STEPS, Limits, Programs, Sequences
 from g4attn_jax.generation.prompts import (
     as_list,
     check_embedded,
@@ -40,8 +33,8 @@ from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.decoder import Gemma4Decoder
 from g4attn_jax.model.embedding import num_embedded_tokens
 from g4attn_jax.model.sampling import Sampling
-from g4attn_jax.ops import Implementation
-from g4attn_jax.speculative import DraftStatistics
+from g4attn_jax.model.weights import split_weights
+from g4attn_jax.speculative import DraftStatistics, LastTokens
 
 _GREEDY = Sampling()
 
@@ -113,28 +106,23 @@ class Generator:
 
         Raises:
             ValueError: an argument is none that is accepted, the assistant is not one for this
-                decoder or has another dtype, or as `Gemma4Decoder.init_caches` raises. The message
+                decoder or has another dtype, or as `Gemma4Decoder.init_cache` raises. The message
                 names it.
         """
-        if not isinstance(decoder, Gemma4Decoder):
-            raise ValueError(f"decoder is a {type(decoder).__name__}; accepted: Gemma4Decoder")
-        check_number("capacity", capacity, MAX_SLOTS)
-        check_number("chunk_tokens", chunk_tokens, MAX_SLOTS)
-        if forms is not None and not isinstance(forms, Mapping):
-            raise ValueError(f"forms is {forms!r}; accepted: a dict by layer type, or None")
+        check_type("decoder", decoder, Gemma4Decoder)
+        check_type("forms", forms, Mapping, none=True)
+        check_type("sampling", sampling, Sampling)
         if cache_dtype is not None:
-            check_cache_dtype(cache_dtype, decoder)
-        self.capacity, self.chunk_tokens = int(capacity), int(chunk_tokens)
+            check_dtype("cache_dtype", cache_dtype, (decoder.dtype, FLOAT8))
+        self.capacity = check_integer("capacity", capacity, most=MAX_SLOTS)
+        self.chunk_tokens = check_integer("chunk_tokens", chunk_tokens, most=MAX_SLOTS)
         self.draft_tokens = check_assistant(decoder, assistant, draft_tokens)
         self._config, self._dtype = decoder.config, decoder.dtype
-        check_sampling(sampling)
         self.sampling = sampling
         self.stop_tokens = tuple(_checked_tokens("stop_tokens", stop_tokens, self._config).tolist())
-        graph, params = nnx.split((decoder, assistant))
-        # In variables of its own: those of the models may be set to other weights.
-        self._params = jax.tree.map(lambda weight: weight, params)
+        merge, self._weights = split_weights((decoder, assistant))
         programs = Programs(
-            graph=graph,
+            merge=merge,
             sliding_window=decoder.config.sliding_window,
             forms=_default_forms(decoder.config) | dict(forms or {}),
             cache_dtype=cache_dtype,
@@ -142,15 +130,13 @@ class Generator:
             chunk_tokens=self.chunk_tokens,
             draft_tokens=self.draft_tokens,
         )
-        jax.eval_shape(functools.partial(programs.empty_caches, batch=1), self._params)
+        jax.eval_shape(functools.partial(programs.empty_cache, batch=1), self._weights)
         # With all weights as arguments, caches are placed as those are, and stay so.
-        self._empty_caches = jax.jit(
-            programs.empty_caches, static_argnames="batch", keep_unused=True
-        )
-        self._prefill = jax.jit(programs.prefill, donate_argnames="caches")
-        self._score = jax.jit(programs.score, donate_argnames="caches")
+        self._empty_cache = jax.jit(programs.empty_cache, static_argnames="batch", keep_unused=True)
+        self._prefill = jax.jit(programs.prefill, donate_argnames="cache")
+        self._score = jax.jit(programs.score, donate_argnames="cache")
         self._decode = jax.jit(
-            programs.decode, static_argnames="with_log_probs", donate_argnames="caches"
+            programs.decode, static_argnames="with_log_probs", donate_argnames="cache"
         )
 
     @classmethod
@@ -160,7 +146,7 @@ class Generator:
         *,
         capacity: int,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        implementation: Implementation | None = None,
+        implementation: str | None = None,
         assistant: str | PathLike | None = None,
         progress: Progress | None = terminal_bar,
         **options: Any,
@@ -177,7 +163,7 @@ class Generator:
             directory: of the decoder.
             capacity: the most tokens of a prompt and what follows it.
             dtype: of weights and activations.
-            implementation: of the kernels, see `ops.qkv_norm_rope_write`.
+            implementation: of the kernels, see `Gemma4Decoder`.
             assistant: directory of an assistant that drafts tokens, or None.
             progress: of loading, see `load_hf`.
             options: of the constructor; sampling and stop_tokens replace the directory's.
@@ -276,7 +262,7 @@ class Generator:
                 could choose a token that the model cannot read; or another argument is none that is
                 accepted, or the models have no weights. The message names it.
         """
-        check_weights(self._params)
+        check_weights(self._weights)
         max_new_tokens = self._check_new_tokens(max_new_tokens)
         prompts = self._check_prompts(
             prompts, self.capacity - max_new_tokens, "this capacity and max_new_tokens"
@@ -284,41 +270,21 @@ class Generator:
         sampling = self.sampling if sampling is None else sampling
         stop_tokens = self.stop_tokens if stop_tokens is None else stop_tokens
         stop_tokens = _checked_tokens("stop_tokens", stop_tokens, self._config)
-        stops = _mask_of(stop_tokens, self._config.vocab_size)
-        for name, called in (("on_tokens", on_tokens), ("on_drafts", on_drafts)):
-            if called is not None and not callable(called):
-                raise ValueError(f"{name} is {called!r}; accepted: a function, or None")
-        if on_drafts is not None and not self.draft_tokens:
-            raise ValueError("on_drafts is given; accepted with an assistant alone")
-        if not isinstance(log_probs, bool):
-            raise ValueError(f"log_probs is {log_probs!r}; accepted: True or False")
+        self._check_callbacks(on_tokens, on_drafts)
+        check_type("log_probs", log_probs, bool)
         check_choices(sampling, self._config)
         rule = _rule(sampling, key, len(prompts), self._config.vocab_size)
-
-        caches = self._empty_caches(self._params, batch=len(prompts))
-        for tokens, positions in chunks(prompts, self.chunk_tokens):
-            caches = self._prefill(self._params, tokens, positions, caches)
         begin = np.asarray([prompt.size - 1 for prompt in prompts], np.int32)
-        end = begin + np.int32(max_new_tokens)
-        sequences = self._sequences(prompts)
-        answers, scores, steps = [[] for _ in prompts], [[] for _ in prompts], 1
-        while (sequences.position >= 0).any():
-            of_steps, caches = self._decode(
-                *(self._params, sequences, caches, begin, end, np.int32(steps), stops, rule),
-                with_log_probs=log_probs,
-            )
-            made, made_scores, sequences = jax.device_get(of_steps)
-            new = [row[row >= 0].tolist() for row in made]
-            for answer, tokens in zip(answers, new, strict=True):
-                answer += tokens
+        stops = _mask_of(stop_tokens, self._config.vocab_size)
+        limits = Limits(begin, begin + np.int32(max_new_tokens), stops)
+
+        answers, scores = [[] for _ in prompts], [[] for _ in prompts]
+        for made, made_scores in self._runs(prompts, limits, rule, on_drafts, log_probs):
+            new = _append(answers, made, made)
             if log_probs:
-                for score, row, tokens in zip(scores, made_scores, made, strict=True):
-                    score += row[tokens >= 0].tolist()
+                _append(scores, made_scores, made)
             if on_tokens is not None:
                 on_tokens(new)
-            steps = min(2 * steps, MAX_STEPS)
-        if on_drafts is not None:
-            on_drafts(sequences.statistics)
         return (answers, scores) if log_probs else answers
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -340,18 +306,41 @@ class Generator:
         Raises:
             ValueError: as a call raises for its prompts.
         """
-        check_weights(self._params)
+        check_weights(self._weights)
         prompts = self._check_prompts(prompts, self.capacity, "this capacity")
-        caches, parts = self._empty_caches(self._params, batch=len(prompts)), []
+        cache, parts = self._empty_cache(self._weights, batch=len(prompts)), []
         for tokens, positions in chunks(prompts, self.chunk_tokens):
             follow = following(prompts, positions)
-            scores, caches = self._score(self._params, tokens, positions, follow, caches)
-            parts.append((scores, positions >= 0))
+            scores, cache = self._score(self._weights, tokens, positions, follow, cache)
+            parts.append((scores, positions))
         answers = [[] for _ in prompts]
-        for scores, is_token in jax.device_get(parts):
-            for answer, row, is_of_prompt in zip(answers, scores, is_token, strict=True):
-                answer += row[is_of_prompt].tolist()
+        for scores, positions in jax.device_get(parts):
+            _append(answers, scores, positions)
         return answers
+
+    def _runs(self, prompts, limits, rule, on_drafts, log_probs):
+        """Yields (tokens, log-probabilities) of each run of steps on the device."""
+        cache = self._empty_cache(self._weights, batch=len(prompts))
+        for tokens, positions in chunks(prompts, self.chunk_tokens):
+            cache = self._prefill(self._weights, tokens, positions, cache)
+        sequences, steps = self._sequences(prompts, limits.begin), 1
+        while (sequences.last.position >= 0).any():
+            of_steps, cache = self._decode(
+                *(self._weights, sequences, cache, limits, np.int32(steps), rule),
+                with_log_probs=log_probs,
+            )
+            made, made_scores, sequences = jax.device_get(of_steps)
+            yield made, made_scores
+            steps = min(2 * steps, MAX_STEPS)
+        if on_drafts is not None:
+            on_drafts(sequences.statistics)
+
+    def _check_callbacks(self, on_tokens, on_drafts):
+        for name, called in (("on_tokens", on_tokens), ("on_drafts", on_drafts)):
+            if called is not None and not callable(called):
+                raise ValueError(f"{name} is {called!r}; accepted: a function, or None")
+        if on_drafts is not None and not self.draft_tokens:
+            raise ValueError("on_drafts is given; accepted with an assistant alone")
 
     def _check_prompts(self, prompts, max_length, what):
         prompts = check_prompts(prompts, self._config.vocab_size, max_length, what)
@@ -364,15 +353,15 @@ class Generator:
         return prompts
 
     def _check_new_tokens(self, max_new_tokens):
-        check_number("max_new_tokens", max_new_tokens)
+        max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
         if max_new_tokens >= self.capacity:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens}; accepted with capacity {self.capacity}: up "
                 f"to {self.capacity - 1}, after a prompt of one token"
             )
-        return int(max_new_tokens)
+        return max_new_tokens
 
-    def _sequences(self, prompts):
+    def _sequences(self, prompts, position):
         """Before the first step; NumPy's, as the device gets them back between steps."""
         batch, hidden, statistics = len(prompts), None, None
         if self.draft_tokens:
@@ -380,8 +369,15 @@ class Generator:
             counts = (np.zeros(batch, np.int32) for _ in DraftStatistics._fields)
             statistics = DraftStatistics(*counts)
         token = np.asarray([prompt[-1] for prompt in prompts], np.int32)
-        position = np.asarray([prompt.size - 1 for prompt in prompts], np.int32)
-        return Sequences(token, position, hidden, statistics)
+        return Sequences(LastTokens(token, position, hidden), statistics)
+
+
+def _append(lists: list[list], rows: np.ndarray, marks: np.ndarray) -> list[list]:
+    """Adds numbers whose mark is 0 or more to the list of their row; returns those that are new."""
+    new = [row[mark >= 0].tolist() for row, mark in zip(rows, marks, strict=True)]
+    for whole, part in zip(lists, new, strict=True):
+        whole += part
+    return new
 
 
 def _rule(sampling: Sampling, key: PRNGKeyArray | None, batch: int, vocab_size: int) -> Rule:

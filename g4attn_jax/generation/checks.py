@@ -1,25 +1,18 @@
 """What a `Generator` is given, checked: the message names it, and says what is accepted."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from g4attn_jax.cache import FLOAT8
+from g4attn_jax.checks import check_integer, check_type
 from g4attn_jax.config import Gemma4Config
 from g4attn_jax.generation.prompts import check_tokens
 from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.embedding import num_embedded_tokens
 from g4attn_jax.model.sampling import Sampling
-from g4attn_jax.speculative import check_draft_tokens
+from g4attn_jax.speculative import MAX_DRAFT_TOKENS
 
 # Drafts in a step unless told otherwise: what `bench/speculative.py` measures.
 _DRAFT_TOKENS = 4
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Refuses what is no `Sampling`."""
-    if not isinstance(sampling, Sampling):
-        raise ValueError(f"sampling is a {type(sampling).__name__}; accepted: Sampling")
 
 
 def check_choices(sampling: Sampling, config: Gemma4Config) -> None:
@@ -29,7 +22,7 @@ def check_choices(sampling: Sampling, config: Gemma4Config) -> None:
         ValueError: it is no `Sampling`, suppresses what is no token or all of them, or does not
             suppress a token without a per-layer embedding.
     """
-    check_sampling(sampling)
+    check_type("sampling", sampling, Sampling)
     suppressed = check_tokens("suppress_tokens", sampling.suppress_tokens, config.vocab_size)
     if np.unique(suppressed).size == config.vocab_size:
         raise ValueError(
@@ -51,10 +44,7 @@ def check_assistant(decoder, assistant, draft_tokens):
         if draft_tokens is not None:
             raise ValueError(f"draft_tokens is {draft_tokens!r}; accepted with an assistant alone")
         return 0
-    if not isinstance(assistant, Gemma4Assistant):
-        raise ValueError(
-            f"assistant is a {type(assistant).__name__}; accepted: Gemma4Assistant, or None"
-        )
+    check_type("assistant", assistant, Gemma4Assistant, none=True)
     try:
         assistant.config.check_target(decoder.config)
     except ValueError as error:
@@ -63,31 +53,12 @@ def check_assistant(decoder, assistant, draft_tokens):
         raise ValueError(f"assistant has dtype {assistant.dtype}; the decoder has {decoder.dtype}")
     if draft_tokens is None:
         return _DRAFT_TOKENS
-    check_draft_tokens(draft_tokens)
-    return int(draft_tokens)
+    return check_integer("draft_tokens", draft_tokens, most=MAX_DRAFT_TOKENS)
 
 
-def check_cache_dtype(cache_dtype, decoder):
-    accepted = decoder.dtype, FLOAT8
-    refusal = f"accepted: {accepted[0]} or {accepted[1]}"
-    try:
-        dtype = jnp.dtype(cache_dtype)
-    except TypeError as error:
-        raise ValueError(f"cache_dtype is {cache_dtype!r}; {refusal}") from error
-    if dtype not in accepted:
-        raise ValueError(f"cache_dtype is {dtype}; {refusal}")
-
-
-def check_weights(params):
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+def check_weights(weights):
+    if any(isinstance(weight, jax.ShapeDtypeStruct) for weight in weights):
         raise ValueError(
             "the decoder or the assistant is abstract; accepted: models with weights, as the new "
             "ones that load_hf and load_assistant return"
         )
-
-
-def check_number(name, number, most=None):
-    is_int = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
-    if not is_int or number < 1 or (most is not None and number > most):
-        accepted = "or more" if most is None else f"to {most}"
-        raise ValueError(f"{name} is {number!r}; accepted: an integer of 1 {accepted}")

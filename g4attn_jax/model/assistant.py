@@ -9,13 +9,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from g4attn_jax import ops
 from g4attn_jax.assistant_config import AssistantConfig
-from g4attn_jax.cache import Cache
-from g4attn_jax.layout import LayerType, Layout, StepPlan, plan_step
-from g4attn_jax.model.decoder import Gemma4Decoder
+from g4attn_jax.cache import ReadableCache
+from g4attn_jax.checks import check_array, check_type
+from g4attn_jax.layout import LayerType
 from g4attn_jax.model.layer import Gemma4DecoderLayer
-from g4attn_jax.ops.head_norm.reference import rms_norm
+from g4attn_jax.model.linear import Embedding, Linear, ModuleOptions
+from g4attn_jax.model.step import ModelCache, Step
 from g4attn_jax.rope import rope_cos_sin
 
 
@@ -47,8 +47,8 @@ class Gemma4Assistant(nnx.Module):
         layers: `Gemma4DecoderLayer`s.
         norm: [E].
         post_projection: Wpost, [E, A].
-        embed_tokens: [V, E], the head.
-        centroids: [E, C], with ordered embeddings alone.
+        embed_tokens: `Embedding` [V, E], the head.
+        centroids: `Linear` [E, C], with ordered embeddings alone.
         token_ordering: int32 [V], with ordered embeddings alone.
 
     Source: `Gemma4AssistantForCausalLM` of Hugging Face transformers 5.23.
@@ -61,7 +61,7 @@ class Gemma4Assistant(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         param_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        implementation: ops.Implementation | None = None,
+        implementation: str | None = None,
     ):
         """Builds the model with random weights, and with tokens in their own order.
 
@@ -70,50 +70,76 @@ class Gemma4Assistant(nnx.Module):
             rngs: stream `params` draws the weights.
             dtype: of activations; the target's caches must have it too.
             param_dtype: of the weights; cast to `dtype` in every call where they differ.
-            implementation: of the kernels, see `ops.qkv_norm_rope_write`.
+            implementation: of the kernels, see `Gemma4Attention`.
 
         Raises:
             ValueError: as `Gemma4Attention` raises.
             NotImplementedError: "triton" was demanded and there is no supported GPU.
         """
+        options = ModuleOptions(rngs, dtype, param_dtype, implementation)
         self.config = config
-        self.dtype = jnp.dtype(dtype)
-        self.implementation = implementation
+        self.dtype = options.dtype
         text, target_size = config.text, config.backbone_hidden_size
-        size, vocab_size = text.hidden_size, text.vocab_size
-
-        def matrix(*shape):
-            init = nnx.initializers.lecun_uniform()
-            return nnx.Param(init(rngs.params(), shape, param_dtype))
-
-        self.pre_projection = matrix(2 * target_size, size)
+        embed, tokens = {"embed": text.hidden_size}, {"vocab": text.vocab_size}
+        self.pre_projection = Linear({"target_embed": 2 * target_size}, embed, options)
         self.layers = nnx.List(
-            Gemma4DecoderLayer(
-                text,
-                layer,
-                rngs=rngs,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                implementation=implementation,
-            )
-            for layer in range(text.num_hidden_layers)
+            Gemma4DecoderLayer(text, layer, options) for layer in range(text.num_hidden_layers)
         )
-        self.norm = nnx.Param(jnp.ones(size, param_dtype))
-        self.post_projection = matrix(size, target_size)
-        table_init = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform", in_axis=-1)
-        self.embed_tokens = nnx.Param(table_init(rngs.params(), (vocab_size, size), param_dtype))
+        self.norm = options.scale(embed)
+        self.post_projection = Linear(embed, {"target_embed": target_size}, options)
+        self.embed_tokens = Embedding(tokens, embed, options)
         if config.use_ordered_embeddings:
-            self.centroids = matrix(size, config.num_centroids)
-            self.token_ordering = TokenOrdering(jnp.arange(vocab_size, dtype=jnp.int32))
+            self.centroids = Linear(embed, {"centroids": config.num_centroids}, options)
+            self.token_ordering = TokenOrdering(jnp.arange(text.vocab_size, dtype=jnp.int32))
+
+    def plan(
+        self,
+        positions: Int[Array, "B T"],
+        cache: ModelCache,
+        page_tables: Mapping[str, Int[Array, "B pages"]] | None = None,
+    ) -> Step:
+        """Plans the drafts of a group, which all have one position.
+
+        Args:
+            positions: integer [B, T], of the newest token: 1 or more, as many as the tokens before
+                it, which the cache must have. It stays while tokens are drafted. What the cache
+                has from there on is not seen, so that rejected tokens may stay in it; a ring
+                has what is seen whole after a step of up to `max_new_tokens`, any of them rejected.
+                -1 marks padding. Only T = 1 is what transformers does; each of several is on its
+                own.
+            cache: the target's.
+            page_tables: of each layer type whose layout is `Paged`.
+
+        Raises:
+            ValueError: a layer type has no cache, a page table is missing or surplus, or as
+                `plan_step` raises.
+        """
+        self._check_layer_types("cache.layouts", cache.layouts)
+        positions = positions if hasattr(positions, "shape") else np.asarray(positions)
+        text = self.config.text
+        specs = {
+            layer_type: text.attention_spec(text.layer_types.index(layer_type))
+            for layer_type in self._layer_types()
+        }
+        of_target = {
+            layer_type: dataclasses.replace(
+                spec, sliding_window=spec.sliding_window and text.sliding_window
+            )
+            for layer_type, spec in specs.items()
+        }
+        seen = Step.plan(of_target, _positions_before(positions), cache.layouts, page_tables)
+        plans = {
+            layer_type: _for_queries(plan, positions, specs[layer_type])
+            for layer_type, plan in seen.plans.items()
+        }
+        return Step(positions, plans)
 
     def __call__(
         self,
         embeddings: Float[Array, "B T A"],
         hidden: Float[Array, "B T A"],
-        positions: Int[Array, "B T"],
-        caches: Mapping[str, Cache],
-        layouts: Mapping[str, Layout],
-        k_norms: Mapping[str, Float[Array, " D"]] | None = None,
+        step: Step,
+        readable: Mapping[str, ReadableCache],
     ) -> tuple[Float[Array, "B T V"], Float[Array, "B T A"]]:
         """One draft of every sequence (T = 1).
 
@@ -122,136 +148,58 @@ class Gemma4Assistant(nnx.Module):
                 one drafted last: `embed` of the target's table.
             hidden: [B, T, A], the target's final hidden state of the token before the newest, as
                 `Gemma4Decoder.hidden` returns it; from then on what this returned last.
-            positions: integer [B, T], of the newest token: 1 or more, as many as the tokens before
-                it, which the caches must have. It stays while tokens are drafted. What the caches
-                have from there on is not seen, so that rejected tokens may stay in them; a ring
-                has what is seen whole after a step of up to `max_new_tokens`, any of them rejected.
-                -1 marks padding. Only T = 1 is what transformers does; each of several is on its
-                own.
-            caches: the target's last of each layer type, see `last_caches`.
-            layouts: of each layer type, that the caches were made with.
-            k_norms: of the layers that made the caches, by type; a `CompactKVCache` needs it.
+            step: from `plan`.
+            readable: the target's last cache of each layer type, see `Gemma4Decoder.readable`.
 
         Returns:
             (logits, hidden): float32 [B, T, V], minus infinity for tokens of other centroids than
             the best; and [B, T, A] in `dtype`, to draft on from.
 
         Raises:
-            ValueError: an argument has the wrong shape or dtype, a cache, layout or k_norm is
-                missing, or as `plan_step` raises.
+            ValueError: an argument has the wrong shape or dtype, or a layer type has no cache.
         """
-        positions = positions if hasattr(positions, "shape") else np.asarray(positions)
-        if positions.shape != np.shape(embeddings)[:2]:
-            raise ValueError(
-                f"positions has shape {positions.shape}; with embeddings of shape "
-                f"{np.shape(embeddings)} it must be {np.shape(embeddings)[:2]}"
-            )
-        plans = self.plan(positions, layouts)
-        return self.step(embeddings, hidden, plans, caches, k_norms)
-
-    def plan(
-        self, positions: Int[Array, "B T"], layouts: Mapping[str, Layout]
-    ) -> dict[str, StepPlan]:
-        """What depends on positions and layouts, for all drafts of a group; see `__call__`."""
-        self._check_layer_types("layouts", layouts)
-        return {
-            layer_type: self._plan(layer_type, positions, layouts[layer_type])
-            for layer_type in self._layer_types()
-        }
-
-    def step(
-        self,
-        embeddings: Float[Array, "B T A"],
-        hidden: Float[Array, "B T A"],
-        plans: Mapping[str, StepPlan],
-        caches: Mapping[str, Cache],
-        k_norms: Mapping[str, Float[Array, " D"]] | None = None,
-    ) -> tuple[Float[Array, "B T V"], Float[Array, "B T A"]]:
-        """`__call__` with what `plan` made of positions and layouts."""
-        self._check(embeddings, hidden, caches)
+        self._check(embeddings, hidden, step, readable)
         inputs = jnp.concatenate([embeddings, hidden], axis=-1)
-        x = self._linear(inputs, self.pre_projection)
-        h = rms_norm(x, self.layers[0].input_norm[...], eps=self.config.text.rms_norm_eps)
+        x = self.pre_projection(inputs)
+        h = self.layers[0].first_norm(x)
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
-        scales = {} if k_norms is None else k_norms
-        for layer, layer_type, norm in zip(
-            self.layers, self.config.text.layer_types, next_norms, strict=True
+        for index, (layer, layer_type, norm) in enumerate(
+            zip(self.layers, self.config.text.layer_types, next_norms, strict=True)
         ):
-            x, h, _ = layer(
-                x,
-                h,
-                plans[layer_type],
-                caches[layer_type],
-                norm[...],
-                k_norm=scales.get(layer_type),
-            )
-        return self.logits(h), self._linear(h, self.post_projection)
+            with jax.named_scope(f"layer_{index}"):
+                x, h, _ = layer(x, h, step.plans[layer_type], readable[layer_type], norm[...])
+        return self.logits(h), self.post_projection(h)
 
     def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
         """Float32 logits of final hidden states before `post_projection`."""
-        table = self.embed_tokens[...].astype(self.dtype)
-        if not self.config.use_ordered_embeddings:
-            return jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
-        scores = jnp.einsum(
-            "bte,ec->btc",
-            hidden,
-            self.centroids[...].astype(self.dtype),
-            preferred_element_type=jnp.float32,
+        with jax.named_scope("logits"):
+            if self.config.use_ordered_embeddings:
+                return self._logits_of_best_groups(hidden)
+            return self.embed_tokens.logits(hidden)
+
+    def _logits_of_best_groups(self, hidden):
+        """Logits of tokens whose group is one of the best k, minus infinity for the others."""
+        _, best = jax.lax.top_k(
+            self.centroids.float32(hidden), self.config.centroid_intermediate_top_k
         )
-        _, best = jax.lax.top_k(scores, self.config.centroid_intermediate_top_k)
         groups = self.token_ordering[...].reshape(self.config.num_centroids, -1)
         tokens = groups[best].reshape(*hidden.shape[:2], -1)
-        # A row of each token, not a copy of the table: k V / C rows of V.
-        logits = jnp.einsum(
-            "bte,btne->btn",
-            hidden,
-            self.embed_tokens[...][tokens].astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits = self.embed_tokens.logits(hidden, tokens)
         # transformers gives the others the least logit of the whole batch less 1. A sample would
         # then be one of them more often than not, and depend on the other sequences.
-        others = jnp.full((*hidden.shape[:2], table.shape[0]), -jnp.inf)
+        others = jnp.full((*hidden.shape[:2], self.config.text.vocab_size), -jnp.inf)
         return jnp.put_along_axis(others, tokens, logits, axis=-1, inplace=False)
-
-    def _linear(self, x, weight):
-        w = weight[...].astype(self.dtype)
-        return ops.linear(x.astype(self.dtype), w, implementation=self.implementation)
-
-    def _plan(self, layer_type, positions, layout) -> StepPlan:
-        """Queries are rotated to their positions, and see the keys of the positions before."""
-        text = self.config.text
-        spec = text.attention_spec(text.layer_types.index(layer_type))
-        window = None if spec.sliding_window is None else text.sliding_window
-        numpy = jnp if isinstance(positions, jax.core.Tracer) else np
-        last_keys = numpy.where(positions > 0, positions - 1, numpy.minimum(positions, -1))
-        of_target = dataclasses.replace(spec, sliding_window=window)
-        keys = plan_step(of_target, last_keys, layout)
-        cos, sin = rope_cos_sin(
-            jnp.asarray(positions),
-            theta=spec.rope_theta,
-            head_dim=spec.head_dim,
-            rotary_dim=spec.rotary_dim,
-        )
-        return dataclasses.replace(keys, cos=cos, sin=sin, layer_type=LayerType.of(spec))
 
     def _layer_types(self):
         return sorted(set(self.config.text.layer_types))
 
-    def _check(self, embeddings, hidden, caches):
+    def _check(self, embeddings, hidden, step, readable):
         size = self.config.backbone_hidden_size
-        for name, array in (("embeddings", embeddings), ("hidden", hidden)):
-            shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", None)
-            if len(shape) != 3 or shape[-1] != size or not jnp.issubdtype(dtype, jnp.floating):
-                raise ValueError(
-                    f"{name} is a {type(array).__name__} of shape {shape} and dtype {dtype}; "
-                    f"accepted: floating-point [B, T, {size}], of the target"
-                )
-        if embeddings.shape != hidden.shape:
-            raise ValueError(
-                f"hidden has shape {hidden.shape}; with embeddings of shape {embeddings.shape} it "
-                f"must be {embeddings.shape}"
-            )
-        self._check_layer_types("caches", caches)
+        check_array("embeddings", embeddings, ("B", "T", size), "floating")
+        check_array("hidden", hidden, embeddings.shape, "floating")
+        check_type("step", step, Step)
+        check_array("step.positions", step.positions, embeddings.shape[:2], "integer")
+        self._check_layer_types("readable", readable)
 
     def _check_layer_types(self, name, given):
         missing = [key for key in self._layer_types() if key not in given]
@@ -259,20 +207,24 @@ class Gemma4Assistant(nnx.Module):
             raise ValueError(f"{name} lacks {', '.join(missing)}; the assistant reads it")
 
 
-def last_caches(
-    target: Gemma4Decoder, caches: Mapping[int, Cache]
-) -> tuple[dict[str, Cache], dict[str, Float[Array, " D"]]]:
-    """What an assistant reads of its target.
+def _positions_before(positions):
+    """The last position that each query sees: its own has no key yet."""
+    numpy = jnp if isinstance(positions, jax.core.Tracer) else np
+    return numpy.where(positions > 0, positions - 1, numpy.minimum(positions, -1))
+
+
+def _for_queries(plan, positions, spec):
+    """The plan of keys, for queries that are rotated to their own positions and see one key more.
 
     Args:
-        target: the decoder.
-        caches: its caches, of every layer that has one.
-
-    Returns:
-        (caches, k_norms): by layer type, of the last layer that has a cache.
+        plan: of the positions before, for the target's layers.
+        positions: integer [B, T], of the queries.
+        spec: of the assistant's layers.
     """
-    last = {target.config.layer_types[index]: index for index in sorted(caches)}
-    k_norms = {
-        layer_type: target.layers[index].attention.k_norm[...] for layer_type, index in last.items()
-    }
-    return {layer_type: caches[index] for layer_type, index in last.items()}, k_norms
+    cos, sin = rope_cos_sin(
+        jnp.asarray(positions),
+        theta=spec.rope_theta,
+        head_dim=spec.head_dim,
+        rotary_dim=spec.rotary_dim,
+    )
+    return dataclasses.replace(plan, cos=cos, sin=sin, layer_type=LayerType.of(spec))

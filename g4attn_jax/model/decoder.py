@@ -1,6 +1,5 @@
 """The whole text model: tokens in, logits out, caches passed through."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import overload
 
@@ -10,13 +9,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from g4attn_jax import ops
-from g4attn_jax.cache import Cache, KVCache
+from g4attn_jax.cache import Cache, KVCache, ReadableCache
+from g4attn_jax.checks import check_array, check_type
 from g4attn_jax.config import Gemma4Config
-from g4attn_jax.layout import Contiguous, Layout, SegmentIds, plan_step
-from g4attn_jax.model.embedding import embed, num_embedded_tokens, per_layer_inputs
+from g4attn_jax.layout import Contiguous, Layout, SegmentIds, select_tokens
+from g4attn_jax.model.embedding import PerLayerInputs, num_embedded_tokens
 from g4attn_jax.model.layer import Gemma4DecoderLayer
-from g4attn_jax.ops.head_norm.reference import rms_norm
+from g4attn_jax.model.linear import Embedding, ModuleOptions
+from g4attn_jax.model.step import ModelCache, Step
 
 
 class Gemma4Decoder(nnx.Module):
@@ -29,18 +29,16 @@ class Gemma4Decoder(nnx.Module):
 
     The head is `embed_tokens`, or `lm_head` where the config says `tie_word_embeddings` False.
 
-    A call is a pure function of parameters, tokens, positions and caches; after `nnx.split` also to
+    A call is a pure function of parameters, tokens, step and cache; after `split_weights` also to
     JAX. Letters: B batch, T new tokens, V vocabulary, E embed, L layers, P width of the per-layer
     embeddings (PLE: E2B and E4B), Vp their vocabulary.
 
     Attributes:
-        embed_tokens: [V, E].
-        embed_tokens_per_layer: [Vp, L, P], PLE alone.
-        per_layer_model_projection: [E, L, P], PLE alone.
-        per_layer_projection_norm: [P], PLE alone.
+        embed_tokens: `Embedding` [V, E].
+        per_layer_inputs: `PerLayerInputs`, None without PLE.
         layers: L `Gemma4DecoderLayer`s.
         norm: [E].
-        lm_head: [V, E], without `tie_word_embeddings` alone.
+        lm_head: `Embedding` [V, E], without `tie_word_embeddings` alone.
 
     Source: `Gemma4ForCausalLM` of Hugging Face transformers 5.23.
     """
@@ -52,7 +50,7 @@ class Gemma4Decoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         param_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        implementation: ops.Implementation | None = None,
+        implementation: str | None = None,
     ):
         """Builds the model with random weights.
 
@@ -61,57 +59,39 @@ class Gemma4Decoder(nnx.Module):
             rngs: stream `params` draws the weights.
             dtype: of activations, and of caches unless `init_caches` is told otherwise.
             param_dtype: of the weights; cast to `dtype` in every call where they differ.
-            implementation: of the kernels, see `ops.qkv_norm_rope_write`.
+            implementation: of the kernels, see `Gemma4Attention`.
 
         Raises:
             ValueError: the config lacks a field, or as `Gemma4Attention` raises.
             NotImplementedError: "triton" was demanded and there is no supported GPU.
         """
         config.check_decoder()
+        options = ModuleOptions(rngs, dtype, param_dtype, implementation)
         self.config = config
-        self.dtype = jnp.dtype(dtype)
-        embed_size, layers = config.hidden_size, config.num_hidden_layers
-        # So that scaled embeddings and logits are of the order of 1.
-        table_init = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform", in_axis=-1)
-        self.embed_tokens = nnx.Param(
-            table_init(rngs.params(), (config.vocab_size, embed_size), param_dtype)
-        )
-        if width := config.hidden_size_per_layer_input:
-            shape = (config.vocab_size_per_layer_input, layers, width)
-            init = nnx.initializers.lecun_uniform(in_axis=0, out_axis=(1, 2))
-            self.embed_tokens_per_layer = nnx.Param(table_init(rngs.params(), shape, param_dtype))
-            self.per_layer_model_projection = nnx.Param(
-                init(rngs.params(), (embed_size, layers, width), param_dtype)
-            )
-            self.per_layer_projection_norm = nnx.Param(jnp.ones(width, param_dtype))
+        self.dtype = options.dtype
+        tokens, embed = {"vocab": config.vocab_size}, {"embed": config.hidden_size}
+        self.embed_tokens = Embedding(tokens, embed, options)
+        has_per_layer = bool(config.hidden_size_per_layer_input)
+        self.per_layer_inputs = PerLayerInputs(config, options) if has_per_layer else None
         self.layers = nnx.List(
-            Gemma4DecoderLayer(
-                config,
-                layer,
-                rngs=rngs,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                implementation=implementation,
-            )
-            for layer in range(layers)
+            Gemma4DecoderLayer(config, layer, options) for layer in range(config.num_hidden_layers)
         )
-        self.norm = nnx.Param(jnp.ones(embed_size, param_dtype))
+        self.norm = options.scale(embed)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Param(
-                table_init(rngs.params(), (config.vocab_size, embed_size), param_dtype)
-            )
+            self.lm_head = Embedding(tokens, embed, options)
 
-    def init_caches(
+    def init_cache(
         self,
         layouts: Mapping[str, Layout],
         forms: Mapping[str, type[Cache]] | None = None,
         *,
         dtype: jax.typing.DTypeLike | None = None,
-    ) -> dict[int, Cache]:
-        """Empty caches, one for every layer that is not Q_ONLY, by its index.
+    ) -> ModelCache:
+        """Empty caches of every layer that is not Q_ONLY.
 
         Args:
-            layouts: of each layer type, "sliding_attention" and "full_attention".
+            layouts: of each layer type, "sliding_attention" and "full_attention". Page tables
+                belong to steps: what `Paged` has of them is left out.
             forms: of each layer type; `KVCache` where none is named. Full layers with K = V can
                 have the `CompactKVCache`.
             dtype: of the storage, see `Gemma4Attention.init_cache`.
@@ -123,13 +103,40 @@ class Gemma4Decoder(nnx.Module):
         forms = {} if forms is None else forms
         self._check_layer_types("layouts", layouts)
         self._check_layer_types("forms", forms, all_needed=False)
-        caches = {}
+        layers = []
         for index in self._producers():
             layer_type = self.config.layer_types[index]
-            caches[index] = self.layers[index].attention.init_cache(
-                layouts[layer_type], forms.get(layer_type, KVCache), dtype=dtype
+            layers.append(
+                self.layers[index].attention.init_cache(
+                    layouts[layer_type], forms.get(layer_type, KVCache), dtype=dtype
+                )
             )
-        return caches
+        sizes = {key: layouts[key].sizes() for key in sorted(set(self.config.layer_types))}
+        return ModelCache(tuple(layers), sizes)
+
+    def plan(
+        self,
+        positions: Int[Array, "B T"],
+        cache: ModelCache,
+        page_tables: Mapping[str, Int[Array, "B pages"]] | None = None,
+    ) -> Step:
+        """Plans a step of T new tokens of every sequence.
+
+        Args:
+            positions: integer [B, T], where they are in their sequences. -1 marks padding: nothing
+                is written, and its logits mean nothing.
+            cache: from `init_cache` or an earlier step; only its sizes are looked at.
+            page_tables: integer [B, pages], of each layer type whose layout is `Paged`.
+
+        Raises:
+            ValueError: a page table is missing or surplus, or as `plan_step` raises.
+        """
+        with jax.named_scope("plan"):
+            return Step.plan(self._specs(), positions, cache.layouts, page_tables)
+
+    def readable(self, cache: ModelCache) -> dict[str, ReadableCache]:
+        """The last cache of each layer type, which KV-shared layers and an assistant read."""
+        return self._readable(cache.layers)
 
     @overload
     def __call__(
@@ -144,190 +151,162 @@ class Gemma4Decoder(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        caches: Mapping[int, Cache],
-        layouts: Mapping[str, Layout],
+        step: Step,
+        cache: ModelCache,
         *,
         logits_at: Int[Array, "B n"] | None = None,
-    ) -> tuple[Float[Array, "B n V"], dict[int, Cache]]: ...
+    ) -> tuple[Float[Array, "B n V"], ModelCache]: ...
 
-    def __call__(
-        self, tokens, positions=None, caches=None, layouts=None, *, segment_ids=None, logits_at=None
-    ):
-        """Logits of whole sequences; or, with caches, of one step of T new tokens of each.
+    def __call__(self, tokens, step=None, cache=None, *, segment_ids=None, logits_at=None):
+        """Logits of whole sequences; or, with a cache, of one step of T new tokens of each.
 
-            logits = decoder(tokens)                                        can be differentiated
-            logits, caches = decoder(tokens, positions, caches, layouts)    cannot
+            logits = decoder(tokens)                         can be differentiated
+            step = decoder.plan(positions, cache)
+            logits, cache = decoder(tokens, step, cache)     cannot
 
         Args:
-            tokens: integer [B, T]. Without caches each row is a sequence from its beginning, with
+            tokens: integer [B, T]. Without a cache each row is a sequence from its beginning, with
                 `segment_ids` several. Those that are known, not traced by `jax.jit`, are checked; a
                 traced one that the model cannot read makes its sequence NaN.
-            positions: integer [B, T], where they are in their sequences. -1 marks padding: nothing
-                is written, and its logits mean nothing. With caches alone.
-            caches: from `init_caches` or an earlier step. Donate them to a jitted step to update
-                them in place. None: there are none.
-            layouts: that the caches were made with, or with another page table.
+            step: from `plan`, for these tokens. With a cache alone.
+            cache: from `init_cache` or an earlier step. Donate it to a jitted step to update it in
+                place. None: there is none.
             segment_ids: integer [B, T], of sequences packed into one row, as for training: tokens
                 see those of their own id alone. Tokens of one id stand side by side; 0 marks
-                padding, whose logits mean nothing. Without caches alone; XLA computes attention.
+                padding, whose logits mean nothing. Without a cache alone; XLA computes attention.
             logits_at: integer [B, n], the indices into T whose logits are wanted; None is all. A
                 prompt wants one, a part of a prompt none ([B, 0]).
 
         Returns:
-            Float32 [B, n, V]; with caches (logits, caches), the latter updated.
+            Float32 [B, n, V]; with a cache (logits, cache), the latter updated.
 
         Raises:
             ValueError: an argument has the wrong shape or dtype, a token is none that the model can
-                read, a cache or layout is missing, or as `plan_step` raises.
+                read, or the cache is another model's.
             NotImplementedError: segment_ids are given to a model whose implementation is a kernel.
         """
-        if caches is None:
-            return self.logits(
-                self._whole_sequences(tokens, positions, layouts, segment_ids, logits_at)
-            )
+        if (step is None) != (cache is None):
+            given, lacking = ("step", "cache") if cache is None else ("cache", "step")
+            raise ValueError(f"{given} is given and {lacking} is not; accepted: both, or neither")
+        if cache is None:
+            return self.logits(self._whole_sequences(tokens, segment_ids, logits_at))
         if segment_ids is not None:
-            raise ValueError("segment_ids are given with caches; accepted: without caches")
-        h, caches = self.hidden(tokens, positions, caches, layouts, logits_at=logits_at)
-        return self.logits(h), caches
+            raise ValueError("segment_ids is given with a cache; accepted: without one")
+        h, cache = self.hidden(tokens, step, cache, logits_at=logits_at)
+        return self.logits(h), cache
 
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        caches: Mapping[int, Cache],
-        layouts: Mapping[str, Layout],
+        step: Step,
+        cache: ModelCache,
         *,
         logits_at: Int[Array, "B n"] | None = None,
-    ) -> tuple[Float[Array, "B n E"], dict[int, Cache]]:
-        """`__call__` with caches and without the head.
+    ) -> tuple[Float[Array, "B n E"], ModelCache]:
+        """Final hidden states of a step: `__call__` with a cache and without the head.
 
         Returns:
-            (hidden, caches): final hidden states after the norm, [B, n, E] in `dtype`, and the
-            updated caches.
+            (hidden, cache): final hidden states after the norm, [B, n, E] in `dtype`, and the
+            updated cache.
         """
-        self._check_step(tokens, positions, caches, logits_at)
-        self._check_layer_types("layouts", layouts)
-        plans = self._plans(positions, layouts)
-        return self._hidden(tokens, plans, dict(caches), logits_at)
+        self._check_step(tokens, step, cache, logits_at)
+        h, layers = self._hidden(tokens, step, list(cache.layers), logits_at)
+        return h, cache._replace(layers=tuple(layers))
 
-    def _whole_sequences(self, tokens, positions, layouts, segment_ids, at):
+    def _whole_sequences(self, tokens, segment_ids, at):
         """Final hidden states of sequences that begin here, whose keys and values nobody keeps."""
-        for name, given in (("positions", positions), ("layouts", layouts)):
-            if given is not None:
-                raise ValueError(f"{name} is given and caches is not; accepted: both, or neither")
-        _check_integers("tokens", tokens)
+        check_array("tokens", tokens, ("B", "T"), "integer")
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is not None:
-            _check_integers("segment_ids", segment_ids, tokens.shape)
+            check_array("segment_ids", segment_ids, tokens.shape, "integer")
             ids = jnp.asarray(segment_ids, jnp.int32)
             # Rotations depend on distances alone, so a sequence may begin anywhere in its row.
             positions, segment_ids = jnp.where(ids == 0, -1, positions), SegmentIds(ids, ids)
         self._check_known_tokens(tokens, positions)
-        self._check_at(tokens, at)
+        check_array("logits_at", at, (tokens.shape[0], "n"), "integer", none=True, empty=True)
         layouts = dict.fromkeys(self.config.layer_types, Contiguous(*tokens.shape))
-        plans = self._plans(positions, layouts, segment_ids)
-        return self._hidden(tokens, plans, dict.fromkeys(self._producers()), at)[0]
+        with jax.named_scope("plan"):
+            step = Step.plan(self._specs(), positions, layouts, segment_ids=segment_ids)
+        return self._hidden(tokens, step, [None] * len(self._producers()), at)[0]
 
-    def _plans(self, positions, layouts, segment_ids=None):
-        """What the layers of each type share in this step."""
-        return {
-            layer_type: plan_step(
-                self.config.attention_spec(self.config.layer_types.index(layer_type)),
-                positions,
-                layouts[layer_type],
-                segment_ids,
-            )
-            for layer_type in sorted(set(self.config.layer_types))
-        }
-
-    def _hidden(self, tokens, plans, caches, logits_at):
-        """Final hidden states, and the caches; one that is None its layer makes."""
+    def _hidden(self, tokens, step, caches, logits_at):
+        """Final hidden states, and the producers' caches; one that is None its layer makes."""
         x, per_layer = self._embed(jnp.asarray(tokens))
-        h = rms_norm(x, self.layers[0].input_norm[...], eps=self.config.rms_norm_eps)
-        shared_from = self._producers().stop
-        x, h, caches = self._run(self.layers[:shared_from], x, h, per_layer, plans, caches)
+        h = self.layers[0].first_norm(x)
+        producers = self._producers()
+        written = []
+        for index in producers:
+            x, h, cache = self._layer(index, x, h, per_layer, step, caches[index])
+            written.append(cache)
         if logits_at is not None:
             # KV-shared layers write nothing that other tokens read, so these tokens are enough.
-            x, h = _select(x, logits_at), _select(h, logits_at)
-            per_layer = None if per_layer is None else _select(per_layer, logits_at)
-            plans = {key: _select_plan(plan, logits_at) for key, plan in plans.items()}
+            x, h = select_tokens(x, logits_at), select_tokens(h, logits_at)
+            per_layer = None if per_layer is None else select_tokens(per_layer, logits_at)
+            step = step.select(logits_at)
         if x.size:  # attention takes no step without tokens
-            _, h, caches = self._run(self.layers[shared_from:], x, h, per_layer, plans, caches)
-        return h, caches
+            readable = self._readable(written)
+            for index in range(producers.stop, self.config.num_hidden_layers):
+                cache = readable[self.config.layer_types[index]]
+                x, h, _ = self._layer(index, x, h, per_layer, step, cache)
+        return h, written
+
+    def _layer(self, index, x, h, per_layer, step, cache):
+        """(x, h, cache) after a layer, h for the layer that comes next."""
+        is_last = index == self.config.num_hidden_layers - 1
+        next_norm = self.norm if is_last else self.layers[index + 1].input_norm
+        with jax.named_scope(f"layer_{index}"):
+            return self.layers[index](
+                x,
+                h,
+                step.plans[self.config.layer_types[index]],
+                cache,
+                next_norm[...],
+                per_layer_input=None if per_layer is None else per_layer[:, :, index],
+            )
+
+    def _readable(self, caches):
+        """`readable` of the caches of all producers."""
+        last = {self.config.layer_types[index]: index for index in self._producers()}
+        return {
+            layer_type: ReadableCache(caches[index], self.layers[index].attention.k_norm[...])
+            for layer_type, index in last.items()
+        }
+
+    def _specs(self):
+        """The `AttentionSpec` of a layer of each type."""
+        types = self.config.layer_types
+        return {key: self.config.attention_spec(types.index(key)) for key in sorted(set(types))}
 
     def logits(self, hidden: Float[Array, "B n E"]) -> Float[Array, "B n V"]:
         """Float32 logits of final hidden states."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = jnp.einsum(
-            "bne,ve->bnv",
-            hidden,
-            head[...].astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        with jax.named_scope("logits"):
+            logits = head.logits(hidden)
+            cap = self.config.final_logit_softcapping
+            return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embed(self, tokens):
-        """The residual stream [B, T, E], and what each layer is told of each token [B, T, L, P]."""
-        x = embed(self.embed_tokens[...], tokens).astype(self.dtype)
-        if not self.config.hidden_size_per_layer_input:
-            return x, None
-        return x, per_layer_inputs(
-            x,
-            embed(self.embed_tokens_per_layer[...], tokens),
-            self.per_layer_model_projection[...],
-            self.per_layer_projection_norm[...],
-            eps=self.config.rms_norm_eps,
-        )
-
-    def _run(self, layers, x, h, per_layer, plans, caches):
-        """Some of the layers, over all caches."""
-        norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
-        for layer in layers:
-            attention = layer.attention
-            kv_layer = attention.spec.kv_layer
-            is_shared = kv_layer != attention.layer
-            x, h, cache = layer(
-                x,
-                h,
-                plans[self.config.layer_types[attention.layer]],
-                caches[kv_layer],
-                norms[attention.layer][...],
-                k_norm=self.layers[kv_layer].attention.k_norm[...] if is_shared else None,
-                per_layer_input=None if per_layer is None else per_layer[:, :, attention.layer],
-            )
-            caches = caches | {kv_layer: cache}
-        return x, h, caches
+        """The residual stream [B, T, E], and per-layer inputs [B, T, L, P] or None."""
+        with jax.named_scope("embed"):
+            x = self.embed_tokens(tokens)
+        return x, None if self.per_layer_inputs is None else self.per_layer_inputs(x, tokens)
 
     def _producers(self):
         """Layers that have a cache of their own."""
         return range(self.config.num_hidden_layers - self.config.num_kv_shared_layers)
 
-    def _check_step(self, tokens, positions, caches, at):
-        _check_integers("tokens", tokens)
-        if not hasattr(positions, "shape") or positions.ndim != 2:
-            raise ValueError(f"positions is {positions!r}; accepted: an integer array [B, T]")
-        if tokens.shape != positions.shape:
+    def _check_step(self, tokens, step, cache, at):
+        check_array("tokens", tokens, ("B", "T"), "integer")
+        check_type("step", step, Step)
+        check_type("cache", cache, ModelCache)
+        check_array("step.positions", step.positions, tokens.shape, "integer")
+        self._check_known_tokens(tokens, step.positions)
+        check_array("logits_at", at, (tokens.shape[0], "n"), "integer", none=True, empty=True)
+        if len(cache.layers) != len(self._producers()):
             raise ValueError(
-                f"positions has shape {positions.shape}; with tokens of shape {tokens.shape} it "
-                f"must be {tokens.shape}"
+                f"cache has {len(cache.layers)} layers; accepted: the {len(self._producers())} of "
+                "init_cache"
             )
-        self._check_known_tokens(tokens, positions)
-        self._check_at(tokens, at)
-        if caches.keys() != set(self._producers()):
-            raise ValueError(
-                f"caches has layers {sorted(caches)}; accepted: those of init_caches, "
-                f"{self._producers().start} to {self._producers().stop - 1}"
-            )
-
-    def _check_at(self, tokens, at):
-        if at is None:
-            return
-        if at.ndim != 2 or at.shape[0] != tokens.shape[0]:
-            raise ValueError(f"logits_at has shape {at.shape}; accepted: [{tokens.shape[0]}, n]")
-        if not jnp.issubdtype(at.dtype, jnp.integer):
-            raise ValueError(f"logits_at has dtype {at.dtype}; accepted: an integer")
 
     def _check_known_tokens(self, tokens, positions):
         """Refuses tokens without an embedding, unless they are traced or known to be padding."""
@@ -360,30 +339,3 @@ def _is_known(array):
     """Whether the numbers of an array are to be had here: neither traced nor of other hosts."""
     is_traced = isinstance(array, jax.core.Tracer)
     return not is_traced and getattr(array, "is_fully_addressable", True)
-
-
-def _select(array, at):
-    """Tokens `at` [B, n] of an array [B, T, ...]."""
-    return jnp.take_along_axis(array, at.reshape(*at.shape, *[1] * (array.ndim - 2)), axis=1)
-
-
-def _select_plan(plan, at):
-    """The plan of tokens `at` [B, n] alone, for layers that write nothing."""
-    fields = {
-        name: _select(getattr(plan, name), at) for name in ("positions", "cos", "sin", "slots")
-    }
-    if plan.segment_ids is not None:
-        query = _select(plan.segment_ids.query, at)
-        fields["segment_ids"] = plan.segment_ids._replace(query=query)
-    return dataclasses.replace(plan, **fields)
-
-
-def _check_integers(name, array, shape=None):
-    """Refuses what is no integer array [B, T], of a shape that is known if one is given."""
-    if not hasattr(array, "shape") or array.ndim != 2:
-        raise ValueError(f"{name} is {array!r}; accepted: an integer array [B, T]")
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name} has dtype {array.dtype}; accepted: an integer")
-    if 0 in array.shape or shape not in (None, array.shape):
-        accepted = "[B, T], neither 0" if shape is None else shape
-        raise ValueError(f"{name} has shape {array.shape}; accepted: {accepted}")

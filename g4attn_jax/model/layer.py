@@ -7,16 +7,17 @@ from jaxtyping import Array, Float
 
 from g4attn_jax import ops
 from g4attn_jax.attention import Gemma4Attention
-from g4attn_jax.cache import Cache
+from g4attn_jax.cache import Cache, ReadableCache
 from g4attn_jax.config import Gemma4Config, ProjectionMode
 from g4attn_jax.layout import StepPlan
+from g4attn_jax.model.linear import Linear, ModuleOptions
 from g4attn_jax.model.mlp import Gemma4MLP
 from g4attn_jax.model.moe import Gemma4MoE
 from g4attn_jax.ops.head_norm.reference import rms_norm
 
 
 class Gemma4DecoderLayer(nnx.Module):
-    """Attention and MLP between norms, then what the layer is told of the token, then a factor.
+    """Attention and MLP between norms, then the per-layer input, then a factor.
 
         h = rms(x) * input_norm
         x = x + rms(attention(h)) * post_attention_norm
@@ -44,116 +45,107 @@ class Gemma4DecoderLayer(nnx.Module):
     Source: `Gemma4TextDecoderLayer` of Hugging Face transformers 5.23.
     """
 
-    def __init__(
-        self,
-        config: Gemma4Config,
-        layer: int,
-        *,
-        rngs: nnx.Rngs,
-        dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        param_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        implementation: ops.Implementation | None = None,
-    ):
-        """Builds the layer with random weights; arguments as of `Gemma4Attention`."""
-        embed, per_layer = config.hidden_size, config.hidden_size_per_layer_input
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    def __init__(self, config: Gemma4Config, layer: int, options: ModuleOptions):
+        """Builds the layer with random weights.
+
+        Args:
+            config: of the whole model.
+            layer: 0 to num_hidden_layers - 1.
+            options: of the model.
+        """
+        embed = {"embed": config.hidden_size}
         self.eps = config.rms_norm_eps
-        self.implementation = implementation
-        self.attention = Gemma4Attention(
-            config, layer, rngs=rngs, implementation=implementation, **dtypes
-        )
+        self.implementation = options.implementation
+        self.attention = Gemma4Attention(config, layer, **vars(options))
         is_shared = self.attention.spec.mode is ProjectionMode.Q_ONLY
         width = config.intermediate_size * (2 if config.use_double_wide_mlp and is_shared else 1)
-        self.mlp = Gemma4MLP(embed, width, rngs=rngs, implementation=implementation, **dtypes)
-        self.moe = (
-            Gemma4MoE(config, rngs=rngs, implementation=implementation, **dtypes)
-            if config.enable_moe_block
-            else None
-        )
-
-        def scale():
-            return nnx.Param(jnp.ones(embed, param_dtype))
-
-        self.input_norm, self.post_attention_norm = scale(), scale()
-        self.pre_feedforward_norm, self.post_feedforward_norm = scale(), scale()
+        self.mlp = Gemma4MLP(config.hidden_size, width, options)
+        self.moe = Gemma4MoE(config, options) if config.enable_moe_block else None
+        self.input_norm, self.post_attention_norm = options.scale(embed), options.scale(embed)
+        self.pre_feedforward_norm = options.scale(embed)
+        self.post_feedforward_norm = options.scale(embed)
         if self.moe is not None:
-            self.post_feedforward_norm_1 = scale()
-            self.pre_feedforward_norm_2, self.post_feedforward_norm_2 = scale(), scale()
-        if per_layer:
-            init = nnx.initializers.lecun_uniform()
-            self.per_layer_gate = nnx.Param(init(rngs.params(), (embed, per_layer), param_dtype))
-            self.per_layer_projection = nnx.Param(
-                init(rngs.params(), (per_layer, embed), param_dtype)
-            )
-            self.post_per_layer_norm = scale()
-        self.layer_scalar = nnx.Param(jnp.ones((), param_dtype))
+            self.post_feedforward_norm_1 = options.scale(embed)
+            self.pre_feedforward_norm_2 = options.scale(embed)
+            self.post_feedforward_norm_2 = options.scale(embed)
+        if config.hidden_size_per_layer_input:
+            per_layer = {"per_layer": config.hidden_size_per_layer_input}
+            self.per_layer_gate = Linear(embed, per_layer, options)
+            self.per_layer_projection = Linear(per_layer, embed, options)
+            self.post_per_layer_norm = options.scale(embed)
+        self.layer_scalar = options.scale({})
 
     def __call__(
         self,
         x: Float[Array, "B T E"],
         h: Float[Array, "B T E"],
         plan: StepPlan,
-        cache: Cache | None,
+        cache: Cache | ReadableCache | None,
         next_norm: Float[Array, " E"],
         *,
-        k_norm: Float[Array, " D"] | None = None,
         per_layer_input: Float[Array, "B T P"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"], Cache]:
+    ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"], Cache | ReadableCache]:
         """One step of the layer.
 
         Args:
             x: [B, T, E], the residual stream.
             h: [B, T, E], rms(x) * input_norm.
             plan: from `plan_step`, for the layer's type.
-            cache: of layer `attention.spec.kv_layer`; None: the layer makes one of these tokens.
+            cache: see `Gemma4Attention`; None: the layer makes one of these tokens.
             next_norm: [E], `input_norm` of the next layer, after the last one the model's norm.
-            k_norm: of the cache's layer if it is another one, else None.
             per_layer_input: [B, T, P] with PLE, else None.
 
         Returns:
             (x, h, cache): x and rms(x) * next_norm, [B, T, E] in the dtype x came in, and the
             updated cache.
         """
-        y, cache = self.attention.partial_sums(h, plan, cache, k_norm)
+        y, cache = self.attention.partial_sums(h, plan, cache)
         norms = [self.pre_feedforward_norm[...]]
         if self.moe is not None:
             norms.append(self.pre_feedforward_norm_2[...])
         x, (h, *of_moe) = self._add(x, y, self.post_attention_norm, norms)
-        y = self.mlp.partial_sums(h)
+        with jax.named_scope("mlp"):
+            y = self.mlp.partial_sums(h)
         if self.moe is not None:
-            y = self._norm(ops.add_partial_sums(y, jnp.float32), self.post_feedforward_norm_1)
-            y += self._norm(self.moe(x, *of_moe), self.post_feedforward_norm_2)
+            with jax.named_scope("moe"):
+                experts = self.moe(x, *of_moe)
+            with jax.named_scope("norms"):
+                y = self._norm(ops.add_partial_sums(y, jnp.float32), self.post_feedforward_norm_1)
+                y += self._norm(experts, self.post_feedforward_norm_2)
         last = [next_norm], self.layer_scalar[...]
         if per_layer_input is None:
             x, (h,) = self._add(x, y, self.post_feedforward_norm, *last)
         else:
             x, _ = self._add(x, y, self.post_feedforward_norm)
-            y = self._tell(x, per_layer_input)
+            with jax.named_scope("per_layer_input"):
+                y = self._from_per_layer_input(x, per_layer_input)
             x, (h,) = self._add(x, y, self.post_per_layer_norm, *last)
         return x, h, cache
 
-    def _tell(self, x, per_layer_input):
-        """In parts."""
-        gate = ops.add_partial_sums(self._parts(x, self.per_layer_gate), jnp.float32)
-        told = jax.nn.gelu(gate, approximate=True) * per_layer_input
-        return self._parts(told.astype(x.dtype), self.per_layer_projection)
+    def first_norm(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """rms(x) * input_norm, for the first layer; the others' is made by the layer before."""
+        with jax.named_scope("norms"):
+            return rms_norm(x, self.input_norm[...], eps=self.eps)
 
-    def _parts(self, x, weight):
-        return ops.linear_partial_sums(
-            x, weight[...].astype(x.dtype), implementation=self.implementation
-        )
+    def _from_per_layer_input(self, x, per_layer_input):
+        """Partial sums of (gelu(x Wg) * p) Wp."""
+        gate = ops.add_partial_sums(self.per_layer_gate.partial_sums(x), jnp.float32)
+        gated = jax.nn.gelu(gate, approximate=True) * per_layer_input
+        return self.per_layer_projection.partial_sums(gated)
 
     def _norm(self, x, scale):
-        """In float32: not rounded before the sum."""
+        """The norm of one of two branches, not rounded before their sum."""
         return rms_norm(x.astype(jnp.float32), scale[...], eps=self.eps)
 
     def _add(self, x, y, scale, next_norms=(), factor=None):
-        return ops.add_rms_norm(
-            x,
-            y,
-            scale[...],
-            next_norms,
-            factor,
-            eps=self.eps,
-            implementation=self.implementation,
-        )
+        """Adds a branch's normalised partial sums to the residual stream; see `add_rms_norm`."""
+        with jax.named_scope("norms"):
+            return ops.add_rms_norm(
+                x,
+                y,
+                scale[...],
+                next_norms,
+                factor,
+                eps=self.eps,
+                implementation=self.implementation,
+            )

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from g4attn_jax import ops
 from g4attn_jax.config import Gemma4Config
+from g4attn_jax.model.linear import GatedGroupedLinear, GroupedLinear, Linear, ModuleOptions
 from g4attn_jax.ops.head_norm.reference import rms_norm
 
-# Rows up to which comparing all pairs is fewer launches than a sort and its inverse: 32 tokens.
+# Rows, 8 for each token, up to which comparing all pairs takes fewer launches than a sort and its
+# inverse.
 _MAX_COMPARED = 256
 
 
@@ -36,39 +37,25 @@ class Gemma4MoE(nnx.Module):
     k largest of a softmax over all experts are divided by their sum: the softmax of these k alone.
     """
 
-    def __init__(
-        self,
-        config: Gemma4Config,
-        *,
-        rngs: nnx.Rngs,
-        dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        param_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        implementation: ops.Implementation | None = None,
-    ):
+    def __init__(self, config: Gemma4Config, options: ModuleOptions):
         """Builds the experts and their router with random weights.
 
         Args:
             config: of the whole model.
-            rngs: stream `params` draws the weights.
-            dtype: of activations.
-            param_dtype: of the weights.
-            implementation: see `ops.grouped_matmul`.
+            options: of the model.
         """
-        embed, experts, width = config.hidden_size, config.num_experts, config.moe_intermediate_size
+        embed, experts = {"embed": config.hidden_size}, {"experts": config.num_experts}
+        width = {"expert_mlp": config.moe_intermediate_size}
         self.top_k = config.top_k_experts
         self.eps = config.rms_norm_eps
-        self.dtype = jnp.dtype(dtype)
-        self.implementation = implementation
+        self.router_scale = options.scale(embed)
         # The router's input has norm 1, not sqrt(E).
-        router_init = nnx.initializers.normal(1.0)
-        gate_up_init = nnx.initializers.lecun_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
-        down_init = nnx.initializers.lecun_uniform(in_axis=1, out_axis=2, batch_axis=0)
-        gate_up_shape, down_shape = (experts, embed, 2, width), (experts, width, embed)
-        self.router_scale = nnx.Param(jnp.ones(embed, param_dtype))
-        self.router_proj = nnx.Param(router_init(rngs.params(), (embed, experts), param_dtype))
-        self.per_expert_scale = nnx.Param(jnp.ones(experts, param_dtype))
-        self.gate_up_proj = nnx.Param(gate_up_init(rngs.params(), gate_up_shape, param_dtype))
-        self.down_proj = nnx.Param(down_init(rngs.params(), down_shape, param_dtype))
+        init = nnx.initializers.normal(1.0)
+        # What is rounded here does not change a number, it changes the expert.
+        self.router_proj = Linear(embed, experts, options.in_float32(), init=init)
+        self.per_expert_scale = options.scale(experts)
+        self.gate_up_proj = GatedGroupedLinear(experts, embed, width, options)
+        self.down_proj = GroupedLinear(experts, width, embed, options)
 
     def __call__(self, x: Float[Array, "B T E"], h: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """The experts' answer for every token.
@@ -77,39 +64,33 @@ class Gemma4MoE(nnx.Module):
             x: [B, T, E], the residual stream, which chooses the experts.
             h: [B, T, E], its norm, which they work on; cast to `dtype`.
         """
-        weights, experts = self.route(x.reshape(-1, x.shape[-1]))
+        with jax.named_scope("router"):
+            weights, experts = self.route(x.reshape(-1, x.shape[-1]))
+        with jax.named_scope("experts"):
+            return self._mixture(h.reshape(-1, h.shape[-1]), weights, experts).reshape(h.shape)
+
+    def route(self, x: Float[Array, "M E"]) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
+        """(weights, experts) of every token: float32 and int32 [M, k], the best expert first."""
+        x = rms_norm(x.astype(jnp.float32), self.router_scale[...], eps=self.eps)
+        # XLA would round both to TF32 for a GPU's tensor cores.
+        scores = self.router_proj.float32(
+            x / math.sqrt(x.shape[-1]), precision=jax.lax.Precision.HIGHEST
+        )
+        scores, experts = jax.lax.top_k(scores, self.top_k)
+        scale = self.per_expert_scale[...].astype(jnp.float32)[experts]
+        return jax.nn.softmax(scores, axis=-1) * scale, experts
+
+    def _mixture(self, h, weights, experts):
+        """Weighted sums [M, E] of the experts' answers to h [M, E]."""
         # Rows sorted by expert: those of one expert are one matmul. Row i is token order[i] // k's.
         order, place = _sort(experts.ravel())
         of_expert = experts.reshape(-1, 1) == jnp.arange(self.per_expert_scale.shape[0])
         group_sizes = jnp.sum(of_expert, axis=0, dtype=jnp.int32)
-        gated = ops.grouped_gated_matmul(
-            h.reshape(-1, h.shape[-1]).astype(self.dtype),
-            self.gate_up_proj[...].astype(self.dtype),
-            group_sizes,
-            order // self.top_k,
-            implementation=self.implementation,
-        )
-        rows = ops.grouped_matmul(
-            gated,
-            self.down_proj[...].astype(self.dtype),
-            group_sizes,
-            implementation=self.implementation,
-        )
+        gated = self.gate_up_proj(h, group_sizes, order // self.top_k)
+        rows = self.down_proj(gated, group_sizes)
         # Back in the order of tokens by reading, as scattered sums are in no certain order.
-        rows = rows[place].reshape(*experts.shape, -1).astype(jnp.float32)
-        y = jnp.sum(weights[..., None] * rows, axis=1)
-        return y.astype(self.dtype).reshape(h.shape)
-
-    def route(self, x: Float[Array, "M E"]) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
-        """(weights, experts) of every token: float32 and int32 [M, k], the best expert first."""
-        # All in float32: what is rounded here does not change a number, it changes the expert.
-        x = rms_norm(x.astype(jnp.float32), self.router_scale[...], eps=self.eps)
-        # XLA would round both to TF32 for a GPU's tensor cores.
-        x, proj = x / math.sqrt(x.shape[-1]), self.router_proj[...].astype(jnp.float32)
-        scores = jnp.matmul(x, proj, precision=jax.lax.Precision.HIGHEST)
-        scores, experts = jax.lax.top_k(scores, self.top_k)
-        scale = self.per_expert_scale[...].astype(jnp.float32)[experts]
-        return jax.nn.softmax(scores, axis=-1) * scale, experts
+        y = rows[place].reshape(*experts.shape, -1).astype(jnp.float32)
+        return jnp.sum(weights[..., None] * y, axis=1).astype(rows.dtype)
 
 
 def _sort(experts):

@@ -14,14 +14,14 @@ from g4attn_jax import Contiguous, Gemma4Config
 from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.checkpoint import load_assistant_into, load_hf_into, save_hf
 from g4attn_jax.generation import Generator
-from g4attn_jax.model import Gemma4Assistant, last_caches
-from g4attn_jax.model.embedding import embed
+from g4attn_jax.model import Gemma4Assistant
 from tests.checkpoint.directories import (
     abstract,
     assert_same_bytes,
     read_config,
     read_tensors,
 )
+from tests.everyday import everyday
 
 GOLDEN = Path(__file__).parents[1] / "golden_checkpoint"
 MODELS = ("text", "text-experts", "text-untied", "multimodal", "unified-text", "unified")
@@ -69,6 +69,7 @@ def test_the_fixtures_are_of_both_forms(name):
     )
 
 
+@everyday("text-untied-old", "multimodal-new", "unified-new")
 @pytest.mark.parametrize("form", ["new", "old"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_greedy_tokens(name, form, tmp_path):
@@ -98,6 +99,7 @@ def test_saved_as_the_text_model_it_is_the_same(name, tmp_path):
     assert saved["per_layer_config"] == text["per_layer_config"]
 
 
+@everyday("unified-assistant-new")
 @pytest.mark.parametrize("form", ["new", "old"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_same_drafts(name, form, tmp_path):
@@ -122,15 +124,15 @@ def drafts_of(assistant, target, tokens):
     layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(batch, LENGTH + 1))
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (batch, LENGTH))
     with jax.default_matmul_precision("highest"):
-        hidden, caches = target.hidden(
-            jnp.asarray(tokens[:, :LENGTH]), positions, target.init_caches(layouts), layouts
-        )
-        read, k_norms = last_caches(target, caches)
+        cache = target.init_cache(layouts)
+        step = target.plan(positions, cache)
+        hidden, cache = target.hidden(jnp.asarray(tokens[:, :LENGTH]), step, cache)
+        readable = target.readable(cache)
+        step = assistant.plan(jnp.full((batch, 1), LENGTH), cache)
         token, hidden, drafts = jnp.asarray(tokens[:, LENGTH:]), hidden[:, -1:], []
         for _ in range(DRAFTS):
-            embeddings = embed(target.embed_tokens[...], token)
-            at = jnp.full((batch, 1), LENGTH)
-            logits, hidden = assistant(embeddings, hidden, at, read, layouts, k_norms)
+            embeddings = target.embed_tokens(token)
+            logits, hidden = assistant(embeddings, hidden, step, readable)
             token = jnp.argmax(logits, axis=-1)
             drafts.append(token)
     return np.concatenate(drafts, axis=1)

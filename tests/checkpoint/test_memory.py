@@ -13,6 +13,7 @@ from flax import nnx
 from g4attn_jax.checkpoint import load_hf_into, save_hf
 from g4attn_jax.checkpoint.loading import parameters
 from tests.checkpoint.directories import FIXTURES, abstract, read_config
+from tests.everyday import everyday
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +46,7 @@ def large_config():
     }
 
 
+@everyday()
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured through /proc")
 def test_peak_is_within_a_shard_of_the_model(tmp_path):
     config = large_config()
@@ -72,7 +74,7 @@ folder = FIXTURES / "gemma-4-e4b"
 model = abstract(read_config(folder))
 mesh = jax.make_mesh((2,), ("model",))
 for path, variable in parameters(model).items():
-    axes = (None, "model") if path.endswith("qkv_proj") else ()
+    axes = (None, "model") if path.endswith("qkv_proj.weight") else ()
     variable.set_value(jax.ShapeDtypeStruct(
         variable.shape, variable.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes))
     ))
@@ -81,7 +83,7 @@ for path, variable in parameters(model).items():
     value = variable[...]
     assert len(value.devices()) == 2, path
     parts = value.addressable_shards
-    if path.endswith("qkv_proj"):
+    if path.endswith("qkv_proj.weight"):
         assert parts[0].data.shape[1] * 2 == value.shape[1], path
     else:
         assert parts[0].data.shape == value.shape, path
@@ -89,6 +91,7 @@ print(sum(float(variable[...].astype("float32").sum()) for variable in parameter
 """
 
 
+@everyday()
 def test_parameters_go_where_the_model_wants_them():
     output = run("-c", SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     folder = FIXTURES / "gemma-4-e4b"

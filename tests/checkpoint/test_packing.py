@@ -9,19 +9,25 @@ from g4attn_jax.checkpoint.packing import Packed
 K, G, D, E = 2, 3, 4, 5
 CASES = {
     "qkv": (
-        Packed("EKGD", {"q": "KGD,E", "k": "KGD,E", "v": "KGD,E"}, "G", (G, 1, 1)),
+        Packed(
+            {"q": "k g d, e", "k": "k g d, e", "v": "k g d, e"}, "g", (G, 1, 1), axes=tuple("ekgd")
+        ),
         (E, K, G + 2, D),
         {"q": (K * G * D, E), "k": (K * D, E), "v": (K * D, E)},
     ),
     "of two at once": (
-        Packed("EKGD", {"q": "KG,E,D", "kv": "G,K,E,D"}, "G", (G, 2)),
+        Packed({"q": "k g, e, d", "kv": "g, k, e, d"}, "g", (G, 2), axes=tuple("ekgd")),
         (E, K, G + 2, D),
         {"q": (K * G, E, D), "kv": (2, K, E, D)},
     ),
-    "in an axis that is last": (Packed("EC", {"a": "C,E", "b": "C,E"}, "C", (1, 2)), (E, 3), None),
-    "transposed": (Packed("XED", {"w": "X,D,E"}), (7, E, D), {"w": (7, D, E)}),
-    "as it is": (Packed("ED", {"w": "E,D"}), (E, D), {"w": (E, D)}),
-    "scalar": (Packed("", {"w": "1"}), (), {"w": (1,)}),
+    "in an axis that is last": (
+        Packed({"a": "c, e", "b": "c, e"}, "c", (1, 2), axes=tuple("ec")),
+        (E, 3),
+        None,
+    ),
+    "transposed": (Packed({"w": "x, d, e"}, axes=tuple("xed")), (7, E, D), {"w": (7, D, E)}),
+    "as it is": (Packed({"w": "e, d"}), (E, D), {"w": (E, D)}),
+    "scalar": (Packed({"w": "1"}), (), {"w": (1,)}),
 }
 
 
@@ -47,7 +53,7 @@ def test_order_of_rows():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_casts_on_the_device(dtype):
-    packed = Packed("E", {"w": "E"})
+    packed = Packed({"w": "e"})
     value = np.linspace(-3, 3, E, dtype=np.float32)
     assert (packed.pack([value], (E,), dtype) == value.astype(dtype)).all()
 
@@ -58,7 +64,7 @@ def test_the_parameter_is_a_copy():
     buffer = np.zeros(1024 + 16, np.float32)
     start = -buffer.ctypes.data % 64 // 4
     tensor = buffer[start : start + 1024]
-    parameter = Packed("E", {"w": "E"}).pack([jax.device_put(tensor)], (1024,), jnp.float32)
+    parameter = Packed({"w": "e"}).pack([jax.device_put(tensor)], (1024,), jnp.float32)
     tensor[:] = 1
     assert not parameter.any()
 
@@ -67,8 +73,8 @@ def test_layers_of_one_shape_share_a_program():
     packing._compiled_pack.cache_clear()
     tensor = np.zeros((D, E), np.float32)
     for layer in range(3):
-        row = Packed("ED", {"w": "D,E"}).under(f"layers.{layer}.")
+        row = Packed({"w": "d, e"}, axes=("e", "d")).under(f"layers.{layer}.")
         row.pack([tensor], (E, D), jnp.float32)
     assert packing._compiled_pack.cache_info().currsize == 1
-    (program,) = [packing._compiled_pack("ED", "", ("D,E",), None)]
+    (program,) = [packing._compiled_pack(("e", "d"), "", ("d, e",), None)]
     assert program._cache_size() == 1

@@ -21,6 +21,7 @@ from tests.checkpoint.directories import (
     read_tensors,
     write,
 )
+from tests.everyday import everyday
 
 DENSE, K_EQ_V, EXPERTS = "gemma-4-e4b", "gemma-4-31b", "gemma-4-26b-a4b"
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -83,7 +84,7 @@ def test_numbers_that_say_nothing_are_skipped(tensor, value, heading, tmp_path):
     assert_same(model, load_hf_into(FIXTURES / DENSE, abstract(read_config(FIXTURES / DENSE)))[0])
     with pytest.raises(CheckpointError, match=rf"^{re.escape(tensor)} is not .* throughout; acce"):
         loaded(tmp_path / "other", DENSE, {tensor: np.asarray(2 * value)})
-    with pytest.raises(CheckpointError, match=rf"^{re.escape(tensor)} has dtype I8; accepted"):
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(tensor)} has dtype I8"):
         loaded(tmp_path / "integer", DENSE, {tensor: value.astype(np.int8)})
 
 
@@ -173,8 +174,8 @@ def test_experts_that_are_not_all_there(tmp_path):
     for changes, message in (
         ({name: None}, f"lacks {name}"),
         ({name.replace(".3.", ".16."): single[name]}, r"has .*\.16\..*; num_experts is 16"),
-        ({name: single[name][1:]}, rf"{name} has shape \(23, 32\); this model needs \(24, 32\)"),
-        ({name: single[name].astype(np.int8)}, "experts.gate_up_proj has dtype I8; accepted"),
+        ({name: single[name][1:]}, rf"{name} has shape \(23, 32\)"),
+        ({name: single[name].astype(np.int8)}, "experts.gate_up_proj has dtype I8"),
     ):
         given = {n: t for n, t in (single | changes).items() if t is not None}
         with pytest.raises(CheckpointError, match=message):
@@ -244,9 +245,11 @@ def other_head(name=DENSE):
 def logits_of(model):
     layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(1, 4))
     tokens, positions = jnp.array([[5, 7, 9]]), jnp.arange(3)[None]
-    return model(tokens, positions, model.init_caches(layouts), layouts)[0]
+    cache = model.init_cache(layouts)
+    return model(tokens, model.plan(positions, cache), cache)[0]
 
 
+@everyday()
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_of_its_own_is_used_and_saved(tied, tmp_path):
     """Whatever the config says, as by transformers."""
@@ -297,11 +300,9 @@ def test_heads_that_do_not_fit(tmp_path):
     untied = {"tie_word_embeddings": False}
     with pytest.raises(CheckpointError, match=r"^the checkpoint lacks lm_head\.weight"):
         loaded(tmp_path / "lacks", DENSE, config=untied)
-    with pytest.raises(
-        CheckpointError, match=r"^lm_head\.weight has shape \(127, 48\); this model"
-    ):
+    with pytest.raises(CheckpointError, match=r"^lm_head\.weight has shape \(127, 48\)"):
         loaded(tmp_path / "shape", DENSE, {HEAD: other_head()[1:]})
-    with pytest.raises(CheckpointError, match=r"^lm_head\.weight has dtype I8; accepted"):
+    with pytest.raises(CheckpointError, match=r"^lm_head\.weight has dtype I8"):
         loaded(tmp_path / "dtype", DENSE, {HEAD: other_head().astype(np.int8)})
 
 
@@ -314,16 +315,17 @@ def test_a_head_of_its_own_is_trained(tmp_path):
 
     before = loss(model)
     gradients = nnx.grad(loss)(model)
-    assert np.abs(gradients["lm_head"][...].astype(np.float32)).max() > 1e-3
-    assert not np.any(gradients["embed_tokens"][...])
-    model.lm_head.set_value(model.lm_head[...] - gradients["lm_head"][...])
+    of_head = gradients["lm_head"]["weight"][...]
+    assert np.abs(of_head.astype(np.float32)).max() > 1e-3
+    assert not np.any(gradients["embed_tokens"]["weight"][...])
+    model.lm_head.weight[...] -= of_head
     assert loss(model) < before
 
 
 def test_a_tied_head_has_no_parameter():
     config = read_config(FIXTURES / DENSE)
-    assert "lm_head" not in parameters(abstract(config))
+    assert "lm_head.weight" not in parameters(abstract(config))
     untied = abstract(config | {"tie_word_embeddings": False})
-    assert parameters(untied)["lm_head"].get_value().shape == (128, 48)
+    assert parameters(untied)["lm_head.weight"].get_value().shape == (128, 48)
     replaced = dataclasses.replace(untied.config, tie_word_embeddings=True)
     assert replaced == abstract(config).config

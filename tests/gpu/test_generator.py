@@ -82,7 +82,8 @@ def logits_by_xla(name):
 
         def run(params, tokens):
             model = nnx.merge(graph, params)
-            return model(tokens, positions, model.init_caches(layouts), layouts)[0]
+            cache = model.init_cache(layouts)
+            return model(tokens, model.plan(positions, cache), cache)[0]
 
         return jax.jit(run)
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from g4attn_jax import Gemma4Config, ops, oracle
-from g4attn_jax.model import Gemma4MoE
+from g4attn_jax import Gemma4Config, ops
+from g4attn_jax.model import Gemma4MoE, ModuleOptions
+from g4attn_jax.testing import oracle
 
 pytestmark = pytest.mark.gpu("grouped_matmul", "grouped_gated_matmul")
 
@@ -77,10 +78,8 @@ def test_the_module(tokens):
     x, h = jax.random.normal(jax.random.key(0), (2, tokens, 1, EMBED), jnp.bfloat16)
 
     def run(implementation, dtype):
-        moe = Gemma4MoE(
-            config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, implementation=implementation
-        )
-        bf16 = Gemma4MoE(config, rngs=nnx.Rngs(0))
+        moe = Gemma4MoE(config, ModuleOptions(nnx.Rngs(0), dtype, dtype, implementation))
+        bf16 = Gemma4MoE(config, ModuleOptions(nnx.Rngs(0)))
         nnx.update(moe, jax.tree.map(lambda w: w.astype(dtype), nnx.state(bf16)))
         graph, params = nnx.split(moe)
         with jax.default_matmul_precision("highest"):
