@@ -332,9 +332,9 @@ def test_model_bytes_of_a_model_with_shared_layers():
 
 
 def test_negative_numbers_of_tokens_are_refused():
-    with pytest.raises(ValueError, match="tokens is -1; accepted: 0 or more"):
+    with pytest.raises(ValueError, match="tokens is -1; accepted: "):
         model_bytes(GEMMA_31B, -1)
-    with pytest.raises(ValueError, match="ring_capacity is -64; accepted: 0 or more"):
+    with pytest.raises(ValueError, match="ring_capacity is -64; accepted: "):
         model_bytes(GEMMA_31B, 1, ring_capacity=-64)
     assert model_bytes(GEMMA_31B, 0) == 0
 
