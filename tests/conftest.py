@@ -5,7 +5,8 @@ import jax
 import pytest
 
 from g4attn_jax.ops.gpu import gpu_refusal
-from tests import gpu_target  # noqa: F401  (before JAX looks for devices)
+from g4attn_jax.testing import gpu_target  # noqa: F401  (before JAX looks for devices)
+from tests.everyday import in_share, is_everyday, unknown_words
 
 # XLA has as many threads as devices, and JAX's interpreter of Mosaic GPU needs one for each
 # warpgroup of a cluster: with less they wait for each other for ever.
@@ -13,10 +14,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_addoption(parser):
+    parser.addoption("--whole", action="store_true", help="all tests, not those of every day alone")
     parser.addoption(
-        "--first-cases",
-        action="store_true",
-        help="of each test, implementation and described GPU the first case alone; none on a GPU",
+        "--share",
+        metavar="SEED/PARTS",
+        help="with those of every day one of so many parts of the others: another for another seed",
     )
     parser.addoption("--gpu-ops", help="only GPU tests, and those of these ops: names and commas")
     parser.addoption(
@@ -26,13 +28,44 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz-seed", type=int, help="of the fuzz tests; None: another every time")
 
 
+def pytest_configure(config):
+    """Compile without most of XLA's optimisations: a third of the time of every day."""
+    if not _takes_all(config):
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of processes of tests
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+def _takes_all(config):
+    """Whether nothing is left out: demanded, or tests are named, or GPU tests are chosen."""
+    named = any("::" in name or "tests/gpu" in name for name in config.args)
+    return config.option.whole or "gpu" in config.option.markexpr or named
+
+
+def pytest_ignore_collect(collection_path, config):
+    """GPU tests are neither imported nor skipped one by one where none was asked for."""
+    in_gpu = collection_path.name == "gpu" and collection_path.parent.name == "tests"
+    return True if in_gpu and not _takes_all(config) else None
+
+
+def pytest_report_header(config):
+    if _takes_all(config):
+        return None
+    share = config.option.share
+    of_others = f", and of the others --share {share}" if share else "; all with --whole"
+    return "tests of every day" + of_others
+
+
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("first_cases"):
-        first = {}
-        for item in items:
-            if "gpu" not in item.keywords:
-                first.setdefault(_test_of(item), item)
-        _choose(config, items, set(first.values()))
+    unknown = unknown_words(items)
+    if unknown and not any("::" in name for name in config.args):
+        raise pytest.UsageError("\n".join(unknown))
+    if not _takes_all(config):
+        share = config.option.share
+        on_cpu = [item for item in items if "gpu" not in item.keywords]
+        chosen = {
+            item for item in on_cpu if is_everyday(item) or (share and in_share(item.nodeid, share))
+        }
+        _choose(config, items, chosen)
     ops = config.getoption("gpu_ops")
     if ops is not None:
         _choose(config, items, {i for i in items if _ops_of(i) & set(ops.split(","))})
@@ -69,12 +102,6 @@ def _choose(config, items, chosen):
 def _ops_of(item):
     """The ops whose kernels a GPU test is evidence for."""
     return {op for marker in item.iter_markers("gpu") for op in marker.args}
-
-
-def _test_of(item):
-    """The test that an item is a case of, for its implementation and the GPU it compiles for."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    return item.nodeid.split("[")[0], str(params.get("implementation")), str(params.get("gpu"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,6 +16,7 @@ from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import CompactKVCache, KVCache, ReadableCache
 from g4attn_jax.checkpoint import CheckpointError, load_assistant_into, load_hf_into
 from g4attn_jax.model import Gemma4Assistant, ModelCache, split_weights
+from tests.everyday import everyday
 from tests.test_model import page_tables_of
 
 GOLDEN = Path(__file__).parent / "golden_assistant"
@@ -183,6 +184,7 @@ def assert_golden(drafted, golden):
     np.testing.assert_array_equal(tokens, golden["tokens"])
 
 
+@everyday("31b-paged-CompactKVCache", "31b-ring-KVCache")
 @pytest.mark.parametrize(("name", "kind", "form"), CACHES)
 def test_drafts_are_those_of_hugging_face(name, kind, form):
     golden = assistant_of(name)[1]
@@ -243,7 +245,7 @@ def test_the_caches_are_only_read():
         ({"embeddings": jnp.zeros((2, 1, 24))}, r"embeddings .* \[B, T, 64\]"),
         ({"hidden": jnp.zeros((2, 1, 64), int)}, "hidden .* int32; accepted: floating"),
         ({"hidden": jnp.zeros((2, 2, 64))}, r"hidden .* \(2, 2, 64\) .* \(2, 1, 64\)"),
-        ({"step": {}}, "step is a dict; accepted: Step"),
+        ({"step": {}}, "step is a dict"),
         ({"readable": {}}, "readable lacks full_attention, sliding_attention"),
     ],
 )
@@ -367,10 +369,10 @@ def test_targets():
     target = json.loads((TARGETS / "gemma-4-e4b" / "config.json").read_text())
     config.check_target(Gemma4Config.from_hf(target))
     for changes, message in (
-        ({"hidden_size": 64}, "backbone_hidden_size is 48; the target has hidden_size 64"),
-        ({"vocab_size": 256}, "vocab_size is 128; the target has 256"),
+        ({"hidden_size": 64}, "backbone_hidden_size is 48"),
+        ({"vocab_size": 256}, "vocab_size is 128"),
         ({"sliding_window": 16}, "sliding_window of sliding_attention layers is 8; .* has 16"),
-        ({"global_head_dim": 64}, "head_dim of full_attention layers is 32; the target has 64"),
+        ({"global_head_dim": 64}, "head_dim of full_attention layers is 32"),
     ):
         with pytest.raises(ValueError, match=message):
             config.check_target(Gemma4Config.from_hf(target | changes))
@@ -403,18 +405,18 @@ ORDERING = "masked_embedding.token_ordering"
         ({"post_projection.bias": np.zeros(48, np.float32)}, "the checkpoint has post_proj.*bias"),
         (
             {"masked_embedding.centroids.weight": np.zeros((24, 16), np.float32)},
-            r"centroids.weight has shape \(24, 16\); this model needs \(16, 24\)",
+            r"centroids.weight has shape \(24, 16\)",
         ),
         ({ORDERING: None}, f"the checkpoint lacks {ORDERING}"),
-        ({ORDERING: np.arange(64)}, rf"{ORDERING} has shape \(64,\); this model needs \(128,\)"),
-        ({ORDERING: np.arange(128, dtype=np.float32)}, f"{ORDERING} has dtype F32; accepted: int"),
+        ({ORDERING: np.arange(64)}, rf"{ORDERING} has shape \(64,\)"),
+        ({ORDERING: np.arange(128, dtype=np.float32)}, f"{ORDERING} has dtype F32"),
         (
             {ORDERING: np.zeros(128, np.int64)},
             f"{ORDERING} does not have every token from 0 to 127",
         ),
         (
             {"model.norm.weight": np.zeros(24, np.int32)},
-            "model.norm.weight has dtype I32; accepted: bfloat16, float16 and float32",
+            "model.norm.weight has dtype I32",
         ),
     ],
 )

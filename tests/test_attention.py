@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, oracle
+from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache, ReadableCache, zeros
 from g4attn_jax.layout import Contiguous, plan_step
+from g4attn_jax.testing import oracle
+from tests.everyday import everyday
 
 # Small, with everything: a window shorter than the sequences, K = V in one model, a shared tail in
 # the other, G of 2 to 4.
@@ -113,6 +115,7 @@ def expected(config, layer, x):
     return oracle.attention(attention.spec, weights_of(attention), x, kv)[0]
 
 
+@everyday("triton_interpret-QK_ONLY-1", "None-QKV_FULL-0")
 @on_every_layer
 @pytest.mark.parametrize("implementation", [None, "triton_interpret"])
 def test_prefill_against_float64(config, layer, implementation):
@@ -123,6 +126,7 @@ def test_prefill_against_float64(config, layer, implementation):
     assert cache.v.shape[:2] == (B, T)
 
 
+@everyday("chunks2-QK_ONLY-1", "chunks0-QKV_FULL-1", "chunks0-Q_ONLY-2")
 @on_every_layer
 @pytest.mark.parametrize("chunks", [[1] * T, [9, 4, 1, 1, 6], [17, 4], [3, 18]])
 def test_chunks_and_decode_steps_against_float64(config, layer, chunks):
@@ -139,6 +143,7 @@ def test_chunks_and_decode_steps_against_float64(config, layer, chunks):
     np.testing.assert_allclose(jnp.concatenate(ys, 1), expected(config, layer, x), atol=1e-5)
 
 
+@everyday("QK_ONLY-1")
 @on_every_layer
 def test_sequences_of_unequal_length(config, layer):
     """Prompts padded to one length, then decode: each as if it were alone and unpadded."""
@@ -160,6 +165,7 @@ def test_sequences_of_unequal_length(config, layer):
             np.testing.assert_allclose(y[b, 0], exact[b, at[b, 0]], atol=1e-5)
 
 
+@everyday("QK_ONLY-1")
 @on_every_layer
 def test_a_sequence_does_not_depend_on_its_batch(config, layer):
     attention = layer_of(config, layer)
@@ -193,6 +199,7 @@ def test_no_cache_is_an_empty_one_for_these_tokens():
     chex.assert_trees_all_equal(attention(x, positions_to(T)), given)
 
 
+@everyday("QK_ONLY-1")
 @on_every_layer
 def test_every_gradient_against_the_oracle(config, layer):
     """Along a random direction of each weight and x: the oracle's central difference, float64."""
@@ -229,6 +236,7 @@ def test_every_gradient_against_the_oracle(config, layer):
         assert slope == pytest.approx((ahead - behind) / (2 * step), rel=1e-3, abs=1e-3), name
 
 
+@everyday("bfloat16-QK_ONLY-1", "float32-QKV_FULL-0")
 @on_every_layer
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_a_donated_decode_step_updates_the_cache_in_place(config, layer, dtype):
@@ -321,6 +329,7 @@ class TestCompactForm:
         np.testing.assert_allclose(compact, separate, atol=2e-5)
         np.testing.assert_allclose(compact, exact, atol=2e-5)
 
+    @everyday()
     def test_bfloat16_errors_side_by_side(self):
         (separate, compact), exact = self.outputs(jnp.bfloat16)
         errors = [np.asarray(y).astype(np.float64) - exact for y in (separate, compact)]
@@ -357,10 +366,10 @@ def test_positions_past_the_capacity():
     x = hidden(K_EQ_V, 2)
     cache = attention.init_cache(Contiguous(B, 4))
     for positions, given in (([3, 4], 4), ([0, 99], 99)):
-        message = f"positions has {given}, for which sequence 0 has no slot; accepted: .* 0 to 3"
+        message = f"positions has {given}, for which sequence 0 has no slot"
         with pytest.raises(ValueError, match=message):
             attention(x, jnp.array([positions] * B), cache)
-    with pytest.raises(ValueError, match=r"positions has -2; accepted: -1 .* and 0 or more"):
+    with pytest.raises(ValueError, match=r"positions has -2"):
         attention(x, jnp.array([[0, -2]] * B), cache)
     with pytest.raises(ValueError, match=r"has 3 in sequence 1 and 3 in sequence 1, .* same slot"):
         attention(x, jnp.array([[0, 1], [3, 3]]), cache)
@@ -412,15 +421,15 @@ class TestBadInput:
         [
             ({"x": jnp.zeros((B, 3, 47))}, r"x has shape \(2, 3, 47\) .* \[B, T, 48\]"),
             ({"x": jnp.zeros((B, 48))}, r"x has shape \(2, 48\)"),
-            ({"x": jnp.zeros((B, 3, 48), int)}, "x has .* int32; accepted: floating"),
+            ({"x": jnp.zeros((B, 3, 48), int)}, "x has .* int32"),
             ({"positions": jnp.arange(3)}, r"positions has shape \(3,\); .* must be \(2, 3\)"),
-            ({"positions": jnp.zeros((B, 3))}, "positions has dtype float32; accepted: a signed"),
-            ({"cache": (1, 2)}, "cache is a tuple; accepted: KVCache or CompactKVCache"),
+            ({"positions": jnp.zeros((B, 3))}, "positions has dtype float32"),
+            ({"cache": (1, 2)}, "cache is a tuple"),
             (
                 {"cache": kv_cache(B, 8, 2, 32)},
-                r"cache.k has shape \(2, 8, 2, 32\); accepted: \[num_pages, page_size, 1, 32\]",
+                r"cache.k has shape \(2, 8, 2, 32\)",
             ),
-            ({"cache": kv_cache(3, 8, 1, 32)}, r"cache.v has shape .*; with this layout .* \[2, 8"),
+            ({"cache": kv_cache(3, 8, 1, 32)}, r"cache.v has shape"),
             ({"cache": kv_cache(B, 8, 1, 32, dtype=jnp.int8)}, "cache.k is .* of dtype int8; acc"),
             ({"cache": kv_cache(B, 8, 1, 32, dtype=FLOAT8)}, "together with cache.scale"),
             (
@@ -429,7 +438,7 @@ class TestBadInput:
             ),
             (
                 {"cache": KVCache(None, None)},
-                "cache.k is a NoneType of dtype None; accepted: an array",
+                "cache.k is a NoneType of dtype None",
             ),
             (
                 {"x": jnp.zeros((B, 0, 48)), "positions": positions_to(0), "cache": None},
@@ -441,7 +450,7 @@ class TestBadInput:
             ),
             (
                 {"cache": CompactKVCache(jnp.zeros((B, 8, 1, 32)), jnp.zeros((B, 8, 1, 32)))},
-                r"cache.k_rot has shape \(2, 8, 1, 32\); accepted: .* 1, 8\]",
+                r"cache.k_rot has shape \(2, 8, 1, 32\)",
             ),
             (
                 {"cache": ReadableCache(kv_cache(B, 8, 1, 32), jnp.ones(32))},
@@ -477,22 +486,20 @@ class TestBadInput:
             attention.init_cache(Contiguous(1, 8))
 
     def test_caches_that_a_layer_cannot_have(self):
-        with pytest.raises(ValueError, match="capacity is 0; accepted: an integer of 1 or more"):
+        with pytest.raises(ValueError, match="capacity is 0"):
             Contiguous(1, 0)
-        with pytest.raises(ValueError, match="dtype is bfloat16; accepted: float32 or float8"):
+        with pytest.raises(ValueError, match="dtype is bfloat16"):
             self.attention.init_cache(Contiguous(1, 8), dtype=jnp.bfloat16)
         with pytest.raises(ValueError, match=r"CompactKVCache .* QKV_FULL layers have none such"):
             layer_of(K_EQ_V, 0).init_cache(Contiguous(1, 8), CompactKVCache)
 
     def test_dtypes(self):
         for name in ("dtype", "param_dtype"):
-            with pytest.raises(
-                ValueError, match=f"{name} has dtype .*; accepted: bfloat16, float16"
-            ):
+            with pytest.raises(ValueError, match=f"{name} has dtype .*"):
                 Gemma4Attention(K_EQ_V, 0, rngs=nnx.Rngs(0), **{name: jnp.int32})
 
     def test_implementation(self):
-        with pytest.raises(ValueError, match="implementation is 'gpu'; accepted"):
+        with pytest.raises(ValueError, match="implementation is 'gpu'"):
             Gemma4Attention(K_EQ_V, 0, rngs=nnx.Rngs(0), implementation="gpu")
         if jax.default_backend() != "gpu":
             with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
@@ -566,7 +573,7 @@ class TestLoadHf:
                 {"k_proj.weight": np.ones((48, 32))},
                 r"k_proj.weight has shape \(48, 32\); accept",
             ),
-            (1, {"k_norm.weight": np.ones(32, int)}, "k_norm.weight has dtype int.*; accepted"),
+            (1, {"k_norm.weight": np.ones(32, int)}, "k_norm.weight has dtype int.*"),
             (1, {"k_norm.weight": [1.0] * 32}, "k_norm.weight is a list that cannot be read"),
         ],
     )
@@ -584,6 +591,7 @@ class TestLoadHf:
         with pytest.raises(ValueError, match=r"has k_norm.weight; layer 3 \(Q_ONLY\) has no such"):
             self.new(KV_SHARED, 3).load_hf(state)
 
+    @everyday()
     def test_torch_tensors(self):
         torch = pytest.importorskip("torch")
         state = self.state_dict(K_EQ_V, 1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from g4attn_jax import Gemma4Config, ProjectionMode, oracle
+from g4attn_jax import Gemma4Config, ProjectionMode
 from g4attn_jax.cache import (
     FLOAT8,
     CompactKVCache,
@@ -20,6 +20,8 @@ from g4attn_jax.cache import (
 )
 from g4attn_jax.layout import Ring
 from g4attn_jax.rope import apply_rope
+from g4attn_jax.testing import oracle
+from tests.everyday import everyday
 from tests.test_attention import K_EQ_V, KV_SHARED
 
 PAGES, PAGE, N, D, R = 3, 4, 2, 16, 8
@@ -56,6 +58,7 @@ def band(k):
     return np.concatenate([k[..., : R // 2], k[..., D // 2 : D // 2 + R // 2]], axis=-1)
 
 
+@everyday("slots0-float8_e4m3fn", "slots0-bfloat16")
 @on_both_forms
 @pytest.mark.parametrize("jit", [False, True])
 @on_every_dtype
@@ -194,6 +197,7 @@ def heads_of_all_kinds(dim, k_norm):
     return np.concatenate([*kinds, balanced, -balanced]) * 1e3
 
 
+@everyday("False-64", "True-256")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("dim", [64, 256, 512])
 @pytest.mark.parametrize("equal_scales", [False, True])
@@ -332,9 +336,9 @@ def test_model_bytes_of_a_model_with_shared_layers():
 
 
 def test_negative_numbers_of_tokens_are_refused():
-    with pytest.raises(ValueError, match="tokens is -1; accepted: "):
+    with pytest.raises(ValueError, match="tokens is -1"):
         model_bytes(GEMMA_31B, -1)
-    with pytest.raises(ValueError, match="ring_capacity is -64; accepted: "):
+    with pytest.raises(ValueError, match="ring_capacity is -64"):
         model_bytes(GEMMA_31B, 1, ring_capacity=-64)
     assert model_bytes(GEMMA_31B, 0) == 0
 
@@ -382,9 +386,9 @@ def test_layers_that_no_compact_cache_is_for(spec, message):
 
 def test_float8_and_its_scale_come_together():
     make = functools.partial(zeros, KVCache, K_EQ_V.attention_spec(1), num_pages=1, page_size=16)
-    with pytest.raises(ValueError, match="dtype is float8_e4m3fn and scale is missing; accepted"):
+    with pytest.raises(ValueError, match="dtype is float8_e4m3fn and scale is missing"):
         make(dtype=FLOAT8)
-    with pytest.raises(ValueError, match="dtype is bfloat16 and scale is given; accepted: a sc"):
+    with pytest.raises(ValueError, match="dtype is bfloat16 and scale is given"):
         make(dtype=jnp.bfloat16, scale=jnp.ones(2))
 
 
@@ -395,7 +399,7 @@ def test_what_is_no_form_is_refused(form):
         lambda: zeros(form, spec, num_pages=1, page_size=16, dtype=jnp.float32),
         lambda: bytes_per_token(spec, form),
     ):
-        with pytest.raises(ValueError, match=r"form is .*; accepted: KVCache, CompactKVCache"):
+        with pytest.raises(ValueError, match=r"form is .*"):
             refused()
 
 

@@ -10,10 +10,17 @@ import pytest
 
 from g4attn_jax.__main__ import main
 from g4attn_jax.cache import CompactKVCache, KVCache
-from g4attn_jax.commands import cases, check, compilation_cache, decode
+from g4attn_jax.commands import check, compilation_cache, decode
 from g4attn_jax.commands.layers import first_of_each_kind
 from g4attn_jax.commands.model_config import load_config
 from g4attn_jax.config import _CONFIGS, Gemma4Config, ProjectionMode
+from g4attn_jax.ops.decode_attention.cases import DecodeAttentionCase
+from g4attn_jax.ops.prefill_attention.cases import PrefillAttentionCase
+from g4attn_jax.ops.q_keqv_rms_norm.cases import QKeqvRmsNormCase
+from g4attn_jax.ops.qkv_norm_rope_write.cases import QkvNormRopeWriteCase
+from g4attn_jax.ops.qkv_rms_norm.cases import QkvRmsNormCase
+from g4attn_jax.testing.case import PUBLISHED_HEADS
+from tests.everyday import everyday
 from tests.test_attention import COMMON
 
 MODES = [mode.name for mode in ProjectionMode]
@@ -43,6 +50,7 @@ def rows_of(output):
     return [line.split() for line in output.splitlines() if line.endswith(("pass", "FAIL"))]
 
 
+@everyday()
 def test_decode_prints_a_row_a_layer_and_form(tiny_config, capsys):
     code = main(
         ["decode", "--config", tiny_config, "--batch", "2", "--prompt-len", "9", "--steps", "4"]
@@ -66,6 +74,7 @@ def test_decode_of_a_shared_layer_runs_its_producer(tiny_config, capsys):
     assert [row[1] for row in rows_of(capsys.readouterr().out)] == ["3", "3"]
 
 
+@everyday()
 def test_decode_fails_where_a_step_is_wrong(tiny_config, capsys, monkeypatch):
     """A step that is 10 % off the float32 reference path must show as a failed layer."""
     original = decode._LayerRun._reference
@@ -86,12 +95,12 @@ def test_defaults_show_all_three_modes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "gemma-5"], "unknown preset 'gemma-5'; accepted: gemma-4-12b"),
+        (["--config", "gemma-5"], "unknown preset 'gemma-5'"),
         (["--config", "nowhere/config.json"], "there is no such file"),
         (["--config", str(_CONFIGS)], f"there is no {_CONFIGS / 'config.json'}"),
         (
             ["--config", "gemma-4-e2b", "--layers", "99"],
-            "layer is 99; this model has layers 0 to 34",
+            "layer is 99",
         ),
         (["--steps", "0"], "must be an integer of 1 or more, not '0'"),
         (["--layers", "a"], "must be layer indices separated by commas, not 'a'"),
@@ -131,33 +140,31 @@ def test_help_says_the_defaults_that_there_are(command, defaults, capsys):
 
 
 def test_check_covers_the_published_sweep():
-    norms = list(cases.norm_sweep())
+    sweep = check.sweep()
+    norms = [case for case in sweep if case.op in ("q_keqv_rms_norm", "qkv_rms_norm")]
     assert len(norms) == len(set(norms)) == 4 * 3 * 2 * 4
     assert {case.head_dim for case in norms} == {128, 256, 512}
     assert {(case.num_q_heads, case.num_kv_heads) for case in norms} == {(32, 16), (16, 8)}
     assert max(case.tokens for case in norms) == 1024
-
-
-def test_check_covers_every_mode_and_form_of_the_prologue():
-    prologues = list(cases.prologue_sweep())
+    prologues = [case for case in sweep if case.op == "qkv_norm_rope_write"]
     assert len(prologues) == len(set(prologues)) == 5 * 3 * 4
     assert len({(case.mode, case.form) for case in prologues}) == 5
-    attentions = list(cases.attention_sweep())
+    attentions = [case for case in sweep if case.op in ("decode_attention", "prefill_attention")]
     assert len(attentions) == len(set(attentions)) == 3 * 2 * 3 * 3
-    assert {case.op.split()[0] for case in attentions} == {"decode_attention", "prefill_attention"}
-    assert set(check.sweep()) == {*prologues, *cases.norm_sweep(), *attentions}
+    assert {*norms, *prologues, *attentions} == set(sweep)
 
 
 @pytest.fixture
 def short_sweep(monkeypatch):
-    norms = [cases.NormCase(mode, 4, 2, 128, 3) for mode in (None, *ProjectionMode)]
+    norms = [QkvRmsNormCase(mode, 4, 2, 128, 3) for mode in ProjectionMode]
+    norms.append(QKeqvRmsNormCase(4, 2, 128, 3))
     prologues = [
-        cases.PrologueCase(ProjectionMode.QK_ONLY, form, 4, 2, 128, 32, 3)
+        QkvNormRopeWriteCase(ProjectionMode.QK_ONLY, form, 4, 2, 128, 32, 3)
         for form in (KVCache, CompactKVCache)
     ]
     attentions = [
-        cases.AttentionCase(form, 4, 2, 128, 32, None, tokens, context=40)
-        for form, tokens in ((KVCache, 1), (CompactKVCache, 17))
+        DecodeAttentionCase(KVCache, 4, 2, 128, 1, (39, 12, -1), 40, rotary_dim=32),
+        PrefillAttentionCase(CompactKVCache, 4, 2, 128, 17, (39, 17, -1), 40, rotary_dim=32),
     ]
     monkeypatch.setattr(check, "sweep", lambda: [*norms, *prologues, *attentions])
 
@@ -181,7 +188,7 @@ def test_check_fails_with_exit_status_1(short_sweep, capsys, monkeypatch):
 
         return run
 
-    for case in (cases.NormCase, cases.PrologueCase, cases.AttentionCase):
+    for case in {type(case) for case in check.sweep()}:
         monkeypatch.setattr(case, "run", slightly_off(case.run))
     assert main(["check"]) == 1
     assert all(row[-1] == "FAIL" for row in rows_of(capsys.readouterr().out))
@@ -280,7 +287,7 @@ def test_a_reader_that_has_gone_ends_a_command():
         "import os, sys\n"
         "from g4attn_jax.commands import check\n"
         "from g4attn_jax.__main__ import main\n"
-        "check.check = lambda all_cases: print('x' * 10**6, flush=True)\n"
+        "check.check = lambda whole_sweep: print('x' * 10**6, flush=True)\n"
         "ours, theirs = os.pipe()\n"
         "os.close(ours)\n"
         "kept = os.dup(1)\n"
@@ -296,18 +303,18 @@ def test_check_takes_a_case_of_every_op_mode_form_and_head_dim():
     assert len(some) == len(set(some)) < 40 and set(some) < set(every)
 
     def kinds(cases):
-        return {(case.op.partition(" window")[0], case.head_dim) for case in cases}
+        return {(case.label.partition(" window")[0], case.head_dim) for case in cases}
 
     assert kinds(some) == kinds(every)
     # Every op at all; heads, windows and tokens that the interpreter takes.
-    assert {case.op for case in some} == {case.op for case in every}
-    assert {(c.num_q_heads, c.num_kv_heads) for c in some} == set(cases.HEADS)
+    assert {case.label for case in some} == {case.label for case in every}
+    assert {(c.num_q_heads, c.num_kv_heads) for c in some} == set(PUBLISHED_HEADS)
     tokens = {case.tokens for case in every if case.tokens <= check.MAX_INTERPRETED_TOKENS}
     assert {case.tokens for case in some} == tokens
 
 
 def test_check_runs_the_whole_sweep_on_demand(monkeypatch, capsys):
-    norms = [cases.NormCase(None, 4, 2, 128, tokens) for tokens in (1, 3)]
+    norms = [QKeqvRmsNormCase(4, 2, 128, tokens) for tokens in (1, 3)]
     monkeypatch.setattr(check, "sweep", lambda: norms)
     assert main(["check"]) == 0
     assert {row[3] for row in rows_of(capsys.readouterr().out)} == {"1"}
@@ -315,6 +322,7 @@ def test_check_runs_the_whole_sweep_on_demand(monkeypatch, capsys):
     assert {row[3] for row in rows_of(capsys.readouterr().out)} == {"1", "3"}
 
 
+@everyday()
 def test_check_draws_a_bar_on_a_terminal(short_sweep, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["check"]) == 0
@@ -323,12 +331,13 @@ def test_check_draws_a_bar_on_a_terminal(short_sweep, monkeypatch, capsys):
     assert error.endswith("\r\033[K")  # the bar is gone where a row or the end is printed
 
 
+@everyday()
 def test_compiled_programs_are_kept_in_the_users_cache(tmp_path):
     code = (
         "import jax, sys\n"
         "from g4attn_jax.commands import check\n"
         "from g4attn_jax.__main__ import main\n"
-        "check.check = lambda all_cases: jax.jit(lambda x: x + 1)(1) == 0\n"
+        "check.check = lambda whole_sweep: jax.jit(lambda x: x + 1)(1) == 0\n"
         "sys.exit(main(['check', *sys.argv[1:]]))"
     )
     home = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}

@@ -1,6 +1,5 @@
 """Compiled for NVIDIA GPUs on a machine without one: kernels compile, launches are counted."""
 
-import functools
 import re
 
 import jax
@@ -11,9 +10,18 @@ from flax import nnx
 
 from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache, bytes_per_token, zeros
-from g4attn_jax.commands.decode import count_launches
 from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
-from tests import gpu_target
+from g4attn_jax.ops.decode_attention.cases import DecodeAttentionCase
+from g4attn_jax.ops.q_keqv_rms_norm.cases import QKeqvRmsNormCase
+from g4attn_jax.ops.qkv_norm_rope.cases import QkvNormRopeCase
+from g4attn_jax.ops.qkv_norm_rope_write import cases as prologue
+from g4attn_jax.ops.qkv_norm_rope_write.cases import QkvNormRopeWriteCase
+from g4attn_jax.ops.qkv_rms_norm.cases import QkvRmsNormCase
+from g4attn_jax.testing import gpu_target
+from g4attn_jax.testing.case import nbytes, struct
+from g4attn_jax.testing.cases import all_cases
+from g4attn_jax.testing.launches import FREE_OPCODES, count_launches, entry_opcodes
+from tests.everyday import everyday, everyday_cases
 
 pytestmark = pytest.mark.skipif(
     gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())
@@ -23,64 +31,68 @@ on_every_gpu = pytest.mark.parametrize("gpu", gpu_target.COMPUTE_CAPABILITIES)
 LAYERS = [("31b", 0), ("31b", 5), ("e2b", 15)]
 
 
-def struct(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype)
+# Names of kernels by op; decode attention may combine splits in a second one.
+KERNELS = {
+    "qkv_rms_norm": "head_norm",
+    "q_keqv_rms_norm": "head_norm",
+    "qkv_norm_rope": "norm_rope",
+    "qkv_norm_rope_write": "norm_rope",
+}
+HAS_PRODUCTS = ("decode_attention", "prefill_attention")
 
 
-def packed(mode, *, tokens, num_kv_heads, group, head_dim, dtype=jnp.bfloat16):
-    return struct(tokens, num_kv_heads, group + mode.num_kv_projections, head_dim, dtype=dtype)
-
-
-def scales(mode, head_dim, dtype=jnp.bfloat16):
-    return [struct(head_dim, dtype=dtype)] * (1 if mode is ProjectionMode.Q_ONLY else 2)
-
-
-# One per launch configuration and kind of buffer, not the product of all.
-KERNELS = [
-    # tokens, Nkv, G, D, activations, scales
-    (1, 4, 8, 512, jnp.bfloat16, jnp.bfloat16),
-    (32, 4, 8, 512, jnp.bfloat16, jnp.float32),
-    (8192, 16, 2, 256, jnp.bfloat16, jnp.bfloat16),
-    (33, 3, 5, 96, jnp.float16, jnp.bfloat16),
-    (257, 1, 7, 320, jnp.float32, jnp.float32),
-    # 2^31 elements and more need 64-bit offsets.
-    (2**17, 4, 8, 512, jnp.bfloat16, jnp.bfloat16),
-]
+def compiled_case(gpu, case):
+    """The op compiled for the case, a cache that it writes being donated."""
+    donated = {"donate_argnums": 6} if case.op == "qkv_norm_rope_write" else {}
+    return gpu_target.compile_for(gpu, lambda *a: case.run(a, "triton"), *case.structs(), **donated)
 
 
 @on_every_gpu
-@pytest.mark.parametrize("mode", ProjectionMode)
-@pytest.mark.parametrize(("tokens", "nkv", "group", "d", "dtype", "scale_dtype"), KERNELS)
-def test_qkv_rms_norm_is_one_launch(gpu, mode, tokens, nkv, group, d, dtype, scale_dtype):
-    qkv = packed(mode, tokens=tokens, num_kv_heads=nkv, group=group, head_dim=d, dtype=dtype)
-    compiled = gpu_target.compile_for(
-        gpu, lambda *a: ops.qkv_rms_norm(*a, mode=mode), qkv, *scales(mode, d, scale_dtype)
-    )
-    assert count_launches(compiled.as_text(), "head_norm") == 1
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
-    assert opcodes["custom-call"] == 1
+@everyday_cases
+@everyday(
+    "9.0",
+    "decode_attention-CompactKVCache-32-4-512-6-131071-131072",
+    "prefill_attention-KVCache-32-16-256-8192-8191-8192-sliding_window=1024",
+)
+@pytest.mark.parametrize("case", all_cases("compile"), ids=str)
+def test_is_one_launch(gpu, case):
+    """Two at most for decode attention. It fits in the shared memory, and nothing is copied."""
+    if gpu == "8.0" and getattr(case, "storage", None) == FLOAT8.name:
+        pytest.skip("has no float8 conversions")
+    compiled = compiled_case(gpu, case)
+    text, opcodes = compiled.as_text(), entry_opcodes(compiled)
+    assert set(opcodes) - FREE_OPCODES == {"custom-call"}
+    kernel = KERNELS.get(case.op, case.label.split()[0])
+    if case.label == "linear_partial_sums":
+        kernel = "linear"
+    assert count_launches(text, kernel) == 1
+    combining = count_launches(text, "combine_splits")
+    assert opcodes["custom-call"] == 1 + combining
+    assert combining <= (case.op == "decode_attention")
+    memory = compiled.memory_analysis()
+    if case.op == "qkv_norm_rope_write":
+        assert memory.alias_size_in_bytes == nbytes(case.structs()[6])
+    if not combining:
+        assert memory.temp_size_in_bytes < 1024
+
+
+@everyday("decode_attention-CompactKVCache-32-4-512-6-8x8191-8192-page_size=64")
+@pytest.mark.parametrize(
+    "case",
+    [c for c in all_cases("bench") if c.op in HAS_PRODUCTS and c.tokens in (6, 2048)],
+    ids=str,
+)
+def test_attention_of_several_tokens_is_on_tensor_cores(case):
+    """Of Hopper; on others of its units the result is as right, many times slower."""
+    ptx = gpu_target.assembly("9.0", lambda *a: case.run(a, "triton"), *case.structs())
+    assert "wgmma.mma_async" in ptx
 
 
 @on_every_gpu
-@pytest.mark.parametrize(("tokens", "nkv", "group", "d", "dtype", "scale_dtype"), KERNELS)
-def test_q_keqv_rms_norm_is_one_launch(gpu, tokens, nkv, group, d, dtype, scale_dtype):
-    compiled = gpu_target.compile_for(
-        gpu,
-        ops.q_keqv_rms_norm,
-        struct(tokens, nkv * group, d, dtype=dtype),
-        struct(tokens, nkv, d, dtype=dtype),
-        *[struct(d, dtype=scale_dtype)] * 2,
-    )
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
-    assert opcodes["custom-call"] == 1
-
-
-@on_every_gpu
+@everyday("9.0")
 @pytest.mark.parametrize("mode", [ProjectionMode.QK_ONLY, ProjectionMode.QKV_FULL])
 def test_scale_offset_and_v_scale_stay_in_the_launch(gpu, mode):
-    qkv = packed(mode, tokens=32, num_kv_heads=4, group=8, head_dim=512)
+    qkv, *_ = QkvRmsNormCase(mode, 32, 4, 512, 32).structs()
     compiled = gpu_target.compile_for(
         gpu,
         lambda *a: ops.qkv_rms_norm(*a, mode=mode, scale_offset=1.0),
@@ -88,89 +100,40 @@ def test_scale_offset_and_v_scale_stay_in_the_launch(gpu, mode):
         *[struct(512)] * 3,
     )
     assert count_launches(compiled.as_text(), "head_norm") == 1
-    assert set(gpu_target.entry_opcodes(compiled)) <= {*gpu_target.FREE_OPCODES, "custom-call"}
+    assert set(entry_opcodes(compiled)) <= {*FREE_OPCODES, "custom-call"}
 
 
 @on_every_gpu
+@everyday("9.0")
 @pytest.mark.parametrize("mode", ProjectionMode)
 def test_vmap_stays_one_launch(gpu, mode):
-    qkv = struct(8, *packed(mode, tokens=4, num_kv_heads=4, group=8, head_dim=512).shape)
+    qkv, *scales = QkvRmsNormCase(mode, 32, 4, 512, 4).structs()
     compiled = gpu_target.compile_for(
         gpu,
         lambda x, *s: jax.vmap(lambda y: ops.qkv_rms_norm(y, *s, mode=mode))(x),
-        qkv,
-        *scales(mode, 512),
+        struct(8, *qkv.shape),
+        *scales,
     )
     assert count_launches(compiled.as_text(), "head_norm") == 1
-    assert set(gpu_target.entry_opcodes(compiled)) <= {*gpu_target.FREE_OPCODES, "custom-call"}
-
-
-def prologue(mode, form, tokens, nkv, group, d, rotary_dim, dtype=jnp.bfloat16):
-    """Arguments of `qkv_norm_rope_write`; dtype is the cache's."""
-    widths = {"k": d, "v": d} if form is KVCache else {"v": d, "k_rot": rotary_dim}
-    arrays = {name: struct(1024, 64, nkv, width, dtype=dtype) for name, width in widths.items()}
-    scale = struct(2, dtype=jnp.float32) if dtype == FLOAT8 else None
-    return [
-        packed(mode, tokens=tokens, num_kv_heads=nkv, group=group, head_dim=d),
-        *[struct(d)] * 2,
-        *[struct(tokens, rotary_dim // 2, dtype=jnp.float32)] * 2,
-        struct(tokens, dtype=jnp.int32),
-        form(**arrays, scale=scale),
-    ]
-
-
-PROLOGUES = [
-    # mode, form, tokens, Nkv, G, D, R
-    (ProjectionMode.QK_ONLY, KVCache, 1, 4, 8, 512, 128),
-    (ProjectionMode.QK_ONLY, CompactKVCache, 8192, 4, 8, 512, 128),
-    (ProjectionMode.QKV_FULL, KVCache, 2048, 16, 2, 256, 256),
-    (ProjectionMode.QKV_FULL, KVCache, 33, 3, 5, 96, 24),
-    (ProjectionMode.Q_ONLY, KVCache, 128, 1, 8, 512, 128),
-    (ProjectionMode.Q_ONLY, CompactKVCache, 5, 1, 8, 512, 128),
-]
+    assert set(entry_opcodes(compiled)) <= {*FREE_OPCODES, "custom-call"}
 
 
 @on_every_gpu
-@pytest.mark.parametrize(("mode", "form", "tokens", "nkv", "group", "d", "rotary_dim"), PROLOGUES)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, FLOAT8])
-def test_qkv_norm_rope_write_is_one_launch(
-    gpu, mode, form, tokens, nkv, group, d, rotary_dim, dtype
-):
-    if dtype == FLOAT8 and gpu == "8.0":
-        pytest.skip("has no float8 conversions")
-    arguments = prologue(mode, form, tokens, nkv, group, d, rotary_dim, dtype)
-    compiled = gpu_target.compile_for(
-        gpu, lambda *a: ops.qkv_norm_rope_write(*a, mode=mode), *arguments, donate_argnums=6
+@everyday(
+    *(
+        f"{mode}-9.0"
+        for mode in ("QK_ONLY-CompactKVCache-32-4-512-128-8", "QKV_FULL-KVCache-32-16-256-256-2048")
     )
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
-    assert opcodes["custom-call"] == count_launches(compiled.as_text(), "norm_rope") == 1
-    memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes == sum(
-        x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[6])
-    )
-    assert memory.temp_size_in_bytes < 1024
-
-
-@on_every_gpu
-@pytest.mark.parametrize("mode", ProjectionMode)
-def test_qkv_norm_rope_is_one_launch(gpu, mode):
-    arguments = prologue(mode, KVCache, 300, 4, 8, 512, 128)[:5]
-    if mode is ProjectionMode.Q_ONLY:
-        arguments[2] = None
-    compiled = gpu_target.compile_for(gpu, lambda *a: ops.qkv_norm_rope(*a, mode=mode), *arguments)
-    assert count_launches(compiled.as_text(), "norm_rope") == 1
-    assert set(gpu_target.entry_opcodes(compiled)) <= {*gpu_target.FREE_OPCODES, "custom-call"}
-
-
-@on_every_gpu
-@pytest.mark.parametrize(("mode", "form", "_", "nkv", "group", "d", "rotary_dim"), PROLOGUES[:5])
-@pytest.mark.parametrize("tokens", [1, 8, 2048])
-def test_nothing_but_the_launch_between_matmul_and_attention(
-    gpu, mode, form, _, nkv, group, d, rotary_dim, tokens
-):
+)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in prologue.CASES if "bench" in c.tags and c.tokens in (1, 8, 2048)],
+    ids=lambda case: case.name.partition("-page_size")[0],
+)
+def test_nothing_but_the_launch_between_matmul_and_attention(gpu, case):
     """The launch reads what the matmul wrote, as it is, and no cache is copied."""
-    qkv, *arguments = prologue(mode, form, tokens, nkv, group, d, rotary_dim)
+    qkv, *arguments = case.structs()
+    tokens, mode = case.tokens, case.mode
     weight = struct(2048, *qkv.shape[1:])
 
     def step(x, weight, *arguments):
@@ -181,7 +144,7 @@ def test_nothing_but_the_launch_between_matmul_and_attention(
         gpu, step, struct(tokens, 2048), weight, *arguments, donate_argnums=7
     )
     assert count_launches(compiled.as_text(), "norm_rope") == 1
-    opcodes = gpu_target.entry_opcodes(compiled)
+    opcodes = entry_opcodes(compiled)
     assert not {"copy", "slice", "transpose", "dynamic-slice", "scatter"} & set(opcodes)
     # Fusions may only be the matmul and its split-K reduction: nothing else has as many elements
     # as the packed buffer.
@@ -203,53 +166,10 @@ def _elements(line):
     return np.prod([int(n) for n in shape.split(",") if n])
 
 
-ATTENTIONS = [
-    # batch, context, Nkv, G, D, form, tokens, q's dtype, the cache's
-    (8, 8192, 4, 8, 512, KVCache, 1, jnp.bfloat16, jnp.bfloat16),
-    (8, 8192, 4, 8, 512, CompactKVCache, 1, jnp.bfloat16, jnp.bfloat16),
-    (1, 131072, 4, 8, 512, CompactKVCache, 6, jnp.bfloat16, jnp.bfloat16),
-    (2, 4096, 1, 16, 512, KVCache, 16, jnp.bfloat16, jnp.bfloat16),
-    (32, 1088, 16, 2, 256, KVCache, 1, jnp.bfloat16, jnp.bfloat16),
-    (1, 1088, 16, 2, 256, KVCache, 6, jnp.bfloat16, jnp.bfloat16),
-    (2, 512, 2, 4, 512, KVCache, 1, jnp.float32, jnp.float32),
-    (2, 512, 2, 4, 512, CompactKVCache, 6, jnp.float32, jnp.float32),
-    (3, 100, 3, 5, 96, KVCache, 3, jnp.float16, jnp.float16),
-    (3, 100, 1, 8, 320, KVCache, 6, jnp.float16, jnp.float16),
-    (3, 100, 1, 8, 320, CompactKVCache, 6, jnp.float16, jnp.float16),
-    (8, 8192, 4, 8, 512, KVCache, 1, jnp.bfloat16, FLOAT8),
-    (8, 8192, 4, 8, 512, CompactKVCache, 6, jnp.bfloat16, FLOAT8),
-]
-
-
-@on_every_gpu
-@pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize(
-    ("batch", "context", "nkv", "group", "d", "form", "tokens", "dtype", "storage"), ATTENTIONS
-)
-def test_decode_attention_is_two_launches(
-    gpu, batch, context, nkv, group, d, form, tokens, dtype, storage, paged
-):
-    """At most, and it fits in the shared memory."""
-    if storage == FLOAT8 and gpu == "8.0":
-        pytest.skip("has no float8 conversions")
-    pages = (4 * batch, 64) if paged else (batch, context)
-    widths = (d, 128) if form is CompactKVCache else (d, d)
-    scale = struct(2, dtype=jnp.float32) if storage == FLOAT8 else None
-    cache = form(*(struct(*pages, nkv, w, dtype=storage) for w in widths), scale)
-    width = d + 128 if form is CompactKVCache else d
-    compiled = gpu_target.compile_for(
-        gpu,
-        ops.decode_attention,
-        struct(batch, tokens, nkv * group, width, dtype=dtype),
-        cache,
-        struct(batch, 4, dtype=jnp.int32) if paged else None,
-        struct(batch, tokens, dtype=jnp.int32),
-    )
-    text = compiled.as_text()
-    assert count_launches(text, "decode_attention") == 1
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
-    assert opcodes["custom-call"] == 1 + count_launches(text, "combine_splits") <= 2
+def name_of(x):
+    if isinstance(x, (Contiguous, Paged, Ring)):
+        x = type(x)
+    return getattr(x, "__name__", str(x))
 
 
 def layouts(spec):
@@ -271,8 +191,9 @@ def decode_cases():
 @pytest.mark.parametrize(
     ("model", "layer", "layout", "form"),
     list(decode_cases()),
-    ids=lambda x: x.__name__ if isinstance(x, type) else type(x).__name__ if "." in repr(x) else x,
+    ids=name_of,
 )
+@everyday("4-31b-5-Contiguous-CompactKVCache", "1-e2b-15-Paged-KVCache")
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_decode_step_of_a_layer(model, layer, layout, form, tokens):
     """One launch of the prologue, two at most of attention; the cache is updated in place."""
@@ -307,44 +228,35 @@ def test_decode_step_of_a_layer(model, layer, layout, form, tokens):
     smallest = min(x.size for x in jax.tree.leaves(cache))
     for line in text[text.index("\nENTRY ") :].splitlines()[2:]:
         written_by = re.search(r" ([\w-]+)\(", line)
-        if written_by and written_by[1] not in {*gpu_target.FREE_OPCODES, "custom-call"}:
+        if written_by and written_by[1] not in {*FREE_OPCODES, "custom-call"}:
             assert _elements(line) < smallest, line
     if spec.mode is not ProjectionMode.Q_ONLY and not isinstance(layout, Paged):
         assert cache_bytes == 8 * layout.capacity * bytes_per_token(spec, form)
 
 
-def export_cases():
-    for mode in ProjectionMode:
-        qkv = packed(mode, tokens=8, num_kv_heads=4, group=8, head_dim=512)
-        yield functools.partial(ops.qkv_rms_norm, mode=mode), (qkv, *scales(mode, 512))
-    for mode, form in (
-        (ProjectionMode.QK_ONLY, CompactKVCache),
-        (ProjectionMode.QKV_FULL, KVCache),
-    ):
-        arguments = prologue(mode, form, 8, 4, 8, 512, 128)
-        yield functools.partial(ops.qkv_norm_rope_write, mode=mode), arguments
-        yield functools.partial(ops.qkv_norm_rope, mode=mode), arguments[:5]
-    for form, width in ((KVCache, 512), (CompactKVCache, 640)):
-        cache = prologue(ProjectionMode.QK_ONLY, form, 8, 4, 8, 512, 128)[6]
-        q, positions = struct(8, 1, 32, width), struct(8, 1, dtype=jnp.int32)
-        # One split, so one kernel, as the other ops have.
-        yield (
-            functools.partial(ops.decode_attention, num_splits=1),
-            (q, cache, struct(8, 128, dtype=jnp.int32), positions),
-        )
-    yield ops.q_keqv_rms_norm, (struct(8, 32, 512), struct(8, 4, 512), struct(512), struct(512))
+EXPORTED = [
+    *(QkvRmsNormCase(mode, 32, 4, 512, 8) for mode in ProjectionMode),
+    QKeqvRmsNormCase(32, 4, 512, 8),
+    QkvNormRopeCase(ProjectionMode.QK_ONLY, 32, 4, 512, 128, 8),
+    QkvNormRopeWriteCase(ProjectionMode.QK_ONLY, CompactKVCache, 32, 4, 512, 128, 8),
+    QkvNormRopeWriteCase(ProjectionMode.QKV_FULL, KVCache, 32, 4, 512, 128, 8),
+    # One split, so one kernel, as the other ops have.
+    DecodeAttentionCase(KVCache, 32, 4, 512, 1, (8191,) * 8, 8192, page_size=64, num_splits=1),
+    DecodeAttentionCase(CompactKVCache, 32, 4, 512, 1, (99,) * 8, 128, page_size=64, num_splits=1),
+]
 
 
-@pytest.mark.parametrize(("op", "arguments"), list(export_cases()))
-def test_export_for_cuda(op, arguments):
+@everyday("qkv_norm_rope_write-QKV_FULL-KVCache-32-4-512-128-8")
+@pytest.mark.parametrize("case", EXPORTED, ids=str)
+def test_export_for_cuda(case):
     """Exported where there is no GPU, the program holds the kernel, with no choice left open."""
     with jax.sharding.use_abstract_mesh(gpu_target.mesh("9.0").abstract_mesh):
         exported = jax.export.export(
-            jax.jit(lambda *a: op(*a)),
+            jax.jit(lambda *a: case.run(a)),
             platforms=["cuda"],
             disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")],
-        )(*arguments)
+        )(*case.structs())
     assert exported.platforms == ("cuda",)
     assert exported.mlir_module().count("__gpu$xla.gpu.triton") == 1
-    outputs = jax.tree.leaves(jax.eval_shape(op, *arguments))
+    outputs = jax.tree.leaves(jax.eval_shape(lambda *a: case.run(a), *case.structs()))
     assert [a.shape for a in exported.out_avals] == [a.shape for a in outputs]

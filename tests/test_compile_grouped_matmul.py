@@ -6,9 +6,10 @@ import pytest
 from flax import nnx
 
 from g4attn_jax import Gemma4Config, ops
-from g4attn_jax.commands.decode import count_launches
 from g4attn_jax.model import Gemma4MoE, ModuleOptions
-from tests import gpu_target
+from g4attn_jax.testing import gpu_target
+from g4attn_jax.testing.launches import FREE_OPCODES, count_launches, entry_opcodes
+from tests.everyday import everyday
 
 pytestmark = pytest.mark.skipif(
     gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())
@@ -16,41 +17,9 @@ pytestmark = pytest.mark.skipif(
 
 on_every_gpu = pytest.mark.parametrize("gpu", gpu_target.COMPUTE_CAPABILITIES)
 
-# One per launch configuration: tokens of 26B-A4B, which take 8 rows each.
-TOKENS = (1, 8, 256, 512, 8192)
-CASES = [
-    *((8 * tokens, 128, 2816, 704, jnp.bfloat16) for tokens in TOKENS),
-    (256, 128, 2816, 704, jnp.float32),
-    (100, 5, 100, 72, jnp.float16),
-    (1, 1, 1, 1, jnp.bfloat16),
-    # 2^31 elements and more need 64-bit offsets.
-    (64, 640, 2816, 704, jnp.bfloat16),
-]
-
 
 def struct(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def sole_launch(gpu, f, *arguments):
-    """Whether the program is one launch of the kernel and nothing else."""
-    compiled = gpu_target.compile_for(gpu, f, *arguments)
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert set(opcodes) - gpu_target.FREE_OPCODES == {"custom-call"}
-    assert compiled.memory_analysis().temp_size_in_bytes < 1024
-    return opcodes["custom-call"] == count_launches(compiled.as_text(), f.__name__) == 1
-
-
-@on_every_gpu
-@pytest.mark.parametrize(("rows", "groups", "embed", "width", "dtype"), CASES)
-def test_is_one_launch(gpu, rows, groups, embed, width, dtype):
-    sizes = struct(groups, dtype=jnp.int32)
-    x, w = struct(rows, width, dtype=dtype), struct(groups, width, embed, dtype=dtype)
-    assert sole_launch(gpu, ops.grouped_matmul, x, w, sizes)
-    x = struct(-(-rows // 8), embed, dtype=dtype)
-    w = struct(groups, embed, 2, width, dtype=dtype)
-    index = struct(rows, dtype=jnp.int32)
-    assert sole_launch(gpu, ops.grouped_gated_matmul, x, w, sizes, index)
 
 
 def test_x64_and_vmap():
@@ -68,9 +37,10 @@ def test_x64_and_vmap():
             sizes,
         )
     assert count_launches(compiled.as_text(), "grouped_matmul") == 1
-    assert set(gpu_target.entry_opcodes(compiled)) <= {*gpu_target.FREE_OPCODES, "custom-call"}
+    assert set(entry_opcodes(compiled)) <= {*FREE_OPCODES, "custom-call"}
 
 
+@everyday()
 @pytest.mark.parametrize(("tokens", "launches"), [(1, 10), (32, 14), (2048, 16)])
 def test_experts(tokens, launches):
     """No array has a row for every expert, and routing is few launches."""
@@ -83,8 +53,8 @@ def test_experts(tokens, launches):
     text = compiled.as_text()
     assert count_launches(text, "grouped_gated_matmul") == 1
     assert count_launches(text, "grouped_matmul") == 1
-    opcodes = gpu_target.entry_opcodes(compiled)
-    assert sum(n for op, n in opcodes.items() if op not in gpu_target.FREE_OPCODES) <= launches
+    opcodes = entry_opcodes(compiled)
+    assert sum(n for op, n in opcodes.items() if op not in FREE_OPCODES) <= launches
     rows = tokens * config.top_k_experts * config.hidden_size
     router = config.hidden_size * config.num_experts
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * (4 * rows + 4 * router)

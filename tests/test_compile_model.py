@@ -12,11 +12,11 @@ from g4attn_jax import (
     Gemma4Decoder,
     KVCache,
     Ring,
-    ops,
     split_weights,
 )
-from g4attn_jax.commands.decode import count_launches
-from tests import gpu_target
+from g4attn_jax.testing import gpu_target
+from g4attn_jax.testing.launches import FREE_OPCODES, count_launches, entry_opcodes
+from tests.everyday import everyday
 
 pytestmark = pytest.mark.skipif(
     gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())
@@ -28,35 +28,6 @@ BATCH = 8
 
 def struct(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def opcodes_of(gpu, f, *arguments):
-    opcodes = gpu_target.entry_opcodes(gpu_target.compile_for(gpu, f, *arguments))
-    return {name: count for name, count in opcodes.items() if name not in gpu_target.FREE_OPCODES}
-
-
-@on_every_gpu
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_matmuls_of_few_tokens_are_one_launch(gpu, tokens, dtype):
-    x = struct(tokens, 1, 5376, dtype=dtype)
-    for f, w in [
-        (ops.linear, (5376, 16384)),
-        (ops.linear_partial_sums, (5376, 5376)),
-        (ops.geglu, (5376, 2, 21504)),
-    ]:
-        assert opcodes_of(gpu, f, x, struct(*w, dtype=dtype)) == {"custom-call": 1}
-    # Tiles that are not whole: 26B-A4B's dense MLP.
-    x, w = struct(tokens, 2112, dtype=dtype), struct(2112, 2816, dtype=dtype)
-    assert opcodes_of(gpu, ops.linear_partial_sums, x, w) == {"custom-call": 1}
-
-
-@on_every_gpu
-@pytest.mark.parametrize("parts", [None, 3])
-def test_residual_sum_and_norms_are_one_launch(gpu, parts):
-    y = struct(8, 5376) if parts is None else struct(parts, 8, 5376, dtype=jnp.float32)
-    arguments = struct(8, 5376), y, struct(5376), [struct(5376)] * 2, struct()
-    assert opcodes_of(gpu, ops.add_rms_norm, *arguments) == {"custom-call": 1}
 
 
 def compiled_step(model, layers, tokens):
@@ -83,6 +54,7 @@ def compiled_step(model, layers, tokens):
 NAMES = ("linear", "geglu", "norm_rope", "decode_attention", "add_rms_norm", "grouped_matmul")
 
 
+@everyday("gemma-4-31b-6-of_a_layer0-1")
 @pytest.mark.parametrize(
     ("model", "layers", "of_a_layer", "around"),
     [
@@ -98,8 +70,8 @@ def test_a_step_of_the_decoder(model, layers, of_a_layer, around):
     text = compiled.as_text()
     counts = tuple(count_launches(text, name) / layers for name in NAMES)
     assert counts == of_a_layer
-    opcodes = gpu_target.entry_opcodes(compiled)
-    others = sum(opcodes[name] for name in set(opcodes) - gpu_target.FREE_OPCODES)
+    opcodes = entry_opcodes(compiled)
+    others = sum(opcodes[name] for name in set(opcodes) - FREE_OPCODES)
     others -= layers * sum(of_a_layer) + count_launches(text, "combine_splits")
     others -= count_launches(text, "grouped_gated_matmul")
     assert others <= 12 + around * layers  # 12: embedding, plans of both layer types, head
@@ -109,6 +81,7 @@ def test_a_step_of_the_decoder(model, layers, of_a_layer, around):
     assert memory.temp_size_in_bytes < 32 * 2**20
 
 
+@everyday()
 def test_a_chunk_of_a_prompt_leaves_matmuls_to_xla():
     compiled, _ = compiled_step("gemma-4-31b", 6, tokens=64)
     counts = {

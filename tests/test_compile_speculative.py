@@ -11,12 +11,13 @@ from flax import nnx
 
 from g4attn_jax import Gemma4Config, Gemma4Decoder, Generator
 from g4attn_jax.assistant_config import AssistantConfig, AssistantTextConfig
-from g4attn_jax.commands.decode import count_launches
 from g4attn_jax.generation.programs import Limits
 from g4attn_jax.model import Gemma4Assistant
 from g4attn_jax.model.acceptance import Greedy
 from g4attn_jax.speculative import draft
-from tests import gpu_target
+from g4attn_jax.testing import gpu_target
+from g4attn_jax.testing.launches import FREE_OPCODES, count_launches
+from tests.everyday import everyday
 
 pytestmark = pytest.mark.skipif(
     gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable())
@@ -62,9 +63,10 @@ def producers_of(text, cache):
     lines = re.findall(r"^\s+(?:ROOT )?%?\S+ = (\S+?)\{\S* ([\w-]+)\(", text, re.M)
     found = {opcode for shape, opcode in lines if shape in shapes}
     assert found  # the caches are there, in these shapes
-    return found - gpu_target.FREE_OPCODES
+    return found - FREE_OPCODES
 
 
+@everyday()
 def test_a_draft_only_projects_queries_and_reads_the_caches():
     generator, cache = generator_and_cache()
     programs = generator._decode.__wrapped__.__self__
@@ -89,6 +91,7 @@ def test_a_draft_only_projects_queries_and_reads_the_caches():
     assert producers_of(text, cache) == set()
 
 
+@everyday()
 def test_the_generators_loop_updates_the_caches_in_place():
     generator, cache = generator_and_cache()
     row = np.zeros(BATCH, np.int32)

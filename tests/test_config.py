@@ -59,9 +59,7 @@ def test_every_layer_of_every_size(size):
 def test_preset_names():
     assert {name.removeprefix("gemma-4-") for name in Gemma4Config.preset_names()} == set(MODELS)
     assert Gemma4Config.preset("31b") == Gemma4Config.preset("gemma-4-31b")
-    with pytest.raises(
-        ValueError, match="unknown preset '32b'; accepted: gemma-4-12b, gemma-4-26b"
-    ):
+    with pytest.raises(ValueError, match="unknown preset '32b'"):
         Gemma4Config.preset("32b")
 
 
@@ -246,7 +244,7 @@ def test_global_kv_heads_may_be_absent():
         ("e2b", {"layer_types": ["full_attention"] * 34}, "layer_types has 34 entries; .* = 35"),
         ("e2b", {"num_hidden_layers": 34}, "layer_types has 35 entries"),
         ("e2b", {"layer_types": "full_attention"}, "layer_types must be a list"),
-        ("31b", {"layer_types": ["linear"] * 60}, r"layer_types\[0\] is 'linear'; accepted: slid"),
+        ("31b", {"layer_types": ["linear"] * 60}, r"layer_types\[0\] is 'linear'"),
         (
             "e2b",
             {"layer_types": ["sliding_attention"] * 15 + ["full_attention"] * 20},
@@ -296,7 +294,7 @@ def test_contradictions_are_refused(name, changes, message):
 @pytest.mark.parametrize(
     ("layer_type", "changes", "message"),
     [
-        ("full_attention", {"rope_type": "yarn"}, "full_attention.rope_type is 'yarn'; accepted"),
+        ("full_attention", {"rope_type": "yarn"}, "full_attention.rope_type is 'yarn'"),
         ("full_attention", {"rope_theta": None}, "full_attention.rope_theta must be a number"),
         (
             "full_attention",
@@ -316,16 +314,16 @@ def test_rope_parameters_are_checked(layer_type, changes, message):
 
 @pytest.mark.parametrize("layer", [-1, 35, 1.0, True, "1"])
 def test_there_is_no_such_layer(layer):
-    with pytest.raises(ValueError, match=f"layer is {layer!r}; this model has layers 0 to 34"):
+    with pytest.raises(ValueError, match=f"layer is {layer!r}"):
         Gemma4Config.preset("e2b").attention_spec(layer)
 
 
 def test_not_a_config(tmp_path):
     with pytest.raises(FileNotFoundError):
         Gemma4Config.from_hf(tmp_path / "config.json")
-    with pytest.raises(ValueError, match="config is None; accepted: a path or a dict"):
+    with pytest.raises(ValueError, match="config is None"):
         Gemma4Config.from_hf(None)
-    with pytest.raises(ValueError, match="unknown preset 5; accepted: gemma-4-12b"):
+    with pytest.raises(ValueError, match="unknown preset 5"):
         Gemma4Config.preset(5)
     with pytest.raises(ValueError, match="text_config must be an object"):
         Gemma4Config.from_hf({"text_config": 3})
@@ -381,8 +379,8 @@ def test_presets_are_whole_models(size):
         ("intermediate_size", 2.5, "intermediate_size must be an integer"),
         ("hidden_size_per_layer_input", -1, "hidden_size_per_layer_input must be an integer of"),
         ("hidden_activation", "silu", "hidden_activation = 'silu' is not .* 'gelu_pytorch_tanh'"),
-        ("tie_word_embeddings", 0, "tie_word_embeddings = 0 is not supported; accepted: True or F"),
-        ("use_double_wide_mlp", 1, "use_double_wide_mlp = 1 is not supported; accepted: True or F"),
+        ("tie_word_embeddings", 0, "tie_word_embeddings = 0 is not supported"),
+        ("use_double_wide_mlp", 1, "use_double_wide_mlp = 1 is not supported"),
         ("enable_moe_block", "yes", "enable_moe_block = 'yes' is not supported"),
         ("final_logit_softcapping", 0, "final_logit_softcapping must be a number above 0, not 0"),
         ("top_k_experts", 129, "top_k_experts = 129 exceeds num_experts = 128"),
@@ -415,5 +413,5 @@ def test_truncated_models_share_what_they_can(size, layers, shared):
 
 @pytest.mark.parametrize("layers", [0, 36, True, 5.0])
 def test_truncated_to_what_is_not_there(layers):
-    with pytest.raises(ValueError, match=f"layers is {layers!r}; accepted: 1 to 35"):
+    with pytest.raises(ValueError, match=f"layers is {layers!r}"):
         Gemma4Config.preset("e2b").truncated(layers)

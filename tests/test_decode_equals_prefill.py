@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from g4attn_jax import CompactKVCache, Contiguous, Gemma4Attention, Gemma4Config, KVCache
+from tests.everyday import everyday
 from tests.ops.kernel import kernel_of
 from tests.test_attention import K_EQ_V, KV_SHARED
 
@@ -70,6 +71,9 @@ def prefill_and_decode(config, layer, form, batch, tokens, implementation):
         return np.asarray(prefill(params, cache)), np.asarray(decode(params, cache))
 
 
+@everyday(
+    "k_eq_v-1-CompactKVCache-triton_interpret", "kv_shared-2-KVCache-None", "k_eq_v-0-KVCache-None"
+)
 @pytest.mark.parametrize(
     "implementation",
     [None, *kernel_of("qkv_norm_rope_write", "decode_attention", "prefill_attention")],

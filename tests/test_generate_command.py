@@ -23,6 +23,7 @@ from g4attn_jax.checkpoint import load_hf_into
 from g4attn_jax.commands import compilation_cache, memory
 from g4attn_jax.commands import generate as generation
 from g4attn_jax.commands.answers import Answers, Text
+from tests.everyday import everyday
 
 GOLDEN = Path(__file__).parent / "golden_model"
 ASSISTANTS = Path(__file__).parent / "golden_assistant"
@@ -101,6 +102,7 @@ def planned(monkeypatch):
     return plan
 
 
+@everyday()
 def test_tokens_after_tokens(checkpoint, follows, capsys):
     given = [joined(row[:PROMPT]) for row in TOKENS]
     output, error = generate(
@@ -160,6 +162,7 @@ def test_prompts_are_read_as_they_are(checkpoint, planned, tmp_path):
     assert [list(prompt) for prompt in job.prompts] == [[2, 5, 6, 7], [8, 9], [2, 4]]
 
 
+@everyday()
 def test_stop_tokens_are_those_of_the_checkpoint_unless_given(
     checkpoint, follows, tmp_path, capsys
 ):
@@ -229,6 +232,7 @@ def test_a_checkpoints_settings_unless_flags_override(
     assert job.taken == f"taken from {tmp_path}: {taken}"
 
 
+@everyday()
 def test_what_is_taken_and_what_is_not_followed_is_said(checkpoint, follows, tmp_path, capsys):
     """A suppressed token is not made: without it the answer begins with that one."""
     directory = shutil.copytree(checkpoint, tmp_path / "settings")
@@ -260,10 +264,10 @@ def test_tokens_without_a_per_layer_embedding(checkpoint, tmp_path, capsys, plan
     ("fields", "message"),
     [
         ([1], "generation_config.json is not a JSON object"),
-        ({"text_config": None}, "text_config of {} is None; accepted: an object"),
-        ({"eos_token_id": "<eos>"}, "eos_token_id of {} is ['<eos>']; accepted: a sequence of"),
-        ({"eos_token_id": [1, "x"]}, "eos_token_id of {} is [1, 'x']; accepted: a sequence of"),
-        ({"eos_token_id": 500}, "eos_token_id of {} has 500; accepted: tokens 0 to 127"),
+        ({"text_config": None}, "text_config of {} is None"),
+        ({"eos_token_id": "<eos>"}, "eos_token_id of {} is ['<eos>']"),
+        ({"eos_token_id": [1, "x"]}, "eos_token_id of {} is [1, 'x']"),
+        ({"eos_token_id": 500}, "eos_token_id of {} has 500"),
     ],
 )
 def test_stop_tokens_of_a_checkpoint_that_are_none(fields, message, checkpoint, tmp_path, capsys):
@@ -274,6 +278,7 @@ def test_stop_tokens_of_a_checkpoint_that_are_none(fields, message, checkpoint, 
     assert message.format(path) in refusal(capsys, *given)
 
 
+@everyday()
 def test_random_weights(capsys):
     arguments = ("--random-weights", "--config", GOLDEN / "gemma-4-e2b" / "config.json")
     arguments += ("--layers", 2, "--prompt-len", 20, "--max-new-tokens", 6, "--seed", 5)
@@ -307,6 +312,7 @@ def test_an_assistant_says_how_its_drafts_did(checkpoint, follows, capsys):
     assert tokens_per_step == pytest.approx(6 / (6 - accepted), abs=0.01)
 
 
+@everyday()
 def test_random_weights_of_an_assistant_too(capsys):
     arguments = ("--random-weights", "--config", GOLDEN / NAME / "config.json", "--layers", 3)
     arguments += ("--max-new-tokens", 6, "--assistant", ASSISTANTS / NAME)
@@ -323,11 +329,11 @@ def test_random_weights_of_an_assistant_too(capsys):
         (["--assistant", str(GOLDEN / NAME)], "--assistant: model_type is 'gemma4_text'; an assis"),
         (
             ["--assistant", str(ASSISTANTS / "gemma-4-e4b")],
-            "--assistant: backbone_hidden_size is 48; the target has hidden_size 64",
+            "--assistant: backbone_hidden_size is 48",
         ),
         (
             ["--assistant", str(ASSISTANTS / NAME), "--draft-tokens", "9"],
-            "draft_tokens is 9; accepted: an integer from 1 to 8",
+            "draft_tokens is 9",
         ),
     ],
 )
@@ -353,12 +359,12 @@ def test_a_bad_checkpoint_of_an_assistant_is_explained(checkpoint, tmp_path, cap
     [
         ([], "one of the arguments --checkpoint --random-weights is required"),
         (["--random-weights"], "--random-weights needs --config"),
-        (["--random-weights", "--config", "gemma-5"], "unknown preset 'gemma-5'; accepted: "),
+        (["--random-weights", "--config", "gemma-5"], "unknown preset 'gemma-5'"),
         (["--random-weights", "--config", "31b", "--prompt", "x"], "--prompt needs --checkpoint"),
-        (["--random-weights", "--config", "31b", "--layers", "61"], "layers is 61; accepted: 1 to"),
+        (["--random-weights", "--config", "31b", "--layers", "61"], "layers is 61"),
         (
             ["--random-weights", "--config", "31b", "--token-ids", "5,262144"],
-            "--token-ids has 262144; accepted: tokens 0 to 262143",
+            "--token-ids has 262144",
         ),
         (
             ["--random-weights", "--config", "31b", "--token-ids", "5", "--prompt-len", "3"],
@@ -366,24 +372,24 @@ def test_a_bad_checkpoint_of_an_assistant_is_explained(checkpoint, tmp_path, cap
         ),
         (
             ["--random-weights", "--config", "31b", "--stop-token-ids", "262144"],
-            "--stop-token-ids has 262144; accepted: tokens 0 to 262143",
+            "--stop-token-ids has 262144",
         ),
         (
             ["--random-weights", "--config", "31b", "--suppress-token-ids", "262144"],
-            "--suppress-token-ids has 262144; accepted: tokens 0 to 262143",
+            "--suppress-token-ids has 262144",
         ),
         (
             ["--random-weights", "--config", "31b", "--temperature", "-1"],
-            "temperature is -1.0; accepted: 0 or more",
+            "temperature is -1.0",
         ),
-        (["--random-weights", "--config", "31b", "--top-k", "0"], "top_k is 0; accepted: "),
+        (["--random-weights", "--config", "31b", "--top-k", "0"], "top_k is 0"),
         (
             ["--random-weights", "--config", "31b", "--top-k", "5", "--top-p", "0.9"],
             "--top-k and --top-p without a --temperature above 0 would change nothing",
         ),
         (
             ["--random-weights", "--config", "31b", "--max-new-tokens", "100000000000"],
-            "--max-new-tokens is 100000000000; accepted with these prompts: up to 2147483568",
+            "--max-new-tokens is 100000000000",
         ),
         (["--random-weights", "--token-ids", "1,b"], "must be tokens separated by commas, not"),
         (["--random-weights", "--seed", "-1"], "must be an integer of 0 to 4294967295, not '-1'"),
@@ -391,13 +397,13 @@ def test_a_bad_checkpoint_of_an_assistant_is_explained(checkpoint, tmp_path, cap
         (["--random-weights", "--max-new-tokens", "0"], "must be an integer of 1 or more"),
         (
             ["--random-weights", "--config", "31b", "--prompt-len", str(10**15)],
-            "--prompt-len is 1000000000000000 and --max-new-tokens 64; accepted: 2147483647",
+            "--prompt-len is 1000000000000000 and --max-new-tokens 64",
         ),
         (["--checkpoint", "nowhere", "--prompt", "x"], "--checkpoint is nowhere; there is no"),
         (["--checkpoint", "x", "--random-weights"], "not allowed with argument --checkpoint"),
         (
             ["--random-weights", "--config", "31b", "--implementation", "cuda"],
-            "implementation is 'cuda'; accepted: ",
+            "implementation is 'cuda'",
         ),
     ],
 )
@@ -435,6 +441,7 @@ def test_bad_checkpoints_are_explained(checkpoint, tmp_path, capsys, monkeypatch
     assert "--prompt needs the package tokenizers: pip install 'g4attn-jax[generate]'" in message
 
 
+@everyday()
 def test_a_checkpoint_needs_no_tokenizer(checkpoint, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     arguments = ("--checkpoint", checkpoint, "--token-ids", "2,7", "--max-new-tokens", 2)
@@ -515,7 +522,7 @@ def test_prompts_in_files(checkpoint, chat, planned, tmp_path):
         (["--prompt-file", "{}/bytes"], "argument --prompt-file: {}/bytes is not UTF-8: "),
         (["--messages", "{}/text"], "argument --messages: {}/text is not JSON: "),
         (["--messages", "{}/object"], "{}/object is neither a list of messages nor an object with"),
-        (["--messages", "{}/empty"], "--messages: messages is []; accepted: a list of one message"),
+        (["--messages", "{}/empty"], "--messages: messages is []"),
         (
             ["--messages", "{}/refused"],
             "--messages: the chat template does not take these mess",

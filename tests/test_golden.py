@@ -13,6 +13,7 @@ from flax import nnx
 from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode
 from g4attn_jax.cache import CompactKVCache, KVCache
 from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
+from tests.everyday import everyday
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPT = 12  # of make_golden.py; the window is 8
@@ -99,6 +100,12 @@ def test_modes(model, layer, mode):
     assert Gemma4Config.from_hf(GOLDEN / f"{model}.json").attention_spec(layer).mode is mode
 
 
+@everyday(
+    "k_eq_v-1-contiguous-CompactKVCache",
+    "kv_shared-1-paged-KVCache",
+    "k_eq_v-0-ring-KVCache",
+    "kv_shared-2-contiguous-KVCache",
+)
 @pytest.mark.parametrize(("model", "layer", "layout", "form"), LAYOUTS_AND_FORMS)
 def test_float32_matches_hugging_face(model, layer, layout, form):
     with jax.default_matmul_precision("highest"):
@@ -106,6 +113,11 @@ def test_float32_matches_hugging_face(model, layer, layout, form):
     np.testing.assert_allclose(y, arrays["y_float32"], rtol=0, atol=1e-5)
 
 
+@everyday(
+    "k_eq_v-0-ring-KVCache-triton_interpret",
+    "k_eq_v-1-paged-CompactKVCache-triton_interpret",
+    "kv_shared-2-contiguous-KVCache-None",
+)
 @pytest.mark.parametrize("implementation", [None, "triton_interpret"])
 @pytest.mark.parametrize(("model", "layer", "layout", "form"), LAYOUTS_AND_FORMS)
 def test_bfloat16_is_no_worse_than_hugging_face(model, layer, layout, form, implementation):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.everyday import everyday
 from tests.gpu import __main__ as command
 from tests.gpu import evidence
 
@@ -201,6 +202,7 @@ def test_runs_of_other_modules_are_forgotten(copy):
     assert evidence.read()["linear"]["runs"] == [RUN]
 
 
+@everyday()
 def test_a_process_without_a_gpu_is_replaced(tmp_path):
     """After a fault nothing runs on the GPU in the same process: the next test has another."""
     (tmp_path / "test_fault.py").write_text(

@@ -14,6 +14,7 @@ from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.checkpoint import load_assistant_into, load_hf_into
 from g4attn_jax.generation import programs
 from g4attn_jax.model import Gemma4Assistant
+from tests.everyday import everyday
 
 GOLDEN = Path(__file__).parent / "golden_model"
 ASSISTANTS = Path(__file__).parent / "golden_assistant"
@@ -87,6 +88,7 @@ def assert_close(scores, exact):
         np.testing.assert_allclose(row, exact_row, rtol=0, atol=2e-4)
 
 
+@everyday("7")
 # The last rows of logits are padded with three; with seven each chunk has several.
 @pytest.mark.parametrize("rows", [3, 7, 128])
 def test_scores_of_unequal_prompts(rows, monkeypatch):
@@ -117,6 +119,7 @@ def test_scores_never_hold_the_logits_of_a_chunk():
     assert compiled.memory_analysis().temp_size_in_bytes < 1024 * vocab * 4 / 2
 
 
+@everyday("None-sampling1")
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("drafts", [None, 4])
 def test_log_probs_of_new_tokens(sampling, drafts):
@@ -133,6 +136,7 @@ def test_log_probs_of_new_tokens(sampling, drafts):
     assert generator(**options)(prompts, 40, sampling=sampling, key=key) == answers
 
 
+@everyday()
 def test_no_log_probs_after_a_stop_token():
     prompts = prompts_of(24, 3)
     plain, all_scores = generator()(prompts, 20, log_probs=True)
@@ -146,9 +150,9 @@ def test_no_log_probs_after_a_stop_token():
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([], "prompts is empty; accepted: one prompt or more"),
-        ([[1] * 89], r"prompts\[0\] has 89 tokens; accepted with this capacity: up to 88"),
-        ([[1, 128]], r"prompts\[0\] has 128; accepted: tokens 0 to 127"),
+        ([], "prompts is empty"),
+        ([[1] * 89], r"prompts\[0\] has 89 tokens"),
+        ([[1, 128]], r"prompts\[0\] has 128"),
     ],
 )
 def test_prompts_that_cannot_be_scored(prompts, message):

@@ -15,6 +15,7 @@ from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Paged, Ring, spl
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.checkpoint import load_hf_into
 from g4attn_jax.model import Gemma4MoE, ModuleOptions
+from tests.everyday import everyday
 
 GOLDEN = Path(__file__).parent / "golden_model"
 MODELS = ("gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b")
@@ -103,6 +104,13 @@ CACHES = [
 ]
 
 
+@everyday(
+    "e2b-ring-KVCache",
+    "e4b-contiguous-KVCache",
+    "12b-paged-CompactKVCache",
+    "26b-a4b-contiguous-CompactKVCache",
+    "31b-paged-KVCache",
+)
 @pytest.mark.parametrize(("name", "kind", "form"), CACHES)
 def test_every_position_of_a_prompt(name, kind, form):
     decoder, golden = model_of(name)
@@ -113,6 +121,7 @@ def test_every_position_of_a_prompt(name, kind, form):
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=ATOL)
 
 
+@everyday("e2b-paged-KVCache", "26b-a4b-ring-KVCache", "31b-contiguous-CompactKVCache")
 @pytest.mark.parametrize(("name", "kind", "form"), CACHES)
 def test_every_position_one_by_one_and_greedy_tokens(name, kind, form):
     decoder, golden = model_of(name)
@@ -124,6 +133,7 @@ def test_every_position_one_by_one_and_greedy_tokens(name, kind, form):
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=ATOL)
 
 
+@everyday("12b")
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_no_worse_than_hugging_face(name):
     decoder, golden = model_of(name, jnp.bfloat16)
@@ -144,6 +154,7 @@ def test_bfloat16_is_no_worse_than_hugging_face(name):
     assert (ours <= theirs).all()
 
 
+@everyday("e4b")
 @pytest.mark.parametrize("name", MODELS)
 def test_unequal_prompts_in_chunks_with_padding_anywhere(name):
     """Sequences are alone: each gets the logits of the fixture, whatever the other is doing."""
@@ -173,6 +184,7 @@ def test_unequal_prompts_in_chunks_with_padding_anywhere(name):
     assert begun == [25, 29] and seen.sum() == 54
 
 
+@everyday("31b-ring")
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(MODELS[0], "contiguous"), (MODELS[0], "paged"), *((name, "ring") for name in MODELS)],
@@ -194,6 +206,7 @@ def test_logits_at(name, kind):
     jax.tree.map(np.testing.assert_array_equal, cache, whole)
 
 
+@everyday()
 def test_logits_are_of_the_hidden_states():
     decoder, golden = model_of("gemma-4-31b")
     layouts = layouts_of("contiguous", decoder.config)
@@ -243,6 +256,7 @@ def test_caches_are_updated_in_place():
     assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
 
 
+@everyday()
 def test_float8_caches():
     decoder, golden = model_of("gemma-4-e2b", jnp.bfloat16)
     layouts = layouts_of("contiguous", decoder.config)
@@ -255,6 +269,7 @@ def test_float8_caches():
     assert np.linalg.norm(logits - exact) < 0.25 * np.linalg.norm(exact)
 
 
+@everyday("xla-7", "triton_interpret-7")
 @pytest.mark.parametrize("tokens", [7, 100])  # 63 and 900 rows: compared, and sorted
 @pytest.mark.parametrize("implementation", ["xla", "triton_interpret"])
 def test_experts_are_a_loop_over_tokens(implementation, tokens):
@@ -297,6 +312,7 @@ def test_the_parameter_tree_can_be_known_without_arrays(name):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), nnx.state(shapes)) == expected
 
 
+@everyday()
 @pytest.mark.parametrize("layers", [1, 6])
 def test_a_truncated_model_runs(layers):
     config = Gemma4Config.from_hf(GOLDEN / "gemma-4-e2b" / "config.json").truncated(layers)
@@ -314,7 +330,7 @@ def test_a_token_that_is_none_is_loud():
     tokens = np.array([[5, 128], [5, 6]])  # the last of 128 is 127
     cache = decoder.init_cache(layouts)
     step = tokens, decoder.plan(positions_to(2), cache), cache
-    with pytest.raises(ValueError, match="tokens has 128; accepted: tokens 0 to 127"):
+    with pytest.raises(ValueError, match="tokens has 128"):
         decoder(*step)
     logits, _ = jax.jit(lambda *step: decoder(*step))(*step)
     assert np.isnan(logits[0, 1]).all() and np.isfinite(logits[1]).all()
@@ -326,9 +342,9 @@ def test_a_token_that_is_none_is_loud():
         ({"tokens": np.zeros((2, 4))}, "tokens .* float64; accepted: integer"),
         ({"tokens": np.zeros(3, int)}, r"tokens .* \(3,\) .* \[B, T\]"),
         ({"tokens": np.zeros((2, 4), int)}, r"step.positions .* \(2, 3\) .* \(2, 4\)"),
-        ({"step": positions_to(3)}, "step is a ndarray; accepted: Step"),
+        ({"step": positions_to(3)}, "step is a ndarray"),
         ({"step": None}, "cache is given and step is not"),
-        ({"cache": {}}, "cache is a dict; accepted: ModelCache"),
+        ({"cache": {}}, "cache is a dict"),
         ({"cache": None}, "step is given and cache is not"),
         ({"segment_ids": np.ones((2, 3), int)}, "segment_ids is given with a cache"),
         ({"logits_at": np.zeros((2, 1))}, "logits_at .* float64; accepted: integer"),
@@ -351,7 +367,7 @@ def test_another_models_cache():
     decoder, _ = model_of("gemma-4-12b")
     cache = decoder.init_cache(layouts_of("contiguous", decoder.config))
     step = decoder.plan(positions_to(3), cache)
-    with pytest.raises(ValueError, match="cache has 5 layers; accepted: the 6 of init_cache"):
+    with pytest.raises(ValueError, match="cache has 5 layers"):
         decoder(np.zeros((2, 3), int), step, cache._replace(layers=cache.layers[1:]))
 
 
@@ -363,7 +379,7 @@ def test_a_page_table_is_of_a_step_and_needed():
     with pytest.raises(ValueError, match="page_tables lacks sliding_attention"):
         decoder.plan(positions_to(3), cache, {"full_attention": table})
     contiguous = decoder.init_cache(layouts_of("contiguous", decoder.config))
-    with pytest.raises(ValueError, match="page_tables has 'full_attention'; accepted: none"):
+    with pytest.raises(ValueError, match="page_tables has 'full_attention'"):
         decoder.plan(positions_to(3), contiguous, {"full_attention": table})
 
 
@@ -382,7 +398,7 @@ def test_caches_that_make_no_sense():
     layouts = layouts_of("contiguous", decoder.config)
     with pytest.raises(ValueError, match="layouts lacks full_attention"):
         decoder.init_cache({"sliding_attention": layouts["sliding_attention"]})
-    with pytest.raises(ValueError, match="forms has 'full'; accepted: full_attention, sliding"):
+    with pytest.raises(ValueError, match="forms has 'full'"):
         decoder.init_cache(layouts, {"full": CompactKVCache})
     with pytest.raises(ValueError, match="CompactKVCache holds one projection as K and V"):
         decoder.init_cache(layouts, {"sliding_attention": CompactKVCache})
@@ -403,14 +419,14 @@ def test_caches_that_make_no_sense():
 )
 def test_a_config_of_attention_alone_is_refused(field):
     whole = Gemma4Config.from_hf(GOLDEN / "gemma-4-e2b" / "config.json")
-    with pytest.raises(ValueError, match=f"^{field} is missing from the config; the decoder"):
+    with pytest.raises(ValueError, match=f"^{field} is missing from the config"):
         Gemma4Decoder(dataclasses.replace(whole, **{field: None}), rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("field", ["num_experts", "top_k_experts", "moe_intermediate_size"])
 def test_a_config_without_its_experts_is_refused(field):
     fields = json.loads((GOLDEN / "gemma-4-26b-a4b" / "config.json").read_text())
-    with pytest.raises(ValueError, match=f"^{field} is missing from the config; the decoder"):
+    with pytest.raises(ValueError, match=f"^{field} is missing from the config"):
         Gemma4Decoder(Gemma4Config.from_hf(fields | {field: None}), rngs=nnx.Rngs(0))
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from g4attn_jax.page_allocator import OutOfPages, PageAllocator
+from tests.everyday import everyday
 
 PAGE = 16
 
@@ -39,7 +40,7 @@ def test_a_new_allocator_is_all_free(page_size):
 
 @pytest.mark.parametrize("page_size", [17, 24, 100, 257, 272, 512])
 def test_page_sizes_refused(page_size):
-    message = f"page_size is {page_size}; accepted: a multiple of 16 from 16 to 256"
+    message = f"page_size is {page_size}"
     with pytest.raises(ValueError, match=message):
         PageAllocator(1, page_size)
 
@@ -123,7 +124,7 @@ def test_any_hashable_key_but_none(key):
 @pytest.mark.parametrize("key", ["a", "b", None])
 def test_new_keys_must_be_new(key):
     allocator = two_in_one_page()
-    message = f"sequence is {key!r}; accepted: a key not in use, and not None"
+    message = f"sequence is {key!r}"
     raises_and_changes_nothing(allocator, ValueError, message, "allocate", key, 1)
     raises_and_changes_nothing(allocator, ValueError, message, "share", key, "b", PAGE)
 
@@ -140,9 +141,9 @@ def test_keys_must_be_in_use(key):
         ("length", key),
         ("pages", key),
     ):
-        message = f"sequence is {key!r}; accepted: a key in use, not yet freed"
+        message = f"sequence is {key!r}"
         raises_and_changes_nothing(allocator, ValueError, message, method, *args)
-    message = f"prefix_of is {key!r}; accepted: a key in use"
+    message = f"prefix_of is {key!r}"
     raises_and_changes_nothing(allocator, ValueError, message, "share", "new", key, 0)
 
 
@@ -215,7 +216,7 @@ def test_sharers_grow_apart():
 def test_share_takes_whole_pages_that_are_there(num_tokens):
     allocator = PageAllocator(4, PAGE)
     allocator.allocate("a", 20)
-    message = f"num_tokens is {num_tokens}; accepted: multiples of page_size = 16 up to 20, the len"
+    message = f"num_tokens is {num_tokens}"
     raises_and_changes_nothing(allocator, ValueError, message, "share", "b", "a", num_tokens)
     allocator.share("b", "a", 0)
     assert allocator.pages("b") == ()
@@ -238,7 +239,7 @@ def test_truncate_to_nothing_keeps_the_key():
     allocator.allocate("a", 40)
     allocator.truncate("a", 0)
     assert (allocator.pages("a"), allocator.num_free_pages) == ((), 3)
-    message = "num_tokens is 1; accepted: 0 to 0, the length of 'a'"
+    message = "num_tokens is 1"
     raises_and_changes_nothing(allocator, ValueError, message, "truncate", "a", 1)
 
 
@@ -428,7 +429,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         assert self.allocator._num_owners == [owners[page] for page in range(num_pages)]
 
 
-TestAnyInterleaving = AnyInterleaving.TestCase
+TestAnyInterleaving = everyday()(AnyInterleaving.TestCase)
 TestAnyInterleaving.settings = settings(
     max_examples=200, stateful_step_count=40, deadline=None, derandomize=True
 )

@@ -15,6 +15,7 @@ from g4attn_jax.checkpoint.hf import save_hf
 from g4attn_jax.checkpoint.loading import parameters, table_of
 from g4attn_jax.json_file import read_object
 from g4attn_jax.model import Gemma4Assistant
+from tests.everyday import everyday
 from tests.gpu import evidence
 from tests.test_speculative import ASSISTANTS, TARGETS
 
@@ -73,6 +74,7 @@ def save_assistant(folder, given):
     (folder / "config.json").write_text(json.dumps(given))
 
 
+@everyday()
 @pytest.mark.parametrize("code", SNIPPETS, ids=lambda code: code.splitlines()[0])
 def test_snippet(code, directories, monkeypatch):
     monkeypatch.setattr("builtins.print", lambda *_: None)

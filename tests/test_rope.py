@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from g4attn_jax import oracle
 from g4attn_jax.rope import apply_rope, rope_cos_sin
+from g4attn_jax.testing import oracle
 
 KINDS = [(1e4, 256, 256), (1e6, 512, 128), (1e4, 8, 8), (1e6, 64, 16), (1e6, 8, 0)]
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from g4attn_jax import Sampling, generation
 from g4attn_jax.model.acceptance import Greedy, RejectionSampling
 from g4attn_jax.model.sampling import scaled_logits
+from tests.everyday import everyday
 
 DRAWS = 40_000
 LOGITS = np.asarray([2.0, -1.0, 0.5, 1.9, -4.0, 0.4, 1.0, -0.2, 0.3, -6.0], np.float32)
@@ -76,6 +77,7 @@ def assert_drawn_from(tokens, expected):
         assert test.pvalue > 1e-3, (counts, expected)
 
 
+@everyday("None-4-1.0", "None-None-1.0")
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("top_k", [None, 1, 4, 10, 99])
 @pytest.mark.parametrize("top_p", [None, 0.05, 0.6, 0.95, 1.0])
@@ -154,6 +156,7 @@ def test_a_greedy_rule_suppresses_in_drafts_and_choices():
         assert (num_accepted.tolist(), token.tolist()) == ([accepted], [6])
 
 
+@everyday()
 def test_a_drawn_rule_never_accepts_a_suppressed_draft():
     """Made by something that does not know of it, and surely."""
     batch = 256
@@ -231,6 +234,7 @@ def test_one_candidate_is_certain():
     assert set(draw(logits, temperature=3.0, top_k=5, top_p=0.9)) == {4}
 
 
+@everyday()
 def test_a_large_vocabulary():
     """Gemma's: top-k keeps exactly k of 262144, and top-p what a sum in float64 keeps."""
     logits = np.random.default_rng(0).normal(size=262144).astype(np.float32)
@@ -275,7 +279,7 @@ def test_numbers_that_are_accepted(accepted, numbers):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": -0.1}, "temperature is -0.1; accepted: 0 or more, finite in float32"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": np.float16("inf")}, r"temperature is np.float16\(inf\)"),
@@ -286,17 +290,17 @@ def test_numbers_that_are_accepted(accepted, numbers):
         ({"temperature": False}, "temperature is False"),
         ({"temperature": np.zeros(3)}, "temperature is array"),
         ({"temperature": jnp.float32(1)}, "temperature is Array"),
-        ({"top_k": 0}, "top_k is 0; accepted: an integer of 1 or more, or None"),
+        ({"top_k": 0}, "top_k is 0"),
         ({"top_k": True}, "top_k is True"),
         ({"top_k": np.True_}, "top_k is np.True_"),
         ({"top_k": 2.0}, "top_k is 2.0"),
         ({"top_k": float("nan")}, "top_k is nan"),
-        ({"top_p": 0.0}, "top_p is 0.0; accepted: above 0, at most 1, or None"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 0.0, "temperature": 1.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"top_p": np.nan}, "top_p is nan"),
         ({"top_p": np.ones(2)}, "top_p is array"),
-        ({"suppress_tokens": 5}, "suppress_tokens is 5; accepted: a sequence of tokens, integers"),
+        ({"suppress_tokens": 5}, "suppress_tokens is 5"),
         ({"suppress_tokens": None}, "suppress_tokens is None"),
         ({"suppress_tokens": [1, -1]}, r"suppress_tokens is \[1, -1\]"),
         ({"suppress_tokens": [True]}, r"suppress_tokens is \[True\]"),

@@ -14,10 +14,12 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, oracle
+from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode
 from g4attn_jax.cache import CompactKVCache, KVCache, ReadableCache
 from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
 from g4attn_jax.page_allocator import OutOfPages, PageAllocator
+from g4attn_jax.testing import oracle
+from tests.everyday import everyday
 from tests.ops.kernel import kernel_of
 from tests.test_attention import COMMON, K_EQ_V, layer_of, weights_of
 
@@ -211,6 +213,7 @@ KINDS = [
 on_every_kind = pytest.mark.parametrize(("layer", "kind", "form"), KINDS)
 
 
+@everyday("xla-0-ring-KVCache", "xla-1-paged-CompactKVCache")
 @on_every_kind
 @pytest.mark.parametrize(
     "implementation", ["xla", *kernel_of("qkv_norm_rope_write", "decode_attention")[1:]]
@@ -221,6 +224,7 @@ def test_every_token_is_as_in_its_stream_alone(layer, kind, form, implementation
     serve(layer, kind, form, implementation, drawn)
 
 
+@everyday("1-paged-CompactKVCache")
 @pytest.mark.parametrize(("layer", "kind", "form"), [KINDS[1], KINDS[6]])
 @settings(derandomize=True, deadline=None, max_examples=3)
 @given(drawn=st.lists(operations, min_size=25, max_size=25))
@@ -253,6 +257,7 @@ def shared_model_layer(layer):
     return attention
 
 
+@everyday("2-ring")
 @pytest.mark.parametrize(
     ("layer", "kind"),
     [(2, "contiguous"), (2, "ring"), (2, "paged"), (3, "contiguous"), (3, "paged")],

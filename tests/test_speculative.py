@@ -33,6 +33,7 @@ from g4attn_jax.checkpoint import load_assistant_into, load_hf_into
 from g4attn_jax.model import Gemma4Assistant
 from g4attn_jax.model.acceptance import Greedy, RejectionSampling
 from g4attn_jax.speculative import Drafts, LastTokens, draft, verify
+from tests.everyday import everyday
 from tests.test_model import page_tables_of
 
 TARGETS = Path(__file__).parent / "golden_model"
@@ -163,6 +164,7 @@ def assert_all_is_told(generator, name, monkeypatch):
     assert of_told.tokens_per_step > 2 > of_own.tokens_per_step >= 1
 
 
+@everyday("12b")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_tokens_of_plain_decoding(name, monkeypatch):
     """Sliding layers in rings, and in 12B, 26B-A4B and 31B full ones in compact caches."""
@@ -195,6 +197,7 @@ def give_page_tables(model, layouts, monkeypatch):
     monkeypatch.setattr(model, "plan", planned)
 
 
+@everyday("gemma-4-26b-a4b-paged-paged-CompactKVCache")
 @pytest.mark.parametrize(
     ("name", "sliding", "full", "form"),
     # With the generator's own choice, ring, contiguous and compact, all that each type can have.
@@ -219,6 +222,7 @@ def test_layouts_and_forms(name, sliding, full, form, monkeypatch):
     assert_all_is_told(generator, name, monkeypatch)
 
 
+@everyday()
 def test_a_ring_of_a_window_and_a_group(monkeypatch):
     """No slot more than is asked for, 59 + 5 in a tile of 64, with chunks smaller than a group.
 
@@ -341,6 +345,7 @@ def test_drafts_of_hugging_face(name):
     np.testing.assert_array_equal(drafts(weights, positions), golden)
 
 
+@everyday("1")
 @pytest.mark.parametrize("draft_tokens", [1, 8])
 def test_fewest_and_most_drafts(draft_tokens):
     name, seen = "gemma-4-e4b", []
@@ -478,6 +483,7 @@ def drawn_from_chains(sampling, same_chain=False):
     return made[:, :3], accepted / drafted
 
 
+@everyday("sampling1", "sampling4")
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -537,6 +543,7 @@ def test_the_draft_that_goes_is_drawn_from_what_is_left():
     assert scipy.stats.chisquare(after, after.sum() * p).pvalue > 1e-3
 
 
+@everyday()
 def test_64_bit_numbers_change_nothing():
     name = "gemma-4-e4b"
     with jax.enable_x64(True):
@@ -545,6 +552,7 @@ def test_64_bit_numbers_change_nothing():
     assert answers == [answer[:8] for answer in plain_of(name)]
 
 
+@everyday()
 def test_suppressed_tokens_are_suppressed_with_an_assistant_too():
     name = "gemma-4-e4b"
     prompts, plain = prompts_of(name), plain_of(name)
@@ -583,6 +591,7 @@ class All(NamedTuple):
         return num_drafts, jnp.broadcast_to(self.last, num_drafts.shape)
 
 
+@everyday()
 def test_sequences_draw_from_their_keys_alone():
     """Two prompts are the same and differ in the key, which alone gives them their tokens."""
     name, sampling = "gemma-4-e4b", Sampling(0.9, top_k=40, top_p=0.95)
@@ -602,13 +611,13 @@ def test_sequences_draw_from_their_keys_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"draft_tokens": 0}, "draft_tokens is 0; accepted: an integer from 1 to 8"),
-        ({"draft_tokens": 9}, "draft_tokens is 9; accepted: an integer from 1 to 8"),
-        ({"draft_tokens": True}, "draft_tokens is True; accepted: an integer from 1 to 8"),
-        ({"assistant": None}, "draft_tokens is 4; accepted with an assistant alone"),
-        ({"assistant": "31b"}, "assistant is a str; accepted: Gemma4Assistant, or None"),
+        ({"draft_tokens": 0}, "draft_tokens is 0"),
+        ({"draft_tokens": 9}, "draft_tokens is 9"),
+        ({"draft_tokens": True}, "draft_tokens is True"),
+        ({"assistant": None}, "draft_tokens is 4"),
+        ({"assistant": "31b"}, "assistant is a str"),
         ({"assistant": "gemma-4-31b"}, "assistant was made for another decoder: backbone_hidden"),
-        ({"assistant": jnp.bfloat16}, "assistant has dtype bfloat16; the decoder has float32"),
+        ({"assistant": jnp.bfloat16}, "assistant has dtype bfloat16"),
     ],
 )
 def test_generators_that_make_no_sense(changes, message):
@@ -625,7 +634,7 @@ def test_generators_that_make_no_sense(changes, message):
 
 def test_statistics_need_an_assistant():
     generator = Generator(target_of("gemma-4-e4b"), capacity=8)
-    with pytest.raises(ValueError, match="on_drafts is given; accepted with an assistant alone"):
+    with pytest.raises(ValueError, match="on_drafts is given"):
         generator([[1]], 2, on_drafts=print)
 
 
@@ -636,7 +645,7 @@ def test_statistics_need_an_assistant():
         ({"position": np.zeros(3, int)}, r"last.position .* \(3,\) .* integer \(2,\)"),
         ({"tokens": np.zeros((2, 9), int)}, r"drafts.tokens .* \(2, 9\) .* \[2, 0 to 8\]"),
         ({"tokens": np.zeros((2, 4))}, "drafts.tokens .* float64; accepted: integer"),
-        ({"count": 4}, "drafts.count is a int; accepted: integer"),
+        ({"count": 4}, "drafts.count is a int"),
     ],
 )
 def test_groups_that_make_no_sense(changes, message):
@@ -652,7 +661,7 @@ def test_groups_that_make_no_sense(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"draft_tokens": 0}, "draft_tokens is 0; accepted: .* 1 to 8"),
+        ({"draft_tokens": 0}, "draft_tokens is 0"),
         ({"token": np.zeros(2)}, r"last.token .* float64; accepted: integer \[B\]"),
         ({"position": np.zeros((2, 1), int)}, r"last.position .* integer \(2,\)"),
         ({"hidden": None}, "last.hidden is a NoneType"),

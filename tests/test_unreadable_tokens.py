@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from g4attn_jax import Contiguous, Gemma4Config, Gemma4Decoder, Generator, Sampling
+from tests.everyday import everyday
 
 CONFIG = Path(__file__).parent / "golden_model" / "gemma-4-e2b" / "config.json"
 VOCAB, READABLE = 131, 100
@@ -44,7 +45,7 @@ def step(tokens, positions, model=None):
 def test_a_prompt_with_one_is_refused(call):
     call = generator().score if call == "score" else call
     message = (
-        r"prompts\[1\] has 120, which has no per-layer embedding; accepted with "
+        r"prompts\[1\] has 120, which has no per-layer embedding"
         "vocab_size_per_layer_input 100: tokens 0 to 99"
     )
     with pytest.raises(ValueError, match=message):
@@ -61,6 +62,7 @@ def test_a_sampling_that_could_choose_one_is_refused(sampling):
         generator()([[5, 7]], 4, sampling=sampling)
 
 
+@everyday()
 @pytest.mark.parametrize("temperature", [0.0, 100.0])
 def test_none_is_made_where_they_are_suppressed(temperature):
     """At a high temperature tokens are all but equally likely."""
@@ -75,7 +77,7 @@ def test_none_is_made_where_they_are_suppressed(temperature):
 @pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
 def test_a_step_that_reads_one_is_refused_where_it_is_known(token, array):
     tokens, positions = array([[5, token, 7]]), array([[0, 1, 2]])
-    message = f"tokens has {token}; accepted: tokens 0 to 99; vocab_size_per_layer_input is 100"
+    message = f"tokens has {token}"
     with pytest.raises(ValueError, match=message):
         step(tokens, positions)
     with pytest.raises(ValueError, match=message):
@@ -93,6 +95,7 @@ def test_traced_tokens_are_loud():
     assert np.isnan(logits[0, 1:]).all()
 
 
+@everyday()
 def test_a_model_without_per_layer_inputs_reads_its_whole_vocabulary():
     """Its config may say anything of a table that it has not got."""
     config = dataclasses.replace(
@@ -100,6 +103,6 @@ def test_a_model_without_per_layer_inputs_reads_its_whole_vocabulary():
     )
     model = Gemma4Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32)
     assert np.isfinite(step(np.array([[5, 130]]), np.array([[0, 1]]), model)).all()
-    with pytest.raises(ValueError, match=r"tokens has 131; accepted: tokens 0 to 130$"):
+    with pytest.raises(ValueError, match=r"tokens has 131"):
         step(np.array([[5, 131]]), np.array([[0, 1]]), model)
     assert len(Generator(model, capacity=8)([[5, 130]], 2)[0]) == 2

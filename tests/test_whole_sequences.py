@@ -10,6 +10,7 @@ from flax import nnx
 
 from g4attn_jax import Contiguous, KVCache, ops
 from g4attn_jax.layout import SegmentIds
+from tests.everyday import everyday
 from tests.ops.test_decode_attention import case
 from tests.test_speculative import MODELS, target_of
 
@@ -29,6 +30,7 @@ def cached(decoder, tokens):
     return decoder(tokens, decoder.plan(positions, cache), cache)[0]
 
 
+@everyday("9-gemma-4-12b", "40-gemma-4-26b-a4b", "1-gemma-4-e4b")
 @on_every_model
 @pytest.mark.parametrize("length", [1, 9, 40])
 def test_the_logits_of_a_prompt(name, length):
@@ -41,6 +43,7 @@ def test_the_logits_of_a_prompt(name, length):
     np.testing.assert_allclose(some[:, 0], logits[[0, 1], at[:, 0]], atol=1e-4)
 
 
+@everyday("12b")
 @on_every_model
 def test_packed_sequences_are_as_if_apart(name):
     """With padding between them and at the end, and a window shorter than a sequence."""
@@ -67,6 +70,7 @@ def loss(decoder, tokens, segment_ids=None):
     return -jnp.sum(jnp.where(counts, likelihood, 0)) / jnp.sum(counts)
 
 
+@everyday("True-gemma-4-26b-a4b")
 @on_every_model
 @pytest.mark.parametrize("packed", [False, True])
 def test_derivatives(name, packed):
@@ -99,6 +103,7 @@ def test_derivatives(name, packed):
     np.testing.assert_allclose((up - down) / (2 * step), norm, rtol=2e-2)
 
 
+@everyday()
 def test_flax_transforms_take_it():
     decoder, tokens = target_of("gemma-4-e2b"), jnp.asarray(tokens_of("gemma-4-e2b", 1, 12))
     value, gradient = nnx.value_and_grad(loss)(decoder, tokens)
@@ -106,6 +111,7 @@ def test_flax_transforms_take_it():
     assert jax.tree.structure(gradient) == jax.tree.structure(nnx.state(decoder, nnx.Param))
 
 
+@everyday("150-{'pages': 44}")
 @pytest.mark.parametrize("sizes", [{"capacity": 700}, {"pages": 44}], ids=str)
 @pytest.mark.parametrize("window", [None, 150])
 def test_attention_of_segments_over_many_blocks(sizes, window):
@@ -136,7 +142,7 @@ class TestBadInput:
             ({"tokens": np.ones(20, int)}, r"tokens .* \(20,\) .* integer \[B, T\]"),
             ({"tokens": np.ones((2, 20))}, "tokens .* float64; accepted: integer"),
             ({"tokens": np.ones((2, 0), int)}, r"tokens .* \(2, 0\) .* \[B, T\]"),
-            ({"step": TOKENS}, "step is given and cache is not; accepted: both, or"),
+            ({"step": TOKENS}, "step is given and cache is not"),
             ({"segment_ids": np.ones((2, 19), int)}, r"segment_ids .* \(2, 19\) .* \(2, 20\)"),
             ({"segment_ids": np.ones((2, 20))}, "segment_ids .* float64"),
             ({"logits_at": np.ones((3, 1), int)}, r"logits_at has shape \(3, 1\)"),
@@ -149,7 +155,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("segment_ids", "message"),
         [
-            (jnp.ones((1, 20), jnp.int32), "segment_ids is a .*; accepted: SegmentIds, or None"),
+            (jnp.ones((1, 20), jnp.int32), "segment_ids is a .*"),
             (SegmentIds(*np.ones((2, 1, 20), np.int32)), r"segment_ids.key .* int32 \(1, 24\)"),
             (SegmentIds(*np.ones((2, 1, 24))), r"segment_ids.query .* int32 \(1, 20\)"),
         ],

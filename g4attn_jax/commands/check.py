@@ -7,10 +7,11 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from g4attn_jax import oracle
-from g4attn_jax.commands.cases import Case, attention_sweep, norm_sweep, prologue_sweep
 from g4attn_jax.commands.progress import Progress
 from g4attn_jax.ops.gpu import gpu_refusal
+from g4attn_jax.testing import oracle
+from g4attn_jax.testing.case import Case
+from g4attn_jax.testing.cases import all_cases
 
 # Pallas' interpreter takes half a minute for a case of 1024 tokens.
 MAX_INTERPRETED_TOKENS = 64
@@ -59,8 +60,8 @@ def judge(case: Case, arguments, implementation) -> Result:
 
 
 def sweep() -> list[Case]:
-    """All cases."""
-    return [*norm_sweep(), *prologue_sweep(), *attention_sweep()]
+    """The published equivalence sweep."""
+    return all_cases("published")
 
 
 def sample(cases: Iterable[Case]) -> list[Case]:
@@ -71,8 +72,8 @@ def sample(cases: Iterable[Case]) -> list[Case]:
     ops = {}
     for case in cases:
         if case.tokens <= MAX_INTERPRETED_TOKENS:
-            op, _, _ = case.op.partition(" window")
-            ops.setdefault(op, {}).setdefault(case.head_dim, []).append(case)
+            label, _, _ = case.label.partition(" window")
+            ops.setdefault(label, {}).setdefault(case.head_dim, []).append(case)
     return [
         group[(number + turn) % len(group)]
         for number, groups in enumerate(ops.values())
@@ -80,11 +81,11 @@ def sample(cases: Iterable[Case]) -> list[Case]:
     ]
 
 
-def check(all_cases: bool = False) -> int:
+def check(whole_sweep: bool = False) -> int:
     """Runs cases with every implementation that runs here; prints a table.
 
     Args:
-        all_cases: the sweep rather than a sample of it.
+        whole_sweep: rather than a sample of it.
 
     Returns:
         The number of failed cases.
@@ -105,7 +106,7 @@ def check(all_cases: bool = False) -> int:
     header = ("op", "Nq/Nkv", "D", "M", "implementation", "max abs", "usual", "relative", "")
     layout = "{:<43} {:>6} {:>4} {:>5} {:<17} {:>9} {:>9} {:>9} {}"
     print(layout.format(*header))
-    cases, failures = sweep() if all_cases else sample(sweep()), 0
+    cases, failures = sweep() if whole_sweep else sample(sweep()), 0
     progress = Progress("checking", len(cases))
     for done, case in enumerate(cases):
         progress.draw(done)
@@ -118,7 +119,7 @@ def check(all_cases: bool = False) -> int:
             progress.clear()
             print(
                 layout.format(
-                    case.op,
+                    case.label,
                     f"{case.num_q_heads}/{case.num_kv_heads}",
                     case.head_dim,
                     case.tokens,

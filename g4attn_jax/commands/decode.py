@@ -15,6 +15,7 @@ from g4attn_jax.cache import Cache, CompactKVCache, KVCache, ReadableCache, byte
 from g4attn_jax.commands.layers import Job
 from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
 from g4attn_jax.layout import Contiguous
+from g4attn_jax.testing.launches import count_launches
 
 # Norm-wise, over one step: bfloat16 operands give 1e-3 to 1e-2.
 MAX_RELATIVE_ERROR = 2e-2
@@ -165,15 +166,6 @@ class _LayerRun:
             arguments = self.x.astype(jnp.float32), self.positions
             y, self.reference_cache = forward(params, *arguments, self.reference_cache, None)
         return np.asarray(y[:, self.prompt_len :])
-
-
-def count_launches(compiled_text: str, kernel: str) -> int:
-    """Launches of a kernel in a compiled program, by Triton or by Mosaic GPU."""
-    return sum(
-        ("__gpu$xla.gpu.triton" in line and f'name = "{kernel}"' in line)
-        or ('"mosaic_gpu' in line and f"/{kernel}/mpmd_map" in line)
-        for line in compiled_text.splitlines()
-    )
 
 
 def _jitted(attention):

@@ -21,6 +21,7 @@ from tests.checkpoint.directories import (
     read_config,
     read_tensors,
 )
+from tests.everyday import everyday
 
 GOLDEN = Path(__file__).parents[1] / "golden_checkpoint"
 MODELS = ("text", "text-experts", "text-untied", "multimodal", "unified-text", "unified")
@@ -68,6 +69,7 @@ def test_the_fixtures_are_of_both_forms(name):
     )
 
 
+@everyday("text-untied-old", "multimodal-new", "unified-new")
 @pytest.mark.parametrize("form", ["new", "old"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_greedy_tokens(name, form, tmp_path):
@@ -97,6 +99,7 @@ def test_saved_as_the_text_model_it_is_the_same(name, tmp_path):
     assert saved["per_layer_config"] == text["per_layer_config"]
 
 
+@everyday("unified-assistant-new")
 @pytest.mark.parametrize("form", ["new", "old"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_same_drafts(name, form, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from g4attn_jax.checkpoint import CheckpointError, load_deepmind_into
 from g4attn_jax.layout import Contiguous
 from tests.checkpoint.directories import abstract, read_config
+from tests.everyday import everyday
 
 FIXTURES = Path(__file__).parents[1] / "golden_deepmind"
 MODELS = ("gemma-4-e2b", "gemma-4-26b-a4b")
@@ -51,6 +52,7 @@ def load(name, params):
     return load_deepmind_into(params, abstract(read_config(FIXTURES / name), jnp.float32))
 
 
+@everyday("gemma-4-26b-a4b-nested", "gemma-4-26b-a4b-flat")
 @pytest.mark.parametrize("form", [nested, flat])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_deepminds(name, form):

@@ -24,6 +24,7 @@ from tests.checkpoint.directories import (
     read_tensors,
     write,
 )
+from tests.everyday import everyday
 
 
 def values(model):
@@ -34,6 +35,7 @@ def load_fixture(name, **kwargs):
     return load_hf_into(FIXTURES / name, abstract(read_config(FIXTURES / name), **kwargs))
 
 
+@everyday()
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip_is_byte_equal(name, tmp_path):
     model, report = load_fixture(name)
@@ -52,6 +54,7 @@ def test_round_trip_is_byte_equal(name, tmp_path):
     assert saved == read_config(FIXTURES / name)
 
 
+@everyday("12b")
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip_in_shards(name, tmp_path):
     model, _ = load_fixture(name)
@@ -74,6 +77,7 @@ def test_round_trip_in_shards(name, tmp_path):
         np.testing.assert_array_equal(value, values(model)[path], err_msg=path)
 
 
+@everyday("12b")
 @pytest.mark.parametrize("name", MODELS)
 def test_attention_as_its_own_loader_packs_it(name):
     model, _ = load_fixture(name)
@@ -169,6 +173,7 @@ def test_files_of_models_without_head(prefix, tmp_path):
     assert report.loaded == len(tensors)
 
 
+@everyday()
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.float16])
 def test_the_model_decides_dtypes(param_dtype):
     exact, _ = load_fixture("gemma-4-e4b")
@@ -228,7 +233,7 @@ def test_the_bar_is_drawn_on_terminals_alone(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sliding_window": 9}, "config.json has sliding_window = 9; the model was built with 8"),
+        ({"sliding_window": 9}, "config.json has sliding_window = 9"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps"),
         ({"model_type": "llama"}, "config.json: model_type is 'llama'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),

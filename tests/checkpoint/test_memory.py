@@ -13,6 +13,7 @@ from flax import nnx
 from g4attn_jax.checkpoint import load_hf_into, save_hf
 from g4attn_jax.checkpoint.loading import parameters
 from tests.checkpoint.directories import FIXTURES, abstract, read_config
+from tests.everyday import everyday
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +46,7 @@ def large_config():
     }
 
 
+@everyday()
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured through /proc")
 def test_peak_is_within_a_shard_of_the_model(tmp_path):
     config = large_config()
@@ -89,6 +91,7 @@ print(sum(float(variable[...].astype("float32").sum()) for variable in parameter
 """
 
 
+@everyday()
 def test_parameters_go_where_the_model_wants_them():
     output = run("-c", SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     folder = FIXTURES / "gemma-4-e4b"

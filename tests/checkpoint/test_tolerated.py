@@ -21,6 +21,7 @@ from tests.checkpoint.directories import (
     read_tensors,
     write,
 )
+from tests.everyday import everyday
 
 DENSE, K_EQ_V, EXPERTS = "gemma-4-e4b", "gemma-4-31b", "gemma-4-26b-a4b"
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -83,7 +84,7 @@ def test_numbers_that_say_nothing_are_skipped(tensor, value, heading, tmp_path):
     assert_same(model, load_hf_into(FIXTURES / DENSE, abstract(read_config(FIXTURES / DENSE)))[0])
     with pytest.raises(CheckpointError, match=rf"^{re.escape(tensor)} is not .* throughout; acce"):
         loaded(tmp_path / "other", DENSE, {tensor: np.asarray(2 * value)})
-    with pytest.raises(CheckpointError, match=rf"^{re.escape(tensor)} has dtype I8; accepted"):
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(tensor)} has dtype I8"):
         loaded(tmp_path / "integer", DENSE, {tensor: value.astype(np.int8)})
 
 
@@ -173,8 +174,8 @@ def test_experts_that_are_not_all_there(tmp_path):
     for changes, message in (
         ({name: None}, f"lacks {name}"),
         ({name.replace(".3.", ".16."): single[name]}, r"has .*\.16\..*; num_experts is 16"),
-        ({name: single[name][1:]}, rf"{name} has shape \(23, 32\); this model needs \(24, 32\)"),
-        ({name: single[name].astype(np.int8)}, "experts.gate_up_proj has dtype I8; accepted"),
+        ({name: single[name][1:]}, rf"{name} has shape \(23, 32\)"),
+        ({name: single[name].astype(np.int8)}, "experts.gate_up_proj has dtype I8"),
     ):
         given = {n: t for n, t in (single | changes).items() if t is not None}
         with pytest.raises(CheckpointError, match=message):
@@ -248,6 +249,7 @@ def logits_of(model):
     return model(tokens, model.plan(positions, cache), cache)[0]
 
 
+@everyday()
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_of_its_own_is_used_and_saved(tied, tmp_path):
     """Whatever the config says, as by transformers."""
@@ -298,11 +300,9 @@ def test_heads_that_do_not_fit(tmp_path):
     untied = {"tie_word_embeddings": False}
     with pytest.raises(CheckpointError, match=r"^the checkpoint lacks lm_head\.weight"):
         loaded(tmp_path / "lacks", DENSE, config=untied)
-    with pytest.raises(
-        CheckpointError, match=r"^lm_head\.weight has shape \(127, 48\); this model"
-    ):
+    with pytest.raises(CheckpointError, match=r"^lm_head\.weight has shape \(127, 48\)"):
         loaded(tmp_path / "shape", DENSE, {HEAD: other_head()[1:]})
-    with pytest.raises(CheckpointError, match=r"^lm_head\.weight has dtype I8; accepted"):
+    with pytest.raises(CheckpointError, match=r"^lm_head\.weight has dtype I8"):
         loaded(tmp_path / "dtype", DENSE, {HEAD: other_head().astype(np.int8)})
 
 

@@ -20,7 +20,7 @@ _PACKAGE = "g4attn_jax.ops"
 # Argument checks, and which kernel runs: neither is part of a kernel or of its launch.
 _NOT_KERNELS = {"checks", "implementation"}
 # Of an op's own folder. A formula that a kernel imports counts nevertheless.
-_NOT_ROOTS = {"__init__", "reference"}
+_NOT_ROOTS = {"__init__", "cases", "reference"}
 
 
 def op_names() -> list[str]:

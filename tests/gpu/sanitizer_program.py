@@ -3,6 +3,7 @@
 python -m tests.gpu.sanitizer_program NAME      one of PROGRAMS
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -13,9 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from g4attn_jax import CompactKVCache, KVCache, ProjectionMode, ops
-from g4attn_jax.cache import FLOAT8, float8_scale
-from g4attn_jax.commands.cases import AttentionCase, NormCase, PrologueCase
+from g4attn_jax.cache import FLOAT8
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
+from g4attn_jax.ops.decode_attention.cases import DecodeAttentionCase
+from g4attn_jax.ops.prefill_attention.cases import PrefillAttentionCase
+from g4attn_jax.ops.q_keqv_rms_norm.cases import QKeqvRmsNormCase
+from g4attn_jax.ops.qkv_norm_rope.cases import QkvNormRopeCase
+from g4attn_jax.ops.qkv_norm_rope_write.cases import QkvNormRopeWriteCase
+from g4attn_jax.ops.qkv_rms_norm.cases import QkvRmsNormCase
+from g4attn_jax.testing.case import modes_and_forms
 from tests.pairwise import pairwise
 
 
@@ -34,10 +41,9 @@ def made_on_the_cpu(make):
 def case_arguments(case):
     """Those of the case and, where it writes a cache, of the same with a cache of float8."""
     arguments = case.arguments()
-    if not isinstance(case, PrologueCase):
+    if not isinstance(case, QkvNormRopeWriteCase):
         return [arguments]
-    cache = case.arguments(FLOAT8)[6]._replace(scale=float8_scale(arguments[2]))
-    return [arguments, [*arguments[:6], cache]]
+    return [arguments, dataclasses.replace(case, storage=FLOAT8.name).arguments()]
 
 
 @made_on_the_cpu
@@ -141,10 +147,7 @@ def launch_case(case):
 
 def launch_norm_rope(case):
     """The prologue without a cache."""
-    qkv, q_norm, k_norm, cos, sin, *_ = made_on_the_cpu(case.arguments)()
-    k_norm = None if case.mode is ProjectionMode.Q_ONLY else k_norm
-    run = functools.partial(ops.qkv_norm_rope, mode=case.mode, implementation="triton")
-    jax.block_until_ready(run(qkv, q_norm, k_norm, cos, sin))
+    jax.block_until_ready(case.run(made_on_the_cpu(case.arguments)(), "triton"))
     return 1
 
 
@@ -163,33 +166,43 @@ def grouped():
 
 
 def norms():
-    cases = itertools.product((None, *ProjectionMode), SIZES)
-    return sum(launch_case(NormCase(mode, 12, 3, d, tokens)) for mode, (tokens, d) in cases)
+    cases = [QKeqvRmsNormCase(12, 3, d, tokens) for tokens, d in SIZES]
+    for mode, (tokens, d) in itertools.product(ProjectionMode, SIZES):
+        cases.append(QkvRmsNormCase(mode, 12, 3, d, tokens))
+    return sum(map(launch_case, cases))
 
 
 def prologue():
     cases = [
-        PrologueCase(mode, form, 12, 3, d, d // 4, tokens)
-        for mode, form, (tokens, d) in itertools.product(ProjectionMode, FORMS, SIZES)
-        if form is KVCache or mode is not ProjectionMode.QKV_FULL
+        QkvNormRopeWriteCase(mode, form, 12, 3, d, d // 4, tokens)
+        for (mode, form), (tokens, d) in itertools.product(modes_and_forms(FORMS), SIZES)
     ]
-    return sum(map(launch_case, cases)) + sum(
-        launch_norm_rope(case) for case in cases if case.form is KVCache
-    )
+    without_cache = [
+        QkvNormRopeCase(mode, 12, 3, d, d // 4, tokens)
+        for mode, (tokens, d) in itertools.product(ProjectionMode, SIZES)
+    ]
+    return sum(map(launch_case, cases)) + sum(map(launch_norm_rope, without_cache))
+
+
+def case(form, nq, nkv, d, tokens, context, page_size=16, **sizes):
+    """Attention of three sequences: one that is full, one of a third, an empty one."""
+    of = DecodeAttentionCase if tokens <= MAX_DECODE_TOKENS else PrefillAttentionCase
+    last = context - 1, max(tokens, context // 3), -1
+    return of(form, nq, nkv, d, tokens, last, context, page_size=page_size, **sizes)
 
 
 def attention(*tokens):
-    cases = pairwise(FORMS, tokens, (80, 512), (None, 50))
+    rows = pairwise(FORMS, tokens, (80, 512), (None, 50))
     return sum(
-        launch_attention(AttentionCase(form, 12, 3, d, d // 4, window, t, context=300))
-        for form, t, d, window in cases
+        launch_attention(case(form, 12, 3, d, t, 300, rotary_dim=d // 4, sliding_window=window))
+        for form, t, d, window in rows
     )
 
 
 def verification():
     """6 tokens in one block, 9 in two that both have the middle one."""
     return sum(
-        launch_verification(AttentionCase(form, 16, 2, 512, 128, None, tokens, 192, 64))
+        launch_verification(case(form, 16, 2, 512, tokens, 192, page_size=64))
         for form, tokens in itertools.product(FORMS, (6, 9))
     )
 

@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from g4attn_jax import ProjectionMode, ops, oracle
+from g4attn_jax import ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
-from g4attn_jax.commands.cases import NormCase, PrologueCase
+from g4attn_jax.ops.q_keqv_rms_norm.cases import QKeqvRmsNormCase
+from g4attn_jax.ops.qkv_norm_rope.cases import QkvNormRopeCase
+from g4attn_jax.ops.qkv_norm_rope_write.cases import QkvNormRopeWriteCase
+from g4attn_jax.ops.qkv_rms_norm.cases import QkvRmsNormCase
+from g4attn_jax.testing import oracle
 from tests.ops import test_add_rms_norm, test_grouped_matmul, test_linear
 from tests.ops.test_decode_attention import case as attention_case
 
@@ -133,7 +137,9 @@ def test_norms(fuzz):
     def try_one(rng):
         mode = pick(rng, (None, *ProjectionMode))
         d, tokens = int(rng.integers(1, 600)), int(rng.integers(1, 400))
-        check_case(NormCase(mode, *heads(rng), d, tokens), pick(rng, DTYPES))
+        sizes = *heads(rng), d, tokens
+        case = QKeqvRmsNormCase(*sizes) if mode is None else QkvRmsNormCase(mode, *sizes)
+        check_case(case, pick(rng, DTYPES))
 
     fuzz(try_one)
 
@@ -146,7 +152,8 @@ def test_prologue(fuzz):
         d = 2 * int(rng.integers(1, 300))
         rotary_dim = 2 * int(rng.integers(1, d // 2 + 1))
         tokens, page_size = int(rng.integers(1, 400)), int(rng.integers(1, 70))
-        case = PrologueCase(mode, form, *heads(rng), d, rotary_dim, tokens, page_size)
+        sizes = *heads(rng), d, rotary_dim, tokens
+        case = QkvNormRopeWriteCase(mode, form, *sizes, page_size=page_size)
         check_case(case, pick(rng, DTYPES))
 
     fuzz(try_one)
@@ -158,14 +165,8 @@ def test_norm_rope(fuzz):
         mode, dtype = pick(rng, tuple(ProjectionMode)), pick(rng, DTYPES)
         d = 2 * int(rng.integers(1, 300))
         rotary_dim = 2 * int(rng.integers(0, d // 2 + 1))
-        case = PrologueCase(mode, KVCache, *heads(rng), d, rotary_dim, int(rng.integers(1, 400)))
-        qkv, q_norm, k_norm, cos, sin, *_ = case.arguments(dtype)
-        k_norm = None if mode is ProjectionMode.Q_ONLY else k_norm
-        arguments = qkv, q_norm, k_norm, cos, sin
-        ours = ops.qkv_norm_rope(*arguments, mode=mode, implementation="triton")
-        exact = oracle.qkv_norm_rope(*arguments, mode=mode)
-        for x, y in zip(*map(jax.tree.leaves, (ours, exact)), strict=True):
-            check(x, y, ROUNDING[dtype] + 1e-6, case, dtype)
+        case = QkvNormRopeCase(mode, *heads(rng), d, rotary_dim, int(rng.integers(1, 400)))
+        check_case(case, dtype)
 
     fuzz(try_one)
 
@@ -181,15 +182,15 @@ def test_products(fuzz):
         tokens, dtype = int(rng.integers(1, 65)), pick(rng, DTYPES)
         k, n = (int(rng.integers(1, 3000)) for _ in range(2))
         x, w = test_linear.case(tokens, k, n, dtype=dtype)
-        exact = test_linear.exact(x, w)
+        exact = oracle.linear(x, w)
         y = ops.linear(x, w, implementation="triton")
         check_sums(y, exact, k, dtype, tokens, k, n)
         parts = ops.linear_partial_sums(x, w, implementation="triton")
         check_sums(ops.add_partial_sums(parts, dtype), exact, k, dtype, tokens, k, n)
         x, w = test_linear.case(tokens, k, 2, n, dtype=dtype)
-        gate, up = np.moveaxis(test_linear.exact(x, w), 2, 0)
+        gate, up = np.moveaxis(oracle.linear(x, w), 2, 0)
         y = ops.geglu(x, w, implementation="triton")
-        check_sums(y, test_linear.gelu(gate) * up, 4 * k, dtype, "geglu", tokens, k, n)
+        check_sums(y, oracle.gelu(gate) * up, 4 * k, dtype, "geglu", tokens, k, n)
 
     fuzz(try_one)
 
@@ -203,7 +204,7 @@ def test_residual_sum(fuzz):
             *shape, dtype=dtype, parts=parts, scales=int(rng.integers(0, 3))
         )
         total, norms = ops.add_rms_norm(*arguments, implementation="triton")
-        exact_total, exact_norms = test_add_rms_norm.formula(*arguments, dtype)
+        exact_total, exact_norms = oracle.add_rms_norm(*arguments)
         for ours, exact in zip((total, *norms), (exact_total, *exact_norms), strict=True):
             # Of sums next to a tie the norm may see another neighbour.
             check(ours, exact, 2 * ROUNDING[dtype] + 1e-6, shape, dtype, parts)

@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, ops, oracle
+from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache, float8_scale
-from g4attn_jax.commands import cases, check, decode
+from g4attn_jax.commands import check, decode
 from g4attn_jax.layout import Contiguous
+from g4attn_jax.ops.decode_attention import cases as decode_attention
+from g4attn_jax.ops.qkv_norm_rope.cases import QkvNormRopeCase
+from g4attn_jax.ops.qkv_norm_rope_write import cases as qkv_norm_rope_write
+from g4attn_jax.ops.qkv_norm_rope_write.cases import QkvNormRopeWriteCase
+from g4attn_jax.ops.qkv_rms_norm import cases as qkv_rms_norm
+from g4attn_jax.ops.qkv_rms_norm.cases import QkvRmsNormCase
 from g4attn_jax.rope import rope_cos_sin
+from g4attn_jax.testing import oracle
+from g4attn_jax.testing.case import tagged
 from tests.test_golden import LAYOUTS_AND_FORMS, run_layer
 
 on_a_gpu = pytest.mark.gpu  # with the ops that a test is evidence for
@@ -21,9 +29,7 @@ LAYER = ("qkv_norm_rope_write", "decode_attention", "prefill_attention")
 
 def of_cases(cases):
     """A parameter for each case, marked with its op."""
-    marked = [
-        pytest.param(case, marks=on_a_gpu(case.op.split()[0]), id=str(case)) for case in cases
-    ]
+    marked = [pytest.param(case, marks=on_a_gpu(case.op), id=str(case)) for case in cases]
     return pytest.mark.parametrize("case", marked)
 
 
@@ -33,45 +39,19 @@ def test_published_sweep(case):
     assert result.passed, result
 
 
-def real_shapes():
-    specs = {
-        config.attention_spec(layer)
-        for config in map(Gemma4Config.preset, Gemma4Config.preset_names())
-        for layer in range(config.num_hidden_layers)
-    }
-    return sorted(
-        {(s.mode.name, s.num_q_heads, s.num_kv_heads, s.head_dim, s.rotary_dim) for s in specs}
-    )
+def heads_cases(tag):
+    """Those with a tag, of the ops between matmul and attention."""
+    return tagged((*qkv_rms_norm.CASES, *qkv_norm_rope_write.CASES), tag)
 
 
-def real_cases():
-    for mode, nq, nkv, d, rotary_dim in real_shapes():
-        mode = ProjectionMode[mode]
-        for tokens in (1, 33, 1030):
-            yield cases.NormCase(mode, nq, nkv, d, tokens)
-            for form in (KVCache, CompactKVCache):
-                if form is KVCache or mode is not ProjectionMode.QKV_FULL:
-                    yield cases.PrologueCase(mode, form, nq, nkv, d, rotary_dim, tokens)
-
-
-@of_cases(real_cases())
+@of_cases(heads_cases("real"))
 def test_real_model_shapes(case):
     result = check.judge(case, case.arguments(), "triton")
     assert result.passed, result
 
 
-def odd_cases():
-    for mode in ProjectionMode:
-        for d in (1, 2, 17, 96, 320, 512):
-            yield cases.NormCase(mode, 15, 3, d, 13)
-        for form in (KVCache, CompactKVCache):
-            if form is KVCache or mode is not ProjectionMode.QKV_FULL:
-                for d, rotary_dim in ((2, 2), (34, 12), (96, 96), (320, 64)):
-                    yield cases.PrologueCase(mode, form, 15, 3, d, rotary_dim, 1300)
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@of_cases(odd_cases())
+@of_cases(heads_cases("odd"))
 def test_odd_shapes_and_dtypes(case, dtype):
     """Of the prologue whole arrays are compared: other slots of the cache keep their poison."""
     arguments = case.arguments(dtype)
@@ -85,7 +65,7 @@ def test_odd_shapes_and_dtypes(case, dtype):
 @on_a_gpu("qkv_rms_norm")
 @pytest.mark.parametrize("mode", [ProjectionMode.QK_ONLY, ProjectionMode.QKV_FULL])
 def test_v_scale_and_scale_offset(mode):
-    qkv, *scales = cases.NormCase(mode, 32, 4, 512, 33).arguments()
+    qkv, *scales = QkvRmsNormCase(mode, 32, 4, 512, 33).arguments()
     scales.append(scales[0] * 1.5)
     ours = ops.qkv_rms_norm(qkv, *scales, mode=mode, scale_offset=1.0, implementation="triton")
     exact = oracle.qkv_rms_norm(qkv, *scales, mode=mode, scale_offset=1.0)
@@ -98,9 +78,9 @@ def test_v_scale_and_scale_offset(mode):
 
 
 PROLOGUES = [
-    cases.PrologueCase(ProjectionMode.QK_ONLY, KVCache, 32, 4, 512, 128, 2048),
-    cases.PrologueCase(ProjectionMode.QK_ONLY, CompactKVCache, 32, 4, 512, 128, 2048),
-    cases.PrologueCase(ProjectionMode.QKV_FULL, KVCache, 32, 16, 256, 256, 2048),
+    QkvNormRopeWriteCase(ProjectionMode.QK_ONLY, KVCache, 32, 4, 512, 128, 2048),
+    QkvNormRopeWriteCase(ProjectionMode.QK_ONLY, CompactKVCache, 32, 4, 512, 128, 2048),
+    QkvNormRopeWriteCase(ProjectionMode.QKV_FULL, KVCache, 32, 16, 256, 256, 2048),
 ]
 
 
@@ -155,7 +135,7 @@ def test_unwritten_rows_do_not_exist():
         assert all(bool(jnp.isfinite(x).all()) for x in outputs)
 
 
-@of_cases([*(cases.NormCase(mode, 32, 4, 512, 2048) for mode in ProjectionMode), *PROLOGUES])
+@of_cases([*(QkvRmsNormCase(mode, 32, 4, 512, 2048) for mode in ProjectionMode), *PROLOGUES])
 def test_results_are_bitwise_repeatable(case):
     arguments = case.arguments()
     first = jax.tree.map(np.asarray, case.run(arguments, "triton"))
@@ -168,15 +148,11 @@ def test_results_are_bitwise_repeatable(case):
 @on_a_gpu("qkv_norm_rope")
 @pytest.mark.parametrize("mode", ProjectionMode)
 def test_derivative_of_the_prologue(mode):
-    qkv, q_norm, k_norm, cos, sin, *_ = cases.PrologueCase(
-        mode, KVCache, 8, 2, 256, 64, 6
-    ).arguments(jnp.float32)
-    k_norm = None if mode is ProjectionMode.Q_ONLY else k_norm
+    case = QkvNormRopeCase(mode, 8, 2, 256, 64, 6)
+    qkv, q_norm, *others = case.arguments(jnp.float32)
 
     def loss(qkv, q_norm, implementation):
-        outputs = ops.qkv_norm_rope(
-            qkv, q_norm, k_norm, cos, sin, mode=mode, implementation=implementation
-        )
+        outputs = case.run([qkv, q_norm, *others], implementation)
         return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(outputs))
 
     ours, reference = (
@@ -191,7 +167,7 @@ def test_derivative_of_the_prologue(mode):
 @pytest.mark.parametrize("mode", ProjectionMode)
 def test_transformations(mode):
     """The derivative and vmap around the real kernel give what they give around the reference."""
-    case = cases.NormCase(mode, 8, 2, 256, 6)
+    case = QkvRmsNormCase(mode, 8, 2, 256, 6)
     qkv, *scales = case.arguments(jnp.float32)
 
     def loss(qkv, scales, implementation):
@@ -212,7 +188,7 @@ def test_transformations(mode):
 
 @on_a_gpu("qkv_rms_norm")
 def test_exported_program_runs():
-    case = cases.NormCase(ProjectionMode.QK_ONLY, 32, 4, 512, 8)
+    case = QkvRmsNormCase(ProjectionMode.QK_ONLY, 32, 4, 512, 8)
     arguments = case.arguments()
     exported = jax.export.export(
         jax.jit(lambda *a: case.run(a, None)),
@@ -286,43 +262,17 @@ def test_ten_thousand_donated_steps_take_no_memory(form):
     assert bool((jnp.abs(cache.v[:, :steps].astype(jnp.float32)).max(axis=(2, 3)) > 0).all())
 
 
-@on_a_gpu("decode_attention")
-@pytest.mark.parametrize("form", [KVCache, CompactKVCache])
-@pytest.mark.parametrize(
-    ("batch", "context", "num_kv_heads", "group", "head_dim", "window", "tokens"),
-    [
-        (2, 5000, 4, 8, 512, None, 1),
-        (1, 4096, 1, 16, 512, None, 6),
-        (3, 1024, 16, 2, 256, 1024, 4),
-        (2, 2048, 2, 4, 256, 512, 16),
-    ],
-)
-def test_decode_attention_at_real_shapes(
-    batch, context, num_kv_heads, group, head_dim, window, tokens, form
-):
+@of_cases(tagged(decode_attention.CASES, "real"))
+def test_decode_attention_at_real_shapes(case):
     """In bfloat16, next to XLA's error against float32."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    shape = (batch, context, num_kv_heads)
-    v = jax.random.normal(keys[0], (*shape, head_dim), jnp.bfloat16)
-    width = 128 if form is CompactKVCache else head_dim
-    k = jax.random.normal(keys[1], (*shape, width), jnp.bfloat16)
-    cache = CompactKVCache(v, k) if form is CompactKVCache else KVCache(k, v)
-    width = sum(part.array.shape[-1] for part in cache.key_parts)
-    q = jax.random.normal(keys[2], (batch, tokens, num_kv_heads * group, width)) * head_dim**-0.5
-    q = q.astype(jnp.bfloat16)
-    last = context - 1 - 100 * jnp.arange(batch)[:, None]
-    positions = (last - tokens + 1 + jnp.arange(tokens)).astype(jnp.int32)
-
-    def run(q, cache, implementation):
-        return ops.decode_attention(
-            q, cache, None, positions, sliding_window=window, implementation=implementation
-        )
-
+    arguments = case.arguments(poison=(1.0,))
     with jax.default_matmul_precision("highest"):
-        exact = run(*jax.tree.map(lambda x: x.astype(jnp.float32), (q, cache)), "xla")
+        wide = jax.tree.map(
+            lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments
+        )
+        exact = np.asarray(case.run(wide, "xla"))
     errors = [
-        np.linalg.norm(np.asarray(run(q, cache, which), np.float32) - np.asarray(exact))
+        np.linalg.norm(np.asarray(case.run(arguments, which), np.float32) - exact)
         for which in ("triton", "xla")
     ]
     assert errors[0] <= errors[1]
-    np.testing.assert_array_equal(run(q, cache, "triton"), run(q, cache, "triton"))

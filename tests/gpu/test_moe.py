@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from g4attn_jax import Gemma4Config, ops, oracle
+from g4attn_jax import Gemma4Config, ops
 from g4attn_jax.model import Gemma4MoE, ModuleOptions
+from g4attn_jax.testing import oracle
 
 pytestmark = pytest.mark.gpu("grouped_matmul", "grouped_gated_matmul")
 

@@ -10,6 +10,7 @@ from g4attn_jax import ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache
 from g4attn_jax.ops.decode_attention import reference as dense
 from g4attn_jax.ops.prefill_attention import cudnn
+from g4attn_jax.ops.prefill_attention.cases import CASES
 
 pytestmark = pytest.mark.gpu("prefill_attention")
 
@@ -34,35 +35,19 @@ def arguments(
     return q.astype(dtype), cache, table
 
 
-@pytest.mark.parametrize("page_size", [None, 16, 64])
-@pytest.mark.parametrize(
-    ("nkv", "group", "d", "window", "form"),
-    [
-        (4, 8, 512, None, KVCache),
-        (4, 8, 512, None, CompactKVCache),
-        (1, 16, 512, None, CompactKVCache),
-        (16, 2, 256, 512, KVCache),
-        (2, 4, 256, 500, KVCache),
-        (3, 5, 96, None, KVCache),
-        (3, 5, 320, 77, KVCache),
-    ],
-)
-def test_real_shapes(nkv, group, d, window, form, page_size):
+@pytest.mark.parametrize("case", [case for case in CASES if case.tokens == 700], ids=str)
+def test_real_shapes(case):
     """A chunk after 500 tokens, next to the error of XLA in bfloat16 on a whole score matrix."""
-    q, cache, table = arguments(2, 700, 1280, nkv, group, d, form=form, page_size=page_size)
-    positions = 500 + jnp.arange(700, dtype=jnp.int32) + jnp.array([[0], [47]], jnp.int32)
+    q, cache, table, positions = case.arguments(poison=(1.0,))
 
     def run(q, cache, implementation):
-        return ops.prefill_attention(
-            q, cache, table, positions, sliding_window=window, implementation=implementation
-        )
+        return case.run([q, cache, table, positions], implementation)
 
     with jax.default_matmul_precision("highest"):
         exact = run(*jax.tree.map(lambda x: x.astype(jnp.float32), (q, cache)), "xla")
+    constants = {"sliding_window": case.sliding_window, "scale": 1.0, "num_splits": None}
     usual = jax.jit(
-        lambda q, cache: dense.decode_attention(
-            q, cache, table, positions, sliding_window=window, scale=1.0, num_splits=None
-        )
+        lambda q, cache: dense.decode_attention(q, cache, table, positions, **constants)
     )(q, cache)
     ours = run(q, cache, "triton")
     errors = [np.linalg.norm(np.asarray(o - exact, np.float32)) for o in (ours, usual)]

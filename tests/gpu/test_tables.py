@@ -12,14 +12,14 @@ TABLES = {
 
 def pytest_generate_tests(metafunc):
     for name in TABLES.keys() & set(metafunc.fixturenames):
-        shapes = TABLES[name][metafunc.config.getoption("whole_tables")]()
-        metafunc.parametrize(name, list(shapes), ids=str)
+        cases = list(TABLES[name][metafunc.config.getoption("whole_tables")]())
+        metafunc.parametrize(name, cases, ids=[case.name for case in cases])
 
 
-def judge(shape, record_property):
-    error = shape.error()
+def judge(case, record_property):
+    error = tables.error(case)
     for name in ("op", "tokens", "group"):
-        record_property(name, getattr(shape, name))
+        record_property(name, getattr(case, name))
     record_property("error", error)
     assert error < tables.MAX_ERROR
 

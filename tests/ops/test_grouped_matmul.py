@@ -10,14 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g4attn_jax import ops, oracle
+from g4attn_jax import ops
 from g4attn_jax.ops.gpu import Gpu
+from g4attn_jax.ops.grouped_gated_matmul import cases as gated
+from g4attn_jax.ops.grouped_matmul import cases as plain
 from g4attn_jax.ops.grouped_matmul import triton
 from g4attn_jax.ops.grouped_matmul.triton import (
     GroupedMatmulLaunch,
     GroupedMatmulSizes,
     choose_launch,
 )
+from g4attn_jax.testing import oracle
+from g4attn_jax.testing.case import tagged
+from tests.everyday import everyday, everyday_cases
 from tests.ops.kernel import kernel_of
 
 KERNEL = kernel_of("grouped_matmul", "grouped_gated_matmul")
@@ -39,33 +44,16 @@ def case(group_sizes, num_rows=None, depth=40, columns=24, tokens=None, dtype=jn
     return *(jnp.asarray(a, dtype) for a in (x, w)), sizes, jnp.asarray(w2, dtype), rows
 
 
-TILE = 16
-CASES = {
-    "all groups": {"group_sizes": [3, 5, 8]},
-    "empty groups": {"group_sizes": [0, 4, 0, 0, 7, 0]},
-    "one group has all": {"group_sizes": [0, 70, 0]},
-    "one row": {"group_sizes": [0, 0, 1, 0]},
-    "sizes around a tile": {"group_sizes": [TILE - 1, TILE, TILE + 1, 1, 2 * TILE, 2 * TILE + 1]},
-    "large tiles": {"group_sizes": [64, 63, 0, 130, 1], "columns": 200},
-    "rows of no group": {"group_sizes": [3, 0, 17], "num_rows": 60},
-    "no group has rows": {"group_sizes": [0, 0], "num_rows": 20},
-    "no rows": {"group_sizes": [0, 0, 0]},
-    "sizes of the model, divided by 4": {"group_sizes": [2, 0, 1], "depth": 704, "columns": 176},
-    "odd sizes": {"group_sizes": [9, 2], "depth": 129, "columns": 67},
-    "one by one": {"group_sizes": [2, 2], "depth": 1, "columns": 1},
-}
-
-
+@everyday("triton_interpret")
+@everyday_cases
 @on_both
-@pytest.mark.parametrize("name", CASES)
-def test_against_float64(name, implementation):
-    x, w, sizes, w2, _ = case(**CASES[name])
+@pytest.mark.parametrize("case", tagged(plain.CASES + gated.CASES, "odd"), ids=str)
+def test_against_float64(case, implementation):
+    arguments = case.arguments()
     with jax.default_matmul_precision("highest"):
-        y = ops.grouped_matmul(x, w, sizes, implementation=implementation)
-        gated = ops.grouped_gated_matmul(x, w2, sizes, implementation=implementation)
-    np.testing.assert_allclose(y, oracle.grouped_matmul(x, w, sizes), atol=4e-6)
-    np.testing.assert_allclose(gated, oracle.grouped_gated_matmul(x, w2, sizes), atol=2e-5)
-    np.testing.assert_array_equal(y[sum(CASES[name]["group_sizes"]) :], 0)
+        y = case.run(arguments, implementation)
+    np.testing.assert_allclose(y, case.exact(arguments), atol=2e-5)
+    np.testing.assert_array_equal(y[sum(case.group_sizes) :], 0)
 
 
 @on_both
@@ -97,6 +85,7 @@ def test_any_sizes(implementation, sizes):
 _jitted = jax.jit(ops.grouped_matmul, static_argnames="implementation")
 
 
+@everyday("bfloat16")
 @on_the_kernel
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype, implementation):
@@ -159,6 +148,7 @@ def test_a_row_does_not_depend_on_the_others(implementation):
     np.testing.assert_array_equal(moved[5:22], run(x, w, sizes)[:17])
 
 
+@everyday("triton_interpret")
 @on_both
 def test_x64(implementation):
     """Indices stay int32 where JAX makes Python's integers int64."""
@@ -171,6 +161,7 @@ def test_x64(implementation):
     np.testing.assert_allclose(y, oracle.grouped_matmul(x[rows], w, sizes), atol=2e-5)
 
 
+@everyday()
 @on_the_kernel
 def test_vmap(implementation):
     """Over rows and sizes, with the same matrices: as if each were alone."""
@@ -281,9 +272,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"x": jnp.zeros((2, 8, 40))}, r"x has shape \(2, 8, 40\); accepted: \[T, K\]"),
-            ({"x": jnp.zeros((8, 40), jnp.int32)}, "x has dtype int32; accepted"),
-            ({"w": jnp.zeros((3, 40))}, r"w has shape \(3, 40\); accepted: \[..., X, K, "),
+            ({"x": jnp.zeros((2, 8, 40))}, r"x has shape \(2, 8, 40\)"),
+            ({"x": jnp.zeros((8, 40), jnp.int32)}, "x has dtype int32"),
+            ({"w": jnp.zeros((3, 40))}, r"w has shape \(3, 40\)"),
             ({"w": jnp.zeros((3, 39, 2, 24))}, r"w has shape .* with K = 40"),
             ({"w": jnp.zeros((3, 40, 3, 24))}, r"w has shape .* \[X, K, 2, N\] with K = 40"),
             ({"w": jnp.zeros((3, 40, 2, 24), jnp.bfloat16)}, "w has dtype bfloat16; .* of x, f"),
@@ -292,8 +283,8 @@ class TestBadInput:
             ({"group_sizes": jnp.array([9, 0, 0])}, "sums to 9; accepted: 0 or more, 8 in all"),
             ({"group_sizes": jnp.array([9, -1, 0])}, "group_sizes has -1 as its least"),
             ({"rows": jnp.zeros((8, 1), jnp.int32)}, r"rows has shape \(8, 1\) .* int32 \[M\]"),
-            ({"rows": jnp.zeros(8)}, "rows has .* dtype float32; accepted: int32"),
-            ({"implementation": "cuda"}, "implementation is 'cuda'; accepted"),
+            ({"rows": jnp.zeros(8)}, "rows has .* dtype float32"),
+            ({"implementation": "cuda"}, "implementation is 'cuda'"),
         ],
     )
     def test_is_named(self, change, message):

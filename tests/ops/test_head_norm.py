@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from g4attn_jax.ops.head_norm.triton import choose_launch, rows_of_program
+from tests.everyday import everyday
 
 KINDS = st.lists(
     st.fixed_dictionaries({"first": st.integers(0, 3), "count": st.integers(1, 6)}),
@@ -17,6 +18,7 @@ KINDS = st.lists(
 )
 
 
+@everyday()
 @hypothesis.given(
     kinds=KINDS, groups=st.integers(1, 40), block_rows=st.sampled_from([1, 2, 4, 8, 16])
 )

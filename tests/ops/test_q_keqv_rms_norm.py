@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from g4attn_jax import ProjectionMode, ops, oracle
+from g4attn_jax import ProjectionMode, ops
+from g4attn_jax.testing import oracle
+from tests.everyday import everyday
 
 RUNS_HERE = ("xla", "triton_interpret")
 
@@ -21,6 +23,7 @@ def random_arguments(batch, num_q_heads, num_kv_heads, head_dim, dtype=jnp.float
     )
 
 
+@everyday()
 @pytest.mark.parametrize("implementation", RUNS_HERE)
 @hypothesis.given(
     batch=st.lists(st.integers(0, 5), min_size=0, max_size=2),
@@ -45,9 +48,11 @@ def test_any_shape(
     for x, y, z in zip(ours, exact, usual, strict=True):
         assert x.shape == y.shape
         assert x.dtype == jnp.dtype(dtype)
-        assert oracle.no_worse_than(oracle.max_error(x, y), oracle.max_error(z, y), dtype)
+        error, usual_error = oracle.max_error(x, y), oracle.max_error(z, y)
+        assert oracle.no_worse_than(error, usual_error, dtype, oracle.largest(y))
 
 
+@everyday("triton_interpret")
 @pytest.mark.parametrize("implementation", RUNS_HERE)
 def test_is_the_packed_op_on_unpacked_buffers(implementation):
     q, kv, q_norm, k_norm = random_arguments((5,), 8, 2, 64)
@@ -60,6 +65,7 @@ def test_is_the_packed_op_on_unpacked_buffers(implementation):
     )
 
 
+@everyday()
 @pytest.mark.parametrize("implementation", RUNS_HERE)
 def test_transformations_agree_with_the_formula(implementation):
     arguments = random_arguments((3,), 4, 2, 32)
@@ -97,15 +103,15 @@ def test_no_tokens(implementation):
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (0, np.zeros(8, np.float32), r"q has shape \(8,\); accepted: \[..., Nq, D\]"),
-        (0, np.zeros((5, 0, 32), np.float32), "q has shape .*; none of Nq, D may be 0"),
-        (1, np.zeros((5, 0, 32), np.float32), "kv has shape .*; none of Nkv, D may be 0"),
-        (0, np.zeros((5, 4, 32), np.int32), "q has dtype int32; accepted: bfloat16"),
+        (0, np.zeros(8, np.float32), r"q has shape \(8,\)"),
+        (0, np.zeros((5, 0, 32), np.float32), "q has shape"),
+        (1, np.zeros((5, 0, 32), np.float32), "kv has shape"),
+        (0, np.zeros((5, 4, 32), np.int32), "q has dtype int32"),
         (1, np.zeros((5, 2, 16), np.float32), r"kv has shape .* it must be \(5, Nkv, 32\)"),
         (1, np.zeros((6, 2, 32), np.float32), r"kv has shape .* it must be \(5, Nkv, 32\)"),
         (1, np.zeros((2, 32), np.float32), r"kv has shape .* it must be \(5, Nkv, 32\)"),
-        (1, np.zeros((5, 2, 32), np.float16), "kv has dtype float16; accepted: that of q, float32"),
-        (2, np.zeros(31, np.float32), r"q_norm has shape \(31,\); accepted: \(32,\)"),
+        (1, np.zeros((5, 2, 32), np.float16), "kv has dtype float16"),
+        (2, np.zeros(31, np.float32), r"q_norm has shape \(31,\)"),
         (3, None, "k_norm is missing"),
     ],
 )

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from g4attn_jax import ProjectionMode, ops, oracle
+from g4attn_jax import ProjectionMode, ops
 from g4attn_jax.rope import rope_cos_sin
+from g4attn_jax.testing import oracle
+from tests.everyday import everyday
 
 RUNS_HERE = ("xla", "triton_interpret")
 
@@ -22,6 +24,7 @@ def random_arguments(mode, batch, num_kv_heads, group, head_dim, rotary_dim, dty
     return [qkv, q_norm, None if mode is ProjectionMode.Q_ONLY else k_norm, cos, sin]
 
 
+@everyday()
 @pytest.mark.parametrize("implementation", RUNS_HERE)
 @hypothesis.given(
     mode=st.sampled_from(ProjectionMode),
@@ -50,7 +53,8 @@ def test_any_shape(implementation, mode, batch, num_kv_heads, group, pairs, rota
         assert ours.shape == exact.shape
         assert ours.dtype == dtype
         error, usual_error = oracle.max_error(ours, exact), oracle.max_error(usual, exact)
-        assert oracle.no_worse_than(error, usual_error, dtype), (error, usual_error)
+        largest = oracle.largest(exact)
+        assert oracle.no_worse_than(error, usual_error, dtype, largest), (error, usual_error)
 
 
 @pytest.mark.parametrize("implementation", RUNS_HERE)
@@ -59,6 +63,7 @@ class TestDifferentiation:
     def run(self, mode, implementation):
         return lambda *a: ops.qkv_norm_rope(*a, mode=mode, implementation=implementation)
 
+    @everyday("ProjectionMode.QK_ONLY-triton_interpret")
     def test_forward_and_reverse_against_float64(self, mode, implementation):
         """Along a random direction of each argument: the oracle's central difference."""
         arguments = random_arguments(mode, (5,), 2, 3, 24, 12)
@@ -101,6 +106,7 @@ class TestDifferentiation:
             )
             assert float(tangent) == pytest.approx(slope, rel=1e-4)
 
+    @everyday("ProjectionMode.QK_ONLY-xla")
     def test_nothing_but_the_arguments_is_kept(self, mode, implementation):
         arguments = random_arguments(mode, (16,), 2, 3, 64, 32, jnp.bfloat16)
         _, pullback = jax.vjp(self.run(mode, implementation), *arguments)
@@ -108,6 +114,7 @@ class TestDifferentiation:
         given = sorted((x.shape, x.dtype.name) for x in jax.tree.leaves(arguments))
         assert kept == given
 
+    @everyday()
     def test_vmap_jit_and_gradient_together(self, mode, implementation):
         qkv, q_norm, k_norm, cos, sin = random_arguments(mode, (4,), 2, 3, 32, 16)
 
@@ -127,20 +134,20 @@ class TestBadInput:
             ({"qkv": jnp.zeros((5, 2, 4, 31))}, r"qkv has shape .* its last size, D, must be even"),
             ({"qkv": jnp.zeros((5, 2, 1, 32))}, "qkv has 1 rows per KV head; QK_ONLY needs"),
             ({"q_norm": None}, "q_norm is missing"),
-            ({"q_norm": jnp.zeros(16)}, r"q_norm has shape \(16,\); accepted: \(32,\)"),
+            ({"q_norm": jnp.zeros(16)}, r"q_norm has shape \(16,\)"),
             ({"k_norm": None}, "k_norm is missing; QK_ONLY needs it"),
             ({"mode": ProjectionMode.Q_ONLY}, "k_norm was given; Q_ONLY normalises no K"),
-            ({"cos": jnp.zeros((5, 4), jnp.bfloat16)}, "cos is .* of dtype bfloat16; accepted"),
+            ({"cos": jnp.zeros((5, 4), jnp.bfloat16)}, "cos is .* of dtype bfloat16"),
             (
                 {"cos": np.zeros((5, 4), np.float64)},
-                "cos is a ndarray of dtype float64; accepted: an array",
+                "cos is a ndarray of dtype float64",
             ),
-            ({"sin": jnp.zeros((4, 4))}, r"sin has shape \(4, 4\); with qkv .* \(5, R/2\)"),
+            ({"sin": jnp.zeros((4, 4))}, r"sin has shape \(4, 4\)"),
             ({"cos": jnp.zeros((5, 17))}, r"cos has shape \(5, 17\).* R being at most 32"),
             ({"sin": jnp.zeros((5, 3))}, r"sin has shape \(5, 3\); cos has \(5, 8\)"),
-            ({"eps": -1.0}, "eps is -1.0; accepted: 0 or more"),
-            ({"mode": 1}, "mode is 1; accepted: ProjectionMode.Q_ONLY"),
-            ({"implementation": "cuda"}, "implementation is 'cuda'; accepted"),
+            ({"eps": -1.0}, "eps is -1.0"),
+            ({"mode": 1}, "mode is 1"),
+            ({"implementation": "cuda"}, "implementation is 'cuda'"),
         ],
     )
     def test_refused(self, change, message):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from g4attn_jax import ProjectionMode, ops, oracle
+from g4attn_jax import ProjectionMode, ops
+from g4attn_jax.testing import oracle
+from tests.everyday import everyday
 
 RUNS_HERE = ("xla", "triton_interpret")
 
@@ -30,9 +32,15 @@ def assert_no_worse_than_usual(ours, arguments, **kwargs):
         assert x.shape == y.shape
         assert x.dtype == arguments[0].dtype
         error, usual_error = oracle.max_error(x, y), oracle.max_error(z, y)
-        assert oracle.no_worse_than(error, usual_error, x.dtype), (name, error, usual_error)
+        largest = oracle.largest(y)
+        assert oracle.no_worse_than(error, usual_error, x.dtype, largest), (
+            name,
+            error,
+            usual_error,
+        )
 
 
+@everyday()
 @pytest.mark.parametrize("implementation", RUNS_HERE)
 @hypothesis.given(
     mode=st.sampled_from(ProjectionMode),
@@ -101,6 +109,7 @@ class TestDifferentiation:
 
         return loss
 
+    @everyday("ProjectionMode.QK_ONLY-triton_interpret")
     def test_forward_and_reverse_against_finite_differences(self, mode, implementation):
         arguments = random_arguments(mode, (2, 1, 2 + mode.num_kv_projections, 8), v_norm=True)
         jax.test_util.check_grads(
@@ -113,6 +122,7 @@ class TestDifferentiation:
             eps=1e-2,
         )
 
+    @everyday("ProjectionMode.QKV_FULL-triton_interpret")
     def test_gradient_against_the_formula(self, mode, implementation):
         """dx = r (g - n mean(n g)) with n = x r, and dscale = sum of n dy, in float64."""
         arguments = random_arguments(mode, (7, 2, 3 + mode.num_kv_projections, 48), v_norm=True)
@@ -144,6 +154,7 @@ class TestDifferentiation:
             else:
                 np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5)
 
+    @everyday("ProjectionMode.QK_ONLY-triton_interpret")
     def test_nothing_but_the_arguments_is_kept(self, mode, implementation):
         arguments = random_arguments(
             mode, (16, 2, 3 + mode.num_kv_projections, 64), dtype=jnp.bfloat16
@@ -155,6 +166,7 @@ class TestDifferentiation:
         given = sorted((x.shape, x.dtype.name) for x in jax.tree.leaves(arguments))
         assert kept == given
 
+    @everyday("ProjectionMode.QK_ONLY-xla")
     def test_second_derivative(self, mode, implementation):
         arguments = random_arguments(mode, (1, 1, 1 + mode.num_kv_projections, 4))
 
@@ -177,12 +189,14 @@ class TestTransformations:
     def run(self, mode, implementation):
         return lambda *a: ops.qkv_rms_norm(*a, mode=mode, implementation=implementation)
 
+    @everyday("ProjectionMode.QK_ONLY-triton_interpret", "ProjectionMode.QKV_FULL-xla")
     def test_64_bit_mode(self, mode, implementation):
         with jax.enable_x64(True):
             arguments = random_arguments(mode, (3, 2, 3 + mode.num_kv_projections, 32))
             ours = self.run(mode, implementation)(*arguments)
             assert_no_worse_than_usual(ours, arguments, mode=mode)
 
+    @everyday("1-ProjectionMode.QK_ONLY-triton_interpret", "0-ProjectionMode.QKV_FULL-None")
     @pytest.mark.parametrize("axis", [0, 1, 2])
     def test_vmap_over_tokens(self, mode, implementation, axis):
         qkv, *scales = random_arguments(mode, (3, 5, 2, 3 + mode.num_kv_projections, 32))
@@ -195,6 +209,7 @@ class TestTransformations:
             rtol=1e-6,
         )
 
+    @everyday("ProjectionMode.QK_ONLY-triton_interpret")
     def test_vmap_over_scales(self, mode, implementation):
         qkv, *scales = random_arguments(mode, (5, 2, 3 + mode.num_kv_projections, 32))
         run = self.run(mode, implementation)
@@ -206,6 +221,7 @@ class TestTransformations:
                 jax.tree.map(lambda x, i=i: x[i], batched), expected, rtol=1e-6
             )
 
+    @everyday("ProjectionMode.Q_ONLY-triton_interpret")
     def test_gradient_under_vmap_and_jit(self, mode, implementation):
         qkv, *scales = random_arguments(mode, (4, 2, 3 + mode.num_kv_projections, 32))
 
@@ -260,28 +276,28 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"qkv": jnp.zeros((9, 64))}, r"qkv has shape \(9, 64\); accepted: \[..., Nkv, G \+ P"),
+            ({"qkv": jnp.zeros((9, 64))}, r"qkv has shape \(9, 64\)"),
             (
                 {"qkv": jnp.zeros((4, 1, 64))},
                 "qkv has 1 rows per KV head; QK_ONLY needs at least 2",
             ),
-            ({"qkv": jnp.zeros((4, 9, 64), jnp.int32)}, "qkv has dtype int32; accepted: bfloat16"),
-            ({"qkv": jnp.zeros((4, 9, 0))}, "qkv has shape .*; none of Nkv, G . P, D may be 0"),
-            ({"q_norm": jnp.zeros(63)}, r"q_norm has shape \(63,\); accepted: \(64,\)"),
+            ({"qkv": jnp.zeros((4, 9, 64), jnp.int32)}, "qkv has dtype int32"),
+            ({"qkv": jnp.zeros((4, 9, 0))}, "qkv has shape"),
+            ({"q_norm": jnp.zeros(63)}, r"q_norm has shape \(63,\)"),
             ({"q_norm": None}, "q_norm is missing"),
-            ({"k_norm": jnp.zeros((1, 64))}, r"k_norm has shape \(1, 64\); accepted: \(64,\)"),
-            ({"k_norm": jnp.zeros(64, jnp.int8)}, "k_norm has dtype int8; accepted: bfloat16"),
+            ({"k_norm": jnp.zeros((1, 64))}, r"k_norm has shape \(1, 64\)"),
+            ({"k_norm": jnp.zeros(64, jnp.int8)}, "k_norm has dtype int8"),
             ({"k_norm": None}, "k_norm is missing; QK_ONLY needs it"),
-            ({"v_norm": jnp.zeros(32)}, r"v_norm has shape \(32,\); accepted: \(64,\)"),
-            ({"mode": "QK_ONLY"}, "mode is 'QK_ONLY'; accepted: ProjectionMode.Q_ONLY"),
+            ({"v_norm": jnp.zeros(32)}, r"v_norm has shape \(32,\)"),
+            ({"mode": "QK_ONLY"}, "mode is 'QK_ONLY'"),
             ({"mode": ProjectionMode.Q_ONLY}, "k_norm was given; Q_ONLY normalises no K"),
-            ({"eps": -1.0}, "eps is -1.0; accepted: 0 or more"),
-            ({"eps": "small"}, "eps is 'small'; accepted: a finite Python number"),
-            ({"eps": float("inf")}, "eps is inf; accepted: a finite Python number"),
-            ({"scale_offset": None}, "scale_offset is None; accepted: a finite Python number"),
+            ({"eps": -1.0}, "eps is -1.0"),
+            ({"eps": "small"}, "eps is 'small'"),
+            ({"eps": float("inf")}, "eps is inf"),
+            ({"scale_offset": None}, "scale_offset is None"),
             (
                 {"implementation": "cuda"},
-                "implementation is 'cuda'; accepted: None, 'triton', 'xla'",
+                "implementation is 'cuda'",
             ),
         ],
     )

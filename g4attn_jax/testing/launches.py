@@ -1,0 +1,29 @@
+"""Kernel launches of a compiled program, counted in its text."""
+
+import collections
+import re
+
+import jax
+
+# Of instructions that launch nothing.
+FREE_OPCODES = {"parameter", "bitcast", "get-tuple-element", "tuple", "constant"}
+
+
+def count_launches(compiled_text: str, kernel: str) -> int:
+    """Launches of a kernel, by Triton or by Mosaic GPU."""
+    return sum(
+        ("__gpu$xla.gpu.triton" in line and f'name = "{kernel}"' in line)
+        or ('"mosaic_gpu' in line and f"/{kernel}/mpmd_map" in line)
+        for line in compiled_text.splitlines()
+    )
+
+
+def entry_opcodes(compiled: jax.stages.Compiled) -> collections.Counter:
+    """How often every opcode occurs in the entry computation, each but the free ones a launch."""
+    text = compiled.as_text()
+    entry = text[text.index("\nENTRY ") :]
+    return collections.Counter(
+        re.match(r"\s+(?:ROOT )?%?\S+ = (?:\(.*?\)|\S+) ([\w-]+)\(", line).group(1)
+        for line in entry.splitlines()[2:]
+        if " = " in line
+    )
