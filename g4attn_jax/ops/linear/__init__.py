@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float
 
-from g4attn_jax.ops import checks
+from g4attn_jax.checks import check_array
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.linear import reference
 from g4attn_jax.ops.linear.launch import choose_num_partial_sums
@@ -56,7 +56,7 @@ def linear(
         ValueError: an argument has the wrong rank, length or dtype.
         NotImplementedError: "triton" was demanded and there is no supported GPU.
     """
-    _check(x, w, "K, N")
+    _check(x, w, "N")
     implementation = _without_split_k(_linear_partial_sums, x, w, implementation)
     return _linear_partial_sums(x, w, num_partial_sums=1, implementation=implementation)[0]
 
@@ -84,7 +84,7 @@ def linear_partial_sums(
         ValueError: an argument has the wrong rank, length or dtype.
         NotImplementedError: "triton" was demanded and there is no supported GPU.
     """
-    _check(x, w, "K, N")
+    _check(x, w, "N")
     implementation, count = _for_tokens(_linear_partial_sums, x, implementation), 1
     if implementation != XLA:
         count = choose_num_partial_sums(gpu(), k=w.shape[0], columns=w.shape[1])
@@ -130,22 +130,13 @@ def geglu(
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
     """
-    _check(x, w, "K, 2, N")
-    if w.shape[1] != 2:
-        raise ValueError(f"w has shape {w.shape}; accepted: [K, 2, N]")
+    _check(x, w, 2, "N")
     return _geglu(x, w, implementation=_without_split_k(_geglu, x, w, implementation))
 
 
-def _check(x, w, dims):
-    checks.check_buffer("x", x, dims="K")
-    checks.check_buffer("w", w, dims=dims)
-    if w.ndim != len(dims.split(", ")) or w.shape[0] != x.shape[-1]:
-        raise ValueError(
-            f"w has shape {w.shape}; with x of shape {x.shape} accepted: "
-            f"[{dims}] with K {x.shape[-1]}"
-        )
-    if w.dtype != x.dtype:
-        raise ValueError(f"w has dtype {w.dtype}; accepted: that of x, {x.dtype}")
+def _check(x, w, *columns):
+    check_array("x", x, (..., "K"))
+    check_array("w", w, (x.shape[-1], *columns), x.dtype)
 
 
 def _for_tokens(op, x, implementation):

@@ -1,4 +1,4 @@
-"""The shape of a launch for a product with a weight, and how many programs share its columns."""
+"""Launches of products with a weight, and how many programs share its columns (split-K)."""
 
 from typing import NamedTuple
 
