@@ -8,13 +8,13 @@ import statistics
 
 import jax
 import jax.numpy as jnp
-from g4attn_jax.ops.decode_attention.cases import CASES
-from g4attn_jax.testing.case import tagged
 
 from bench import measure
 from bench.benchmark import Bar, Benchmark, Point
 from bench.ops.qkv_norm_rope_write import FORMS
 from g4attn_jax import ops
+from g4attn_jax.ops.decode_attention.cases import CASES
+from g4attn_jax.testing.case import tagged
 
 try:
     import torch

@@ -6,8 +6,6 @@ All variants update a donated cache of 65 536 slots at random places.
 import functools
 
 import jax.numpy as jnp
-from g4attn_jax.ops.qkv_norm_rope_write.cases import CASES
-from g4attn_jax.testing.case import tagged
 
 from bench import measure
 from bench.benchmark import Bar, Benchmark, Point
@@ -16,7 +14,9 @@ from bench.plots import panels, times_against_tokens
 from g4attn_jax import ProjectionMode, ops
 from g4attn_jax.cache import CompactKVCache
 from g4attn_jax.ops.qkv_norm_rope.reference import unrounded
+from g4attn_jax.ops.qkv_norm_rope_write.cases import CASES
 from g4attn_jax.rope import apply_rope
+from g4attn_jax.testing.case import tagged
 
 FORMS = {"KVCache": "separate", "CompactKVCache": "compact"}
 VARIANTS = {
