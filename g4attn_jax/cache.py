@@ -27,7 +27,7 @@ _OF_K, _OF_V = 0, 1
 
 
 class CachePart(NamedTuple):
-    """An array of a cache, and what attention makes of it; its true value is array * scale.
+    """Array of a cache, and what attention makes of it; its true value is array * scale.
 
     Attributes:
         array: [num_pages, page_size, Nkv, width].

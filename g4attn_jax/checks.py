@@ -3,6 +3,7 @@
 Every message names the argument, what was given and what is accepted.
 """
 
+import enum
 import math
 from collections.abc import Iterable, Sequence
 from types import EllipsisType
@@ -56,9 +57,10 @@ def check_number(name: str, value: Any, least: float | None = None) -> None:
         ValueError: naming the argument, what was given and what is accepted.
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or (least is not None and value < least):
-        limit = "" if least is None else f" of {least} or more"
-        raise ValueError(f"{name} is {value!r}; accepted: a finite Python number{limit}")
+    if not is_number or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; accepted: a finite Python number")
+    if least is not None and value < least:
+        raise ValueError(f"{name} is {value!r}; accepted: {least} or more")
 
 
 def check_choice(name: str, value: Any, accepted: Iterable[Any]) -> None:
@@ -69,8 +71,7 @@ def check_choice(name: str, value: Any, accepted: Iterable[Any]) -> None:
     """
     accepted = list(accepted)
     if not any(value is choice or value == choice for choice in accepted):
-        choices = ", ".join(x.__name__ if isinstance(x, type) else repr(x) for x in accepted)
-        raise ValueError(f"{name} is {value!r}; accepted: {choices}")
+        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(_choice_text, accepted))}")
 
 
 def check_type(name: str, value: Any, *types: type, none: bool = False) -> None:
@@ -133,14 +134,14 @@ def check_array(
     if array is None and none:
         return
     given_shape, given_dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
-    is_array = isinstance(given_shape, tuple) and given_dtype is not None
-    if is_array and _has_shape(given_shape, shape, empty) and _has_dtype(given_dtype, dtype):
-        return
-    given = f"has shape {given_shape} and dtype {given_dtype}"
-    if not is_array:
-        given = f"is a {type(array).__name__}"
-    accepted = f"{_dtype_text(dtype)} {_shape_text(shape, empty)}{', or None' if none else ''}"
-    raise ValueError(f"{name} {given}; accepted: {accepted}")
+    if not isinstance(given_shape, tuple) or given_dtype is None:
+        given = "is None" if array is None else f"is a {type(array).__name__}"
+        accepted = f"{_dtype_text(dtype, ' or ')} {_shape_text(shape, empty)}"
+        raise ValueError(f"{name} {given}; accepted: {accepted}{', or None' if none else ''}")
+    if not _has_dtype(given_dtype, dtype):
+        raise ValueError(f"{name} has dtype {given_dtype}; accepted: {_dtype_text(dtype)}")
+    if not _has_shape(given_shape, shape, empty):
+        raise ValueError(f"{name} has shape {given_shape}; accepted: {_shape_text(shape, empty)}")
 
 
 def known_values(array: jax.Array) -> np.ndarray | None:
@@ -173,10 +174,16 @@ def _several(dtype):
     return dtype if isinstance(dtype, (tuple, list)) else (dtype,)
 
 
-def _dtype_text(dtype):
+def _choice_text(value):
+    if isinstance(value, type):
+        return value.__name__
+    return str(value) if isinstance(value, enum.Enum) else repr(value)
+
+
+def _dtype_text(dtype, separator=", "):
     if isinstance(dtype, str) and dtype in ("integer", "floating"):
         return {"integer": "integer", "floating": "floating-point"}[dtype]
-    return " or ".join(jnp.dtype(x).name for x in _several(dtype))
+    return separator.join(jnp.dtype(x).name for x in _several(dtype))
 
 
 def _shape_text(shape, empty):
@@ -186,8 +193,11 @@ def _shape_text(shape, empty):
         return "..." if size is ... else str(size)
 
     is_known = all(isinstance(size, int) for size in shape)
-    if is_known and shape:
+    if is_known:
         return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
-    letters = [size for size in shape if isinstance(size, str)]
-    limit = f", {' and '.join(letters)} of 1 or more" if letters and not empty else ""
+    letters, limit = [size for size in shape if isinstance(size, str)], ""
+    if letters and not empty:
+        limit = f"; none of {', '.join(letters)} may be 0"
+        if len(letters) == 1:
+            limit = f"; {letters[0]} may not be 0"
     return f"[{', '.join(map(text, shape))}]{limit}"

@@ -35,7 +35,7 @@ def test_no_number(value):
 
 def test_least_number():
     checks.check_number("eps", 0.0, least=0)
-    with pytest.raises(ValueError, match=r"^eps is -1; .* of 0 or more$"):
+    with pytest.raises(ValueError, match=r"^eps is -1; accepted: 0 or more$"):
         checks.check_number("eps", -1, least=0)
 
 
@@ -74,13 +74,18 @@ def test_such_an_array(shape, dtype, array):
 @pytest.mark.parametrize(
     ("shape", "dtype", "array", "message"),
     [
-        ((2,), "int32", np.zeros(2), r"has shape \(2,\) and dtype float64; .*: int32 \(2,\)"),
-        ((2,), "int32", np.zeros(3, np.int32), r"has shape \(3,\) and dtype int32"),
-        (("B", "T"), "integer", np.zeros((2, 0), int), r"integer \[B, T\], B and T of 1 or more"),
-        ((..., "E"), checks.FLOATS, jnp.zeros(()), r"bfloat16 or .* or float32 \[\.\.\., E\]"),
+        ((2,), "int32", np.zeros(2), r"has dtype float64; accepted: int32"),
+        ((2,), "int32", np.zeros(3, np.int32), r"has shape \(3,\); accepted: \(2,\)"),
+        (
+            ("B", "T"),
+            "integer",
+            np.zeros((2, 0), int),
+            r"\[B, T\]; none of B, T may be 0",
+        ),
+        ((..., "E"), checks.FLOATS, jnp.zeros(()), r"has shape \(\); accepted: \[\.\.\., E\]"),
         (("B", range(9)), "integer", np.zeros((2, 9), int), r"\[B, 0 to 8\]"),
         (("E",), "floating", [1.0], r"is a list; accepted: floating-point \[E\]"),
-        (("E",), "floating", None, r"is a NoneType"),
+        (("E",), "floating", None, r"is None; accepted"),
     ],
 )
 def test_no_such_array(shape, dtype, array, message):

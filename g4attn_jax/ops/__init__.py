@@ -1,4 +1,4 @@
-"""The kernels, each behind a plain function with a `jnp` reference."""
+"""Kernels, each behind a plain function with a `jnp` reference; `op` says which of them runs."""
 
 from g4attn_jax.ops.add_rms_norm import add_rms_norm
 from g4attn_jax.ops.decode_attention import decode_attention

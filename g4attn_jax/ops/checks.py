@@ -10,6 +10,7 @@ import numpy as np
 from g4attn_jax.cache import FLOAT8, Cache, array_names
 from g4attn_jax.checks import (
     MAX_INT32,
+    Size,
     check_array,
     check_choice,
     check_integer,
@@ -22,15 +23,6 @@ from g4attn_jax.layout import UNPLACED, SegmentIds, check_page_table
 from g4attn_jax.page_allocator import check_page_size
 
 
-def check_buffer(name: str, buffer: jax.Array, *, dims: str) -> None:
-    """Refuses a buffer of heads that is not [..., `dims`] in a dtype the kernel takes.
-
-    Raises:
-        ValueError: naming the argument, what was given and what is accepted.
-    """
-    check_array(name, buffer, (..., *dims.split(", ")))
-
-
 def check_packed(qkv: jax.Array, mode: ProjectionMode) -> None:
     """Refuses what is not a packed projection [..., Nkv, G + P, D] of this mode.
 
@@ -38,7 +30,7 @@ def check_packed(qkv: jax.Array, mode: ProjectionMode) -> None:
         ValueError: naming the argument, what was given and what is accepted.
     """
     check_choice("mode", mode, ProjectionMode)
-    check_buffer("qkv", qkv, dims="Nkv, G + P, D")
+    check_array("qkv", qkv, (..., "Nkv", "G + P", "D"))
     rows, kv_rows = qkv.shape[-2], mode.num_kv_projections
     if rows <= kv_rows:
         raise ValueError(
@@ -137,7 +129,7 @@ def check_attention(
     Raises:
         ValueError: naming the argument, what was given and what is accepted.
     """
-    check_buffer("q", q, dims="B, T, Nq, width")
+    check_array("q", q, ("B", "T", "Nq", "width"))
     _check_query(q, cache, max_tokens)
     check_integer("sliding_window", sliding_window, most=MAX_INT32, none=True)
     check_number("scale", scale)
@@ -163,8 +155,8 @@ def _check_query(q, cache, max_tokens):
     check_type("cache", cache, *get_args(Cache))
     check_cache_arrays(cache, dtype=q.dtype)
     num_kv_heads, head_dim = cache.v.shape[2:]
-    too_many = max_tokens is not None and q.ndim == 4 and q.shape[1] > max_tokens
-    if q.ndim != 4 or too_many or q.shape[2] % num_kv_heads:
+    too_many = max_tokens is not None and q.shape[1] > max_tokens
+    if too_many or q.shape[2] % num_kv_heads:
         tokens = "T of 1 or more" if max_tokens is None else f"T from 1 to {max_tokens}"
         raise ValueError(
             f"q has shape {q.shape}; accepted: [B, T, Nq, width] with {tokens} and Nq a multiple "
@@ -218,29 +210,21 @@ def check_grouped_matmul(
     w: jax.Array,
     group_sizes: jax.Array,
     *,
-    dims: str,
+    columns: tuple[Size, ...],
     rows: jax.Array | None = None,
 ) -> None:
     """Refuses arguments of a grouped matmul that do not go together.
 
     Args:
         x, group_sizes, rows: as `grouped_gated_matmul` has them.
-        w: [`dims`], of which the first two are X and K.
-        dims: sizes of w, each a letter or a number.
+        w: [X, K, *columns].
+        columns: sizes of w.
 
     Raises:
         ValueError: naming the argument, what was given and what is accepted.
     """
-    check_buffer("x", x, dims="K")
-    check_buffer("w", w, dims=dims)
-    if x.ndim != 2:
-        raise ValueError(f"x has shape {x.shape}; accepted: [T, K]")
-    wanted = dims.split(", ")
-    fixed = all(size == int(n) for size, n in zip(w.shape, wanted, strict=False) if n.isdigit())
-    if w.ndim != len(wanted) or w.shape[1] != x.shape[1] or not fixed:
-        raise ValueError(f"w has shape {w.shape}; accepted: [{dims}] with K = {x.shape[1]}")
-    if w.dtype != x.dtype:
-        raise ValueError(f"w has dtype {w.dtype}; accepted: that of x, {x.dtype}")
+    check_array("x", x, ("T", "K"), empty=True)
+    check_array("w", w, ("X", x.shape[1], *columns), x.dtype)
     check_array("group_sizes", group_sizes, w.shape[:1], jnp.int32)
     check_array("rows", rows, ("M",), jnp.int32, none=True, empty=True)
     count, known = x.shape[0] if rows is None else rows.shape[0], known_values(group_sizes)

@@ -41,7 +41,7 @@ def _is_always_faster(*arrays, **static):
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel of an op.
+    """Kernel of an op.
 
     Attributes:
         name: by which an implementation demands it.
@@ -94,7 +94,7 @@ class Kernel:
         return error and f"this JAX lacks what the kernel is written in ({error})"
 
     def run(self, *arrays, interpret: bool, **static) -> Any:
-        """The op by this kernel."""
+        """Runs the op by this kernel."""
         return self._function()(*arrays, interpret=interpret, **static)
 
     def _function(self):
@@ -138,7 +138,7 @@ _OPS: dict[str, "Op"] = {}
 
 
 class _Choice(NamedTuple):
-    """How an op runs: by a kernel, or where it is None by the reference."""
+    """Choice of how an op runs: by a kernel, or where it is None by the reference."""
 
     kernel: Kernel | None
     interpret: bool = False
@@ -146,7 +146,7 @@ class _Choice(NamedTuple):
 
 
 class Op:
-    """A function of arrays with a reference, kernels and a derivative.
+    """Function of arrays with a reference, kernels and a derivative.
 
     Under `jax.grad` and `jax.jvp` it differentiates by its own rule, a `custom_jvp` rather than a
     `custom_vjp` because the latter refuses forward-mode differentiation; JAX transposes the
@@ -190,7 +190,7 @@ class Op:
         return self._jitted(*arrays, choice=choice, static=tuple(static.items()))
 
     def own(self, implementation: Implementation | None) -> Implementation | None:
-        """The implementation, or None if it names a kernel that other ops have alone.
+        """Implementation, or None if it names a kernel that other ops have alone.
 
         Raises:
             ValueError: no op has such an implementation.
@@ -250,7 +250,7 @@ class Op:
 
 
 def _runner(choice, reference, static):
-    """The function of arrays that runs as chosen."""
+    """Function of arrays that runs as chosen."""
     if choice.kernel is None:
         return reference
     kernel = functools.partial(choice.kernel.run, interpret=choice.interpret, **static)
@@ -305,7 +305,7 @@ def check_implementation(implementation: Implementation | None) -> None:
 
 
 def _machine_refusals(implementation):
-    """Of every kernel that an implementation demands."""
+    """Refusals of every kernel that an implementation demands."""
     return [
         kernel.machine_refusal(interpret=implementation != kernel.name) or kernel.import_refusal()
         for op in _OPS.values()

@@ -275,15 +275,18 @@ class TestBadInput:
             ({"x": jnp.zeros((2, 8, 40))}, r"x has shape \(2, 8, 40\)"),
             ({"x": jnp.zeros((8, 40), jnp.int32)}, "x has dtype int32"),
             ({"w": jnp.zeros((3, 40))}, r"w has shape \(3, 40\)"),
-            ({"w": jnp.zeros((3, 39, 2, 24))}, r"w has shape .* with K = 40"),
-            ({"w": jnp.zeros((3, 40, 3, 24))}, r"w has shape .* \[X, K, 2, N\] with K = 40"),
-            ({"w": jnp.zeros((3, 40, 2, 24), jnp.bfloat16)}, "w has dtype bfloat16; .* of x, f"),
+            ({"w": jnp.zeros((3, 39, 2, 24))}, r"w has shape \(3, 39, 2, 24\)"),
+            ({"w": jnp.zeros((3, 40, 3, 24))}, r"w has shape \(3, 40, 3, 24\)"),
+            ({"w": jnp.zeros((3, 40, 2, 24), jnp.bfloat16)}, "w has dtype bfloat16"),
             ({"group_sizes": jnp.zeros(4, jnp.int32)}, r"group_sizes has shape \(4,\)"),
-            ({"group_sizes": np.zeros(3, np.int64)}, r"dtype int64; accepted: int32 \(3,\)"),
+            (
+                {"group_sizes": np.zeros(3, np.int64)},
+                "group_sizes has dtype int64",
+            ),
             ({"group_sizes": jnp.array([9, 0, 0])}, "sums to 9; accepted: 0 or more, 8 in all"),
             ({"group_sizes": jnp.array([9, -1, 0])}, "group_sizes has -1 as its least"),
-            ({"rows": jnp.zeros((8, 1), jnp.int32)}, r"rows has shape \(8, 1\) .* int32 \[M\]"),
-            ({"rows": jnp.zeros(8)}, "rows has .* dtype float32"),
+            ({"rows": jnp.zeros((8, 1), jnp.int32)}, r"rows has shape \(8, 1\)"),
+            ({"rows": jnp.zeros(8)}, "rows has dtype float32"),
             ({"implementation": "cuda"}, "implementation is 'cuda'"),
         ],
     )
@@ -298,5 +301,5 @@ class TestBadInput:
             ops.grouped_gated_matmul(**(good | change))
 
     def test_matrices_of_one_part(self):
-        with pytest.raises(ValueError, match=r"w has shape .* accepted: \[X, K, N\]"):
+        with pytest.raises(ValueError, match=r"w has shape .* accepted: \[X, 4, N\]"):
             ops.grouped_matmul(jnp.zeros((8, 4)), jnp.zeros((3, 4, 2, 8)), jnp.array([8, 0, 0]))

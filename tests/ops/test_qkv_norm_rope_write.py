@@ -279,9 +279,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"slots": None}, "slots is a NoneType .* accepted: an array of int32 .5,."),
-            ({"slots": jnp.zeros(5)}, "slots is .* dtype float32"),
-            ({"slots": jnp.zeros((5, 1), jnp.int32)}, r"slots is .* shape \(5, 1\)"),
+            ({"slots": None}, "slots is None"),
+            ({"slots": jnp.zeros(5)}, "slots has dtype float32"),
+            ({"slots": jnp.zeros((5, 1), jnp.int32)}, r"slots has shape \(5, 1\)"),
             ({"k_norm": None}, "k_norm is missing; QK_ONLY with a CompactKVCache needs it"),
             ({"cache": None}, "cache is a NoneType"),
             ({"cache": KVCache(1, 2)}, "cache.k is a int of dtype None"),
@@ -304,7 +304,7 @@ class TestBadInput:
             ),
             (
                 {"cache": KVCache(*jnp.zeros((2, 1, 16, 2, 32), FLOAT8), 1.0)},
-                r"cache.scale has shape \(\) .* accepted: float32 \[2\]",
+                r"cache.scale is a float; accepted: float32 \(2,\)",
             ),
         ],
     )
@@ -318,7 +318,7 @@ class TestBadInput:
 
     def test_a_compact_cache_is_not_for_separate_projections(self):
         case = QkvNormRopeWriteCase(ProjectionMode.QKV_FULL, CompactKVCache, 4, 2, 32, 8, 5)
-        with pytest.raises(ValueError, match="cache is a CompactKVCache; QKV_FULL accepts KVCache"):
+        with pytest.raises(ValueError, match="cache is a CompactKVCache"):
             case.run(case.arguments(), None)
 
     def test_q_only_needs_the_producers_scale(self):

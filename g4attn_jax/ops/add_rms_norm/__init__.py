@@ -1,4 +1,4 @@
-"""The end of a residual branch and the norms of what follows it, in one launch."""
+"""End of a residual branch and the norms of what follows it, in one launch."""
 
 from collections.abc import Sequence
 
@@ -52,8 +52,8 @@ def add_rms_norm(
 
     Source: `Gemma4TextDecoderLayer` of Hugging Face transformers 5.23.
     """
-    checks.check_buffer("x", x, dims="E")
-    checks.check_buffer("y", y, dims="E")
+    check_array("x", x, (..., "E"))
+    check_array("y", y, (..., "E"))
     if y.shape[-x.ndim :] != x.shape or y.ndim > x.ndim + 1 or y.size < x.size:
         raise ValueError(
             f"y has shape {y.shape}; accepted: {x.shape}, that of x, or parts of this shape"

@@ -1,4 +1,4 @@
-"""`add_rms_norm` in `jnp`."""
+"""Reference of `add_rms_norm`, in `jnp`."""
 
 import jax.numpy as jnp
 
@@ -6,7 +6,7 @@ from g4attn_jax.ops.head_norm.reference import rms_norm
 
 
 def add_rms_norm(x, y, scale, next_scales, factor, *, eps):
-    """See `g4attn_jax.ops.add_rms_norm`."""
+    """Reference of `g4attn_jax.ops.add_rms_norm`."""
     y = y.astype(jnp.float32)
     if y.ndim > x.ndim:
         y = y.sum(axis=0)

@@ -1,7 +1,8 @@
-"""A program a token; the row stays in registers from the first load to the last store."""
+"""`add_rms_norm` as one launch: a program a token, whose row stays in registers throughout."""
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ _NUM_WARPS = 8
 
 
 def add_rms_norm(x, y, scale, next_scales, factor, *, eps, interpret=False):
-    """See `g4attn_jax.ops.add_rms_norm`."""
+    """Kernel of `g4attn_jax.ops.add_rms_norm`."""
     width = x.shape[-1]
     rows = math.prod(x.shape[:-1])
     if rows == 0:
@@ -41,54 +42,75 @@ def add_rms_norm(x, y, scale, next_scales, factor, *, eps, interpret=False):
     return total.reshape(x.shape), tuple(norm.reshape(x.shape) for norm in h)
 
 
+class _Row(NamedTuple):
+    """Row of a token, in pieces: each is a load of 16 bytes for every thread."""
+
+    index: jax.Array
+    width: int
+    columns: list[jax.Array]  # of each piece
+    masks: list[jax.Array | None]  # which of them the row has; None: all
+
+    @classmethod
+    def of_program(cls, x_ref):
+        """Row of this program."""
+        row, width = pl.program_id(0), x_ref.shape[1]
+        piece = _NUM_WARPS * WARP_LOAD_BYTES // x_ref.dtype.itemsize
+        piece = min(piece, pl.next_power_of_2(width))
+        columns = [start + iota(piece) for start in range(0, width, piece)]
+        masks = [column < width if width % piece else None for column in columns]
+        return cls(row, width, columns, masks)
+
+    def load(self, ref, *index, eviction_policy="evict_last"):
+        """Pieces of a row of `ref`, in float32."""
+        return [
+            load(
+                ref.at[*index, column], mask, column.shape, eviction_policy=eviction_policy
+            ).astype(jnp.float32)
+            for column, mask in zip(self.columns, self.masks, strict=True)
+        ]
+
+    def store(self, ref, values):
+        """Stores pieces of the row."""
+        for value, column, mask in zip(values, self.columns, self.masks, strict=True):
+            value = value.astype(ref.dtype)
+            plgpu.store(ref.at[self.index, column], value, mask=mask, eviction_policy="evict_last")
+
+    def rrms(self, values, eps):
+        """Reciprocal root of the mean square of pieces."""
+        squares = sum(value * value for value in values)
+        return lax.rsqrt(jnp.sum(squares) * (1 / self.width) + eps)
+
+
 def _add_rms_norm(inputs, total_ref, *h_refs, eps):
-    """The row in pieces, each a load of 16 bytes for every thread.
+    """Adds and norms one row.
 
     What is multiplied by a root is multiplied by its scale before the root is known, so that no
     load waits for it. A step's weights pass through the L2 between one launch and the next: the
     stream and the scales are marked as what it should keep, the branch as what nothing reads again.
     """
-    row, width = pl.program_id(0), inputs["x"].shape[1]
-    piece = _NUM_WARPS * WARP_LOAD_BYTES // inputs["x"].dtype.itemsize
-    piece = min(piece, pl.next_power_of_2(width))
-    columns = [start + iota(piece) for start in range(0, width, piece)]
-    masks = [column < width if width % piece else None for column in columns]
-
-    def pieces(ref, *index, eviction_policy="evict_last"):
-        return [
-            load(
-                ref.at[*index, column], mask, column.shape, eviction_policy=eviction_policy
-            ).astype(jnp.float32)
-            for column, mask in zip(columns, masks, strict=True)
-        ]
-
-    def store(ref, values):
-        for value, column, mask in zip(values, columns, masks, strict=True):
-            value = value.astype(ref.dtype)
-            plgpu.store(ref.at[row, column], value, mask=mask, eviction_policy="evict_last")
-
-    def root(values):
-        squares = sum(value * value for value in values)
-        return lax.rsqrt(jnp.sum(squares) * (1 / width) + eps)
-
-    x, scale = pieces(inputs["x"], row), pieces(inputs["scale"])
-    rows, y_rows = inputs["x"].shape[0], inputs["y"].shape[0]
-    parts = [
-        pieces(inputs["y"], part * rows + row, eviction_policy="evict_first")
-        for part in range(y_rows // rows)
-    ]
-    y = [sum(piece) for piece in zip(*parts, strict=True)]
-    next_scales = [pieces(ref) for ref in inputs["next_scales"]]
+    row = _Row.of_program(inputs["x"])
+    x, scale = row.load(inputs["x"], row.index), row.load(inputs["scale"])
+    y = _branch(row, inputs["y"], rows=inputs["x"].shape[0])
+    next_scales = [row.load(ref) for ref in inputs["next_scales"]]
     scaled = [a * b for a, b in zip(y, scale, strict=True)]
-    rrms = root(y)
+    rrms = row.rrms(y, eps)
     total = [a + b * rrms for a, b in zip(x, scaled, strict=True)]
     if inputs["factor"] is not None:
         factor = inputs["factor"][0].astype(jnp.float32)
         total = [a * factor for a in total]
     # The norms are those of the sum as it is stored.
     total = [a.astype(total_ref.dtype).astype(jnp.float32) for a in total]
-    store(total_ref, total)
+    row.store(total_ref, total)
     if h_refs:
-        rrms = root(total)
+        rrms = row.rrms(total, eps)
     for h_ref, scale in zip(h_refs, next_scales, strict=True):
-        store(h_ref, [a * b * rrms for a, b in zip(total, scale, strict=True)])
+        row.store(h_ref, [a * b * rrms for a, b in zip(total, scale, strict=True)])
+
+
+def _branch(row, y_ref, *, rows):
+    """Pieces of the sum of the branch's partial sums; these lie `rows` rows apart."""
+    partial_sums = [
+        row.load(y_ref, i * rows + row.index, eviction_policy="evict_first")
+        for i in range(y_ref.shape[0] // rows)
+    ]
+    return [sum(pieces) for pieces in zip(*partial_sums, strict=True)]

@@ -1,10 +1,30 @@
-"""What a program of `mosaic.py` does.
+"""Program of the Mosaic GPU kernel for decode attention of several tokens.
 
-One warpgroup asks for tiles of 64 keys, in chunks of 128 numbers a key, as soon as a ring of them
-has room. Two others multiply. Each makes the scores of every second tile and publishes their
-weights, and each sums half of the values' columns, for which its registers suffice, of all tiles.
-A warpgroup sums the tile before its own before it makes the scores of its own: the ring is short,
-and lets go of a tile when its values have been summed.
+One warpgroup loads tiles of 64 keys, in chunks of 128 numbers a key, as soon as a ring of them has
+room. Two others multiply. Each makes the scores of every second tile and publishes their weights,
+and each sums half of the values' columns, for which its registers suffice, of all tiles. A
+warpgroup sums the tile before its own before it makes the scores of its own: the ring is short, and
+lets go of a tile when its values have been summed.
+
+    time            ------------------------------------------------------------------------->
+    loader          k0 v0   k1 v1   k2 v2   k3 v3          each chunk when its place is free
+    warpgroup 0     s0 p0 a0           a1 s2 p2 a2            a3 s4 p4 a4
+    warpgroup 1              a0 s1 p1 a1           a2 s3 p3 a3           a4
+
+    kN, vN   chunks of the keys and values of tile N; a compact cache has v once, for both
+    sN       scores of tile N: products of queries and keys, softmax
+    pN       weights of tile N, and the largest score of each row so far, in shared memory
+    aN       half of the columns of tile N's values, times its weights, added to the sums
+
+    barrier         who arrives                     who waits              what it says
+    q_loaded        TMA, once a chunk               both multipliers       queries are there
+    loaded[stage]   TMA                             both multipliers       a chunk is there
+    used[stage]     both multipliers of the block   loader, before it      a chunk has been read
+                    (of a cluster, of both)         loads the next there
+    published[w]    warpgroup w, after pN           the other, before aN   pN is there
+    met             both multipliers                both, in the end       sums of weights are there
+
+`pN` needs no barrier against being overwritten: who writes p(N+1) is who has read pN before.
 
 The queries come before all tiles, behind which they would wait, and like the output in one copy of
 all tokens for each chunk: a copy takes a while to be asked for.
@@ -44,7 +64,7 @@ _TMA_ALIGNMENT = 128
 
 
 class MosaicSizes(NamedTuple):
-    """What the kernel knows when it is compiled."""
+    """Constants of a launch."""
 
     shape: AttentionShape
     rotary_dim: int | None  # of a compact cache; None: keys and values are separate
@@ -57,7 +77,7 @@ class MosaicSizes(NamedTuple):
 
     @property
     def tokens(self):
-        """Of a block."""
+        """Tokens of a block."""
         return pl.cdiv(self.shape.tokens, self.blocks)
 
     @property
@@ -67,21 +87,22 @@ class MosaicSizes(NamedTuple):
 
     @property
     def padded_tokens(self):
-        """As many as have ROWS query rows."""
+        """Tokens that have ROWS query rows."""
         return ROWS // self.shape.group
 
     @property
     def q_tokens(self):
-        """Of all chunks of the queries, one after another: the last, too, is read as if ROWS."""
+        """Tokens of shared memory for queries, chunk after chunk; the last chunk is padded because
+        every read spans ROWS rows."""
         return (self.key_chunks - 1) * self.tokens + self.padded_tokens
 
     def lines(self, tokens):
-        """The shape in which shared memory has rows of tokens, to be copied as they are in q."""
+        """Shape in which shared memory has the rows of tokens, to be copied as they are in q."""
         group = self.shape.group
         return (tokens * group,) if self.interpret else (tokens, group)
 
     def as_lines(self, ref):
-        """Shared memory of `lines`, with one dimension of them."""
+        """View of shared memory of `lines` that has one dimension of them."""
         if self.interpret:
             return ref
         tokens, group, *others = ref.shape
@@ -95,46 +116,46 @@ class MosaicSizes(NamedTuple):
 
     @property
     def array_widths(self):
-        """Of the cache's arrays, in the order in which a tile of them is loaded: values last."""
+        """Widths of the cache's arrays, in the order in which a tile is loaded: values last."""
         head_dim = self.shape.head_dim
         return head_dim if self.rotary_dim is None else self.rotary_dim, head_dim
 
     @property
     def key_chunks(self):
-        """Of a tile, its first; of a compact cache the last of them are the values."""
+        """Number of key chunks per tile; in a compact cache the last are also the values."""
         return (self.shape.head_dim + (self.rotary_dim or 0)) // CHUNK
 
     @property
     def value_chunks(self):
-        """Of a tile, its last."""
+        """Number of value chunks per tile, which are its last."""
         return self.shape.head_dim // CHUNK
 
     @property
     def first_value(self):
-        """Which chunk of a tile is the first of the values."""
+        """Index of the first value chunk of a tile."""
         return self.array_widths[0] // CHUNK
 
     @property
     def chunks(self):
-        """Of a tile."""
+        """Number of chunks per tile."""
         return sum(self.array_widths) // CHUNK
 
     def q_chunk(self, chunk):
-        """Which of q a chunk of a tile is multiplied with: q has the values' first."""
+        """Index of the query chunk that a chunk is multiplied with: q has the values' first."""
         return chunk if self.rotary_dim is None else (chunk - self.first_value) % self.key_chunks
 
     def first_stage(self, index):
-        """Where in the ring a tile has its first chunk."""
+        """Place in the ring of a tile's first chunk."""
         return lax.rem(index * self.chunks, jnp.int32(self.stages))
 
     def stage(self, first, chunk):
-        """Where it has another. A remainder for each would keep the products waiting."""
+        """Place of another chunk. A remainder for each would keep the products waiting."""
         stage = first + chunk
         return jnp.where(stage < self.stages, stage, stage - self.stages)
 
 
 class MosaicInputs(NamedTuple):
-    """What the kernel reads."""
+    """Arrays that the kernel reads."""
 
     q: jax.Array  # [B * T, Nq, width]
     arrays: tuple[jax.Array, jax.Array]  # of the cache, [slots, Nkv * width]
@@ -160,7 +181,7 @@ class Shared(NamedTuple):
 
 
 def attend(inputs, o, log_sum, shared, *, sizes: MosaicSizes, factor: float):
-    """A program; `factor` takes scores to those of exp2."""
+    """Runs a program; `factor` takes scores to those of exp2."""
     program = _Program.this(inputs, shared, sizes)
     warpgroup = lax.axis_index("warpgroup")
 
@@ -178,7 +199,7 @@ def attend(inputs, o, log_sum, shared, *, sizes: MosaicSizes, factor: float):
 
 
 class _Program(NamedTuple):
-    """What all warpgroups of a program know."""
+    """Program, as all its warpgroups know it."""
 
     inputs: MosaicInputs
     shared: Shared
@@ -190,7 +211,7 @@ class _Program(NamedTuple):
 
     @classmethod
     def this(cls, inputs, shared, sizes):
-        """The one that runs."""
+        """Program that runs."""
         index, split = lax.axis_index("sequence_and_head"), lax.axis_index("split")
         heads = jnp.int32(sizes.shape.num_kv_heads)
         sequence, head = lax.div(index, heads), lax.rem(index, heads)
@@ -199,11 +220,11 @@ class _Program(NamedTuple):
 
     @property
     def ring(self):
-        """Chunks, as in shared memory."""
+        """Ring of chunks in shared memory."""
         return self.shared.ring_or_out[0]
 
     def copies(self, array, split, columns, ref, tokens, begin=0):
-        """(part of array, part of ref) of each copy of rows of q or of the output.
+        """Copies of rows of q or of the output: (part of array, part of ref) of each.
 
         There is one, but in the interpreter one for each token.
 
@@ -228,16 +249,16 @@ class _Program(NamedTuple):
         ]
 
     def position(self, token):
-        """Of a token of this block."""
+        """Position of a token of this block."""
         return self.inputs.positions[self.sequence, self.first_token + token]
 
     def is_page(self, page):
-        """Whether the cache has it."""
+        """Whether the cache has a page."""
         return (page >= 0) & (page < self.sizes.shape.num_pages)
 
 
 class _Tiles(NamedTuple):
-    """The tiles of a split."""
+    """Tiles of a split."""
 
     program: _Program
     newest: jax.Array  # position of all tokens, also another block's
@@ -247,7 +268,7 @@ class _Tiles(NamedTuple):
 
     @classmethod
     def of(cls, program):
-        """Of the split of a program, at most one more than another split has.
+        """Tiles of the split of a program, at most one more than another split has.
 
         The programs of a sequence read neighbouring tiles at a time. But pages lie anywhere: of
         them a program has its tiles side by side, as their pages are in the page table.
@@ -265,11 +286,11 @@ class _Tiles(NamedTuple):
         return cls(program, newest, own, split * share + jnp.minimum(split, left), 1)
 
     def first(self, index):
-        """The first position of a tile."""
+        """First position of a tile."""
         return (self.begin + index * self.step) * KEYS
 
     def page(self, index):
-        """Of a tile, or of the last one."""
+        """Page of a tile, or of the last one."""
         program = self.program
         if program.inputs.page_table is None:
             return program.sequence
@@ -291,7 +312,7 @@ def _load_queries(program):
 
 
 def _load(program, tiles):
-    """Tile after tile, each chunk where one was that has been used."""
+    """Loads tile after tile, each chunk where one was that has been used."""
     sizes, shared = program.sizes, program.shared
 
     def tile(index, page):
@@ -329,7 +350,7 @@ def _load(program, tiles):
 
 
 def _limits(positions, sizes):
-    """The last position that a row sees, [ROWS]: less than 0 of padding."""
+    """Last position that each row sees, [ROWS]: less than 0 of padding."""
     row = mg.broadcasted_iota(jnp.int32, (ROWS, 8), 0, layout=_TILE)
     limit = mg.layout_cast(jnp.full((ROWS, 8), -1, jnp.int32), _TILE)
     for i, position in enumerate(positions):
@@ -339,7 +360,7 @@ def _limits(positions, sizes):
 
 
 class _Multiplier(NamedTuple):
-    """One of the two warpgroups that multiply."""
+    """Warpgroup that multiplies, one of two."""
 
     program: _Program
     tiles: _Tiles
@@ -350,7 +371,7 @@ class _Multiplier(NamedTuple):
 
     @classmethod
     def of(cls, program, warpgroup, factor):
-        """See `attend`."""
+        """Warpgroup of a program; `factor` as in `attend`."""
         positions = [program.position(token) for token in range(program.sizes.tokens)]
         limit = _limits(positions, program.sizes)
         oldest = functools.reduce(jnp.minimum, positions)
@@ -358,12 +379,12 @@ class _Multiplier(NamedTuple):
 
     @property
     def own_values(self):
-        """Chunks of a tile of which this warpgroup sums the values."""
+        """Value chunks of a tile that this warpgroup sums."""
         return self._values(self.warpgroup)
 
     @property
     def other_values(self):
-        """Those of the other."""
+        """Value chunks of a tile that the other warpgroup sums."""
         return self._values(1 - self.warpgroup)
 
     def _values(self, warpgroup):
@@ -373,7 +394,7 @@ class _Multiplier(NamedTuple):
 
     @property
     def other_keys(self):
-        """Chunks that make scores and are no values of this warpgroup."""
+        """Key chunks that are no values of this warpgroup."""
         sizes = self.program.sizes
         is_compact = sizes.rotary_dim is not None
         return [*range(sizes.first_value), *(self.other_values if is_compact else ())]
@@ -398,21 +419,13 @@ class _Multiplier(NamedTuple):
         return m, total, acc
 
     def _turn(self, turn, carry):
-        """The tile before, and one whose scores this warpgroup makes."""
+        """Sums the tile before (a), then a tile whose scores this warpgroup makes (s, p, a)."""
         program, shared = self.program, self.program.shared
         index = 2 * turn + self.warpgroup
         begin, stage = self.tiles.first(index), program.sizes.first_stage(index)
         exists = program.is_page(self.tiles.page(index))
         m, total, *acc = lax.fori_loop(jnp.maximum(index - 1, 0), index, self._of_other, carry)
-        x = self._scores(stage) * self.factor
-
-        def masked(x):
-            key = mg.broadcasted_iota(jnp.int32, x.shape, 1, layout=_TILE)
-            visible = exists & (begin + key <= _along_rows(self.limit, x))
-            return jnp.where(visible, x, -jnp.inf)
-
-        all_visible = exists & (begin + (KEYS - 1) <= self.oldest)
-        x = lax.cond(all_visible, lambda x: x, masked, x)
+        x = self._masked(self._scores(stage) * self.factor, begin, exists)
         new_m = jnp.maximum(m, jnp.max(x, axis=1))
         alpha = jnp.exp2(m - new_m)
         weights = jnp.exp2(x - _along_rows(new_m, x))
@@ -426,8 +439,19 @@ class _Multiplier(NamedTuple):
             self._wait(stage, self.own_values)
         return new_m, total, *self._add_values(index, stage, exists, alpha, weights, acc)
 
+    def _masked(self, x, begin, exists):
+        """Scores of a tile from position `begin` on, -inf where a row does not see a key."""
+
+        def masked(x):
+            key = mg.broadcasted_iota(jnp.int32, x.shape, 1, layout=_TILE)
+            visible = exists & (begin + key <= _along_rows(self.limit, x))
+            return jnp.where(visible, x, -jnp.inf)
+
+        all_visible = exists & (begin + (KEYS - 1) <= self.oldest)
+        return lax.cond(all_visible, lambda x: x, masked, x)
+
     def _of_other(self, index, carry):
-        """A tile whose scores the other warpgroup makes."""
+        """Sums a tile whose scores the other warpgroup makes (a)."""
         m, total, *acc = carry
         program, shared = self.program, self.program.shared
         stage = program.sizes.first_stage(index)
@@ -442,7 +466,7 @@ class _Multiplier(NamedTuple):
         return new_m, total * alpha, *acc
 
     def _scores(self, first):
-        """Of the tile whose chunks begin at a stage, [ROWS, KEYS]."""
+        """Scores of the tile whose chunks begin at a stage, [ROWS, KEYS]."""
         program, sizes = self.program, self.program.sizes
         rows = sizes.as_lines(program.shared.q)
 
@@ -459,22 +483,10 @@ class _Multiplier(NamedTuple):
         return x
 
     def _add_values(self, index, first, exists, alpha, weights, acc):
+        """Sums of weighted values, with those of a tile."""
         program = self.program
-        begin, newest = self.tiles.first(index), self.tiles.newest
         values = [program.ring.at[program.sizes.stage(first, i)] for i in self.own_values]
-
-        # A weight of 0 does not undo a NaN among values that no token sees.
-        @pl.when(jnp.logical_not(exists) | (begin + (KEYS - 1) > newest))
-        def _():
-            key = mg.broadcasted_iota(jnp.int32, (KEYS, _HALF), 0, layout=_TILE)
-            for chunk in values:
-                for half in range(2):
-                    some = chunk.at[:, pl.ds(half * _HALF, _HALF)]
-                    x = mg.load(some, layout=_TILE)
-                    seen = exists & (begin + key <= newest)
-                    some[...] = jnp.where(seen, x, jnp.zeros_like(x))
-            mg.commit_smem()
-
+        self._clear_unseen(index, exists, values)
         acc = [part * _along_rows(alpha, part) for part in acc]
         if program.sizes.interpret and isinstance(weights, jax.Array):
             for i, chunk in enumerate(values):
@@ -494,12 +506,29 @@ class _Multiplier(NamedTuple):
         self._release(first, used)
         return acc
 
+    def _clear_unseen(self, index, exists, values):
+        """Sets values that no token sees to 0: a weight of 0 does not undo a NaN."""
+        begin, newest = self.tiles.first(index), self.tiles.newest
+
+        @pl.when(jnp.logical_not(exists) | (begin + (KEYS - 1) > newest))
+        def _():
+            key = mg.broadcasted_iota(jnp.int32, (KEYS, _HALF), 0, layout=_TILE)
+            for chunk in values:
+                for half in range(2):
+                    some = chunk.at[:, pl.ds(half * _HALF, _HALF)]
+                    x = mg.load(some, layout=_TILE)
+                    seen = exists & (begin + key <= newest)
+                    some[...] = jnp.where(seen, x, jnp.zeros_like(x))
+            mg.commit_smem()
+
     def _wait(self, first, chunks):
+        """Waits for chunks of the tile whose chunks begin at a stage."""
         program = self.program
         for chunk in chunks:
             mg.barrier_wait(program.shared.loaded.at[program.sizes.stage(first, chunk)])
 
     def _release(self, first, chunks):
+        """Lets the loaders write over chunks of a tile."""
         program = self.program
         if program.sizes.blocks > 1:
             mg.commit_smem()  # to another block one thread speaks for all
@@ -508,7 +537,7 @@ class _Multiplier(NamedTuple):
 
 
 def _accumulate(parts, add, interpret):
-    """What `add` adds to accumulators that hold some parts."""
+    """Accumulators that hold some parts, after `add` has added to them."""
     if not interpret:
         return pl.run_state(add)([mg.ACC.init(part) for part in parts])
 
@@ -521,7 +550,7 @@ def _accumulate(parts, add, interpret):
 
 
 def _store(o, log_sum, multiplier, m, total, acc):
-    """What each split leaves: its part of the output, and log2 of the sum of exp of its scores.
+    """Stores a split's part of the output, and log2 of the sum of exp of its scores.
 
     Args:
         o: [splits * B * T, Nq, D].

@@ -1,4 +1,4 @@
-"""How an attention kernel sees a cache of any form and layout: Triton's and Mosaic's alike."""
+"""Operands of an attention kernel, Triton's or Mosaic's, for a cache of any form and layout."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class AttentionInputs(NamedTuple):
 
 
 class KeyPart(NamedTuple):
-    """Where an array of keys belongs."""
+    """Columns and scale of an array of keys."""
 
     begin: int  # of its columns in q
     width: int

@@ -103,7 +103,7 @@ class _Static(NamedTuple):
 
 
 def _attend(inputs, *outputs, static):
-    """One program: its query rows over its tiles, and what they leave."""
+    """Runs a program: its query rows over its tiles."""
     value_block, block, head, sequence = _program(inputs, static)
     rows = _Rows.of(inputs, static, block, head, sequence)
     value_column = 0 if static.launch.value_blocks == 1 else value_block * static.value_width
@@ -288,7 +288,7 @@ class _Rows(NamedTuple):
         return cls(position, q_row, mask)
 
     def limits(self, static):
-        """The newest and the oldest position that any of the rows sees."""
+        """Newest and oldest position that any of the rows sees."""
         newest, oldest = jnp.max(self.position), jnp.int32(0)
         if static.sliding_window is not None:
             first = jnp.min(jnp.where(self.position >= 0, self.position, newest))

@@ -1,4 +1,4 @@
-"""The first half of a mixture of gated MLPs: both products and the gate in one launch."""
+"""First half of a mixture of gated MLPs: both products and the gate in one launch."""
 
 from jaxtyping import Array, Float, Int
 
@@ -43,5 +43,5 @@ def grouped_gated_matmul(
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020), for every group.
     """
-    checks.check_grouped_matmul(x, w, group_sizes, dims="X, K, 2, N", rows=rows)
+    checks.check_grouped_matmul(x, w, group_sizes, columns=(2, "N"), rows=rows)
     return _op(x, w, group_sizes, rows, implementation=implementation)

@@ -5,7 +5,7 @@ from g4attn_jax.ops.linear.reference import gelu_gate
 
 
 def grouped_gated_matmul(x, w, group_sizes, rows, *, interpret=False, launch=None):
-    """See `g4attn_jax.ops.grouped_gated_matmul`; `launch` overrides the heuristics, for tuning."""
+    """Kernel of `g4attn_jax.ops.grouped_gated_matmul`; `launch` is for tuning."""
     return grouped_parts_matmul(
         x,
         rows,

@@ -44,5 +44,5 @@ def grouped_matmul(
 
     Source: Gale et al., "MegaBlocks: efficient sparse training with mixture-of-experts" (2022).
     """
-    checks.check_grouped_matmul(x, w, group_sizes, dims="X, K, N")
+    checks.check_grouped_matmul(x, w, group_sizes, columns=("N",))
     return _op(x, w, group_sizes, implementation=implementation)

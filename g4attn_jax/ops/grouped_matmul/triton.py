@@ -49,12 +49,12 @@ class GroupedMatmulSizes(NamedTuple):
 
     @classmethod
     def of(cls, x, w, rows=None):
-        """Those of arguments of `grouped_parts_matmul`."""
+        """Sizes of arguments of `grouped_parts_matmul`."""
         count = x.shape[0] if rows is None else rows.shape[0]
         return cls(count, *w.shape, x.dtype.itemsize)
 
     def tiles(self, block_rows: int) -> int:
-        """The most that the rows can make, whatever the sizes of groups; some may be of none."""
+        """Most tiles that the rows can make, whatever the sizes of groups; some may be of none."""
         groups = min(self.groups + 1, self.rows)  # each a tile, and more for its rows but one
         return groups + (self.rows - groups) // block_rows
 
@@ -66,7 +66,7 @@ class GroupedMatmulSizes(NamedTuple):
 
 
 def choose_launch(gpu: Gpu, sizes: GroupedMatmulSizes) -> GroupedMatmulLaunch:
-    """The launch for a product, fitted to bench/results/h200/tune_grouped_matmul.json.
+    """Launch for a product, fitted to bench/results/h200/tune_grouped_matmul.json.
 
     Few rows a group are bound by reading the matrices: small tiles, many bytes on their way, and
     programs for every multiprocessor. Many are bound by arithmetic: tiles as large as the registers
@@ -85,7 +85,7 @@ def choose_launch(gpu: Gpu, sizes: GroupedMatmulSizes) -> GroupedMatmulLaunch:
 
 
 def _launches(gpu, sizes):
-    """The fastest first."""
+    """Launches, the fastest first."""
     per_group = pl.cdiv(sizes.rows, sizes.groups)
     if sizes.itemsize == 4:  # no tensor cores: sums and operands in registers
         yield from (_launch(sizes, 16, 64, 32, 4, 3), _launch(sizes, 16, 32, 16, 4, 2))
@@ -118,7 +118,7 @@ def _launch(sizes, block_rows, width, block_depth, num_warps, num_stages):
 
 
 def grouped_matmul(x, w, group_sizes, *, interpret=False, launch=None):
-    """See `g4attn_jax.ops.grouped_matmul`; `launch` overrides the heuristics, for tuning."""
+    """Kernel of `g4attn_jax.ops.grouped_matmul`; `launch` overrides the choice, for tuning."""
     return grouped_parts_matmul(
         x,
         None,
@@ -142,7 +142,7 @@ def grouped_parts_matmul(
     interpret: bool,
     launch: GroupedMatmulLaunch | None = None,
 ) -> jax.Array:
-    """One launch for all parts of the matrices: combine(x_i w_g0, x_i w_g1, ...).
+    """Launches all parts of the matrices: combine(x_i w_g0, x_i w_g1, ...).
 
     Args:
         x: [T, K].
@@ -231,7 +231,7 @@ def _parts(total, count):
 
 
 def _tile(group_sizes, tile, num_rows, block_rows):
-    """The group of a tile, its first row, and the row at which the group ends.
+    """Group of a tile, its first row, and the row at which the group ends.
 
     Past the tiles of all groups come those of rows of no group, for which the group is not less
     than their number, and then tiles that begin past the last row.

@@ -1,4 +1,4 @@
-"""The formula of RMSNorm, for one kind of head."""
+"""Formula of RMSNorm, for one kind of head."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""One launch that RMS-normalises heads lying in one or several buffers.
+"""Launch that RMS-normalises heads lying in one or several buffers.
 
 A buffer is a list of rows [groups * rows_per_group, D]. In every group, rows `first` to
 `first + count - 1` are the heads of one kind. For each of them, with x in float32,
@@ -43,10 +43,10 @@ class NormLaunch(NamedTuple):
 
 
 def choose_launch(num_rows: int, row_bytes: int) -> NormLaunch:
-    """The launch for `num_rows` heads of `row_bytes` each, padding to a power of two included.
+    """Launch for `num_rows` heads of `row_bytes` each, padding to a power of two included.
 
-    From `bench/results/h200/tune_qkv_norm.json`: programs of 2 KiB with a warp for each 512 bytes
-    or longer row, from hundreds of rows to the largest sizes. Few rows get a program each, to
+    From `bench/results/h200/tune_qkv_rms_norm.json`: programs of 2 KiB with a warp for each 512
+    bytes or longer row, from hundreds of rows to the largest sizes. Few rows get a program each, to
     spread over the multiprocessors; longer rows gain from it up to a larger number. Over the whole
     sweep this is at most 0.33 us, and at most 13 %, behind the best launch for that shape and size.
     """
@@ -132,7 +132,7 @@ class _Kind(NamedTuple):
 
 
 def _position(arrays: list[jax.Array], array: jax.Array | None) -> int | None:
-    """Where `array` is in `arrays`, appended if it was not there; None for None."""
+    """Index of `array` in `arrays`, appended if it was not there; None for None."""
     if array is None:
         return None
     for position, other in enumerate(arrays):
@@ -166,7 +166,7 @@ class Rows(NamedTuple):
 
 
 def rows_of_program(program, kinds, *, groups, block_rows):
-    """The rows that a program normalises.
+    """Rows that a program normalises.
 
     `block_rows` groups have `block_rows` rows for each head of a group. They are dealt to as many
     programs as a group has heads, kind by kind: every program has the same work, one kind of head,

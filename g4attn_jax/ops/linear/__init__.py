@@ -3,16 +3,16 @@
 import jax
 from jaxtyping import Array, Float
 
-from g4attn_jax.ops import checks
+from g4attn_jax.checks import check_array
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.linear import reference
 from g4attn_jax.ops.linear.launch import choose_num_partial_sums
 from g4attn_jax.ops.op import XLA, Implementation, Kernel, Op, check_implementation
 
 # Up to this many tokens a step is bound by reading its weights. The kernel reads those of 31B
-# faster than XLA's matmul (bench/tune_linear.py), but for full QKV of up to 8 tokens, where XLA is
-# 2 to 4 % faster, and the MLP of a single token, less than 1 %. Measured by itself up to 32
-# tokens; 8 sequences with 4 to 7 drafts need 64, and bench/speculative.py has 40 of them.
+# faster than XLA's matmul (`python -m bench tune linear`), but for full QKV of up to 8 tokens (XLA
+# is 2 to 4 % faster) and the MLP of one token (less than 1 %). Measured by itself up to 32
+# tokens; 8 sequences with 4 to 7 drafts need 64, and the benchmark "speculative" has 40 of them.
 MAX_TOKENS = 64
 # Without split-K fewer columns are too few programs; XLA, which splits K itself, takes them. Where
 # one overtakes the other has not been measured.
@@ -56,7 +56,7 @@ def linear(
         ValueError: an argument has the wrong rank, length or dtype.
         NotImplementedError: "triton" was demanded and there is no supported GPU.
     """
-    _check(x, w, "K, N")
+    _check(x, w, "N")
     implementation = _without_split_k(_linear_partial_sums, x, w, implementation)
     return _linear_partial_sums(x, w, num_partial_sums=1, implementation=implementation)[0]
 
@@ -84,7 +84,7 @@ def linear_partial_sums(
         ValueError: an argument has the wrong rank, length or dtype.
         NotImplementedError: "triton" was demanded and there is no supported GPU.
     """
-    _check(x, w, "K, N")
+    _check(x, w, "N")
     implementation, count = _for_tokens(_linear_partial_sums, x, implementation), 1
     if implementation != XLA:
         count = choose_num_partial_sums(gpu(), k=w.shape[0], columns=w.shape[1])
@@ -130,22 +130,13 @@ def geglu(
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
     """
-    _check(x, w, "K, 2, N")
-    if w.shape[1] != 2:
-        raise ValueError(f"w has shape {w.shape}; accepted: [K, 2, N]")
+    _check(x, w, 2, "N")
     return _geglu(x, w, implementation=_without_split_k(_geglu, x, w, implementation))
 
 
-def _check(x, w, dims):
-    checks.check_buffer("x", x, dims="K")
-    checks.check_buffer("w", w, dims=dims)
-    if w.ndim != len(dims.split(", ")) or w.shape[0] != x.shape[-1]:
-        raise ValueError(
-            f"w has shape {w.shape}; with x of shape {x.shape} accepted: "
-            f"[{dims}] with K {x.shape[-1]}"
-        )
-    if w.dtype != x.dtype:
-        raise ValueError(f"w has dtype {w.dtype}; accepted: that of x, {x.dtype}")
+def _check(x, w, *columns):
+    check_array("x", x, (..., "K"))
+    check_array("w", w, (x.shape[-1], *columns), x.dtype)
 
 
 def _for_tokens(op, x, implementation):

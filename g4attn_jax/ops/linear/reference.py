@@ -1,4 +1,4 @@
-"""`linear_partial_sums` and `geglu` in `jnp`."""
+"""References of `linear_partial_sums` and `geglu`, in `jnp`."""
 
 import jax
 import jax.numpy as jnp

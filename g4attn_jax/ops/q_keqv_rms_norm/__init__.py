@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float
 
+from g4attn_jax.checks import check_array
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.op import Implementation, Kernel, Op
 from g4attn_jax.ops.q_keqv_rms_norm import reference
@@ -53,8 +54,8 @@ def q_keqv_rms_norm(
 
     Source: the contract of SGLang's fused Q and K = V norm (PR 25461).
     """
-    checks.check_buffer("q", q, dims="Nq, D")
-    checks.check_buffer("kv", kv, dims="Nkv, D")
+    check_array("q", q, (..., "Nq", "D"))
+    check_array("kv", kv, (..., "Nkv", "D"))
     accepted = (*q.shape[:-2], "Nkv", q.shape[-1])
     if kv.ndim != q.ndim or kv.shape[:-2] != q.shape[:-2] or kv.shape[-1] != q.shape[-1]:
         raise ValueError(

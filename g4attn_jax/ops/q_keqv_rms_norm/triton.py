@@ -6,7 +6,7 @@ from g4attn_jax.ops.head_norm.triton import Heads, head_norm
 
 
 def q_keqv_rms_norm(q, kv, q_norm, k_norm, v_norm, *, eps, scale_offset, interpret):
-    """See `g4attn_jax.ops.q_keqv_rms_norm`."""
+    """Kernel of `g4attn_jax.ops.q_keqv_rms_norm`."""
     *batch, num_q_heads, head_dim = q.shape
     num_kv_heads = kv.shape[-2]
     q_out, k, v = head_norm(

@@ -1,4 +1,4 @@
-"""`qkv_norm_rope` in `jnp`."""
+"""Reference of `qkv_norm_rope`, in `jnp`."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,13 @@ from g4attn_jax.rope import apply_rope
 
 
 def qkv_norm_rope(qkv, q_norm, k_norm, cos, sin, *, mode, eps):
-    """See `g4attn_jax.ops.qkv_norm_rope`."""
+    """Reference of `g4attn_jax.ops.qkv_norm_rope`."""
     heads = unrounded(qkv, q_norm, k_norm, cos, sin, mode=mode, eps=eps)
     return jax.tree.map(lambda x: x.astype(qkv.dtype), heads)
 
 
 def unrounded(qkv, q_norm, k_norm, cos, sin, *, mode, eps):
-    """The same, still in float32."""
+    """Heads of `qkv_norm_rope`, still in float32."""
     q, k, v = qkv_norm.qkv_rms_norm(
         qkv.astype(jnp.float32), q_norm, k_norm, None, mode=mode, eps=eps, scale_offset=0.0
     )

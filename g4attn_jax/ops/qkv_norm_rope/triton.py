@@ -1,4 +1,4 @@
-"""One launch from the packed projection to rotated queries and keys, wherever they are to lie.
+"""Launch from the packed projection to rotated queries and keys, wherever they are to lie.
 
 For every head of a packed buffer [..., Nkv, G + P, D], with x in float32 and its halves
 lo = x[:D/2], hi = x[D/2:],
@@ -39,7 +39,7 @@ class Kind(NamedTuple):
 
 
 class PrologueInputs(NamedTuple):
-    """What the kernel reads; None is not there."""
+    """Arrays that the kernel reads; None is not there."""
 
     x: jax.Array  # [..., Nkv, G + P, D], in the kernel [M * Nkv * (G + P), D]
     q_norm: jax.Array  # [D]
@@ -51,7 +51,7 @@ class PrologueInputs(NamedTuple):
 
 
 class PrologueOutputs(NamedTuple):
-    """What it writes: arrays, their shapes, or refs."""
+    """Arrays that it writes, their shapes, or refs."""
 
     q: jax.Array  # [M * Nq, D], absorbed [M * Nq, D + R]
     k: jax.Array | None  # [slots * Nkv, D], of a compact cache [slots * Nkv, R]
@@ -59,7 +59,7 @@ class PrologueOutputs(NamedTuple):
 
 
 def qkv_norm_rope(qkv, q_norm, k_norm, cos, sin, *, mode, eps, interpret=False, launch=None):
-    """See `g4attn_jax.ops.qkv_norm_rope`; `launch` overrides the heuristics, for tuning."""
+    """Kernel of `g4attn_jax.ops.qkv_norm_rope`; `launch` overrides the choice, for tuning."""
     *batch, num_kv_heads, rows, head_dim = qkv.shape
     num_q_heads = num_kv_heads * (rows - mode.num_kv_projections)
     q = jax.ShapeDtypeStruct((math.prod(batch) * num_q_heads, head_dim), qkv.dtype)
@@ -85,9 +85,9 @@ _MANY_ROWS = 4096
 
 
 def choose_launch(num_rows: int, half_bytes: int, *, absorbed: bool) -> NormLaunch:
-    """The launch for `num_rows` heads.
+    """Launch for `num_rows` heads.
 
-    From `bench/results/h200/tune_qkv_prologue.json`: programs of 2 KiB with a warp for every
+    From `bench/results/h200/tune_qkv_norm_rope_write.json`: programs of 2 KiB with a warp for every
     kibibyte, two heads a program where there are few, and where queries are absorbed and heads are
     many, programs of 8 KiB with four warps.
 
@@ -117,27 +117,19 @@ def norm_rope(
         launch: overrides `choose_launch`.
     """
     *_, num_kv_heads, rows_per_group, head_dim = inputs.x.shape
-    x = inputs.x.reshape(-1, head_dim)
-    groups = x.shape[0] // rows_per_group
-    given = [array for array in outputs if isinstance(array, jax.Array)]
+    inputs = _with_flat_axes(inputs)
+    groups = inputs.x.shape[0] // rows_per_group
     if groups == 0:
         return PrologueOutputs(*(_empty(array) for array in outputs))
-    pairs = inputs.cos.shape[-1]
-    inputs = inputs._replace(
-        x=x,
-        cos=inputs.cos.reshape(-1, pairs) if pairs else None,
-        sin=inputs.sin.reshape(-1, pairs) if pairs else None,
-        slots=None if inputs.slots is None else inputs.slots.reshape(-1),
-    )
     kinds = _kinds(mode, rows_per_group)
-    half = head_dim // 2
-    width = min(pl.next_power_of_2(half), WARP_LOAD_BYTES // x.dtype.itemsize)
-    if launch is None:
-        launch = choose_launch(
-            groups * sum(kind.count for kind in kinds),
-            pl.next_power_of_2(half) * x.dtype.itemsize,
-            absorbed=outputs.q.shape[-1] != head_dim,
-        )
+    heads_per_group = sum(kind.count for kind in kinds)
+    padded_half, itemsize = pl.next_power_of_2(head_dim // 2), inputs.x.dtype.itemsize
+    launch = launch or choose_launch(
+        groups * heads_per_group,
+        padded_half * itemsize,
+        absorbed=outputs.q.shape[-1] != head_dim,
+    )
+    given = [array for array in outputs if isinstance(array, jax.Array)]
     shapes = PrologueOutputs(
         *(None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outputs)
     )
@@ -148,7 +140,7 @@ def norm_rope(
         kinds=kinds,
         groups=groups,
         num_kv_heads=num_kv_heads,
-        width=width,
+        width=min(padded_half, WARP_LOAD_BYTES // itemsize),
         eps=eps,
         launch=launch,
     )
@@ -156,7 +148,7 @@ def norm_rope(
         body,
         name="norm_rope",
         out_shape=(shapes,),
-        grid=(pl.cdiv(groups, launch.block_rows) * sum(kind.count for kind in kinds),),
+        grid=(pl.cdiv(groups, launch.block_rows) * heads_per_group,),
         in_specs=jax.tree.map(lambda _: pl.no_block_spec, (inputs, given)),
         out_specs=(jax.tree.map(lambda _: pl.no_block_spec, shapes),),
         input_output_aliases={num_inputs + i: first_output + i for i in range(len(given))},
@@ -166,15 +158,26 @@ def norm_rope(
     return written
 
 
+def _with_flat_axes(inputs):
+    """Inputs as the kernel has them."""
+    pairs = inputs.cos.shape[-1]
+    return inputs._replace(
+        x=inputs.x.reshape(-1, inputs.x.shape[-1]),
+        cos=inputs.cos.reshape(-1, pairs) if pairs else None,
+        sin=inputs.sin.reshape(-1, pairs) if pairs else None,
+        slots=None if inputs.slots is None else inputs.slots.reshape(-1),
+    )
+
+
 def _empty(array):
-    """An output of a launch for no tokens."""
+    """Output of a launch for no tokens."""
     if isinstance(array, jax.ShapeDtypeStruct):
         return jnp.zeros(array.shape, array.dtype)
     return array
 
 
 def _kinds(mode, rows_per_group):
-    """The kinds of head in a packed buffer."""
+    """Kinds of head in a packed buffer."""
     group = rows_per_group - mode.num_kv_projections
     outputs = {
         ProjectionMode.Q_ONLY: (),
@@ -197,7 +200,7 @@ def _kernel(inputs, _, outputs, *, kinds, groups, num_kv_heads, width, eps, laun
 
 
 class _Store(NamedTuple):
-    """What is multiplied with rrms and stored."""
+    """Values that are multiplied with rrms and stored."""
 
     output: str
     row: jax.Array
@@ -207,8 +210,8 @@ class _Store(NamedTuple):
 
 
 def _norm_rope_rows(inputs, outputs, kind, rows, num_kv_heads, width, eps):
+    """Norms, rotates and stores the heads of a program, all of one kind."""
     head_dim = inputs.x.shape[-1]
-    half = head_dim // 2
     token = lax.div(rows.group, jnp.int32(num_kv_heads))
     row_mask = None if rows.mask is None else rows.mask[:, None]
     target, target_mask = rows.head, row_mask
@@ -223,8 +226,9 @@ def _norm_rope_rows(inputs, outputs, kind, rows, num_kv_heads, width, eps):
 
     squares = jnp.zeros((rows.row.size, width), jnp.float32)
     stores = []
-    for start in range(0, half, width):
-        piece = _Piece(inputs, rows.row, token, row_mask, start, width, half)
+    for start in range(0, head_dim // 2, width):
+        columns = _Columns.of(inputs, rows.row.size, start, width)
+        piece = _Piece.load(inputs, columns, rows.row, token, row_mask)
         squares += piece.low * piece.low + piece.high * piece.high
         # Scaled and rotated before the sum is known: the compiler would put off loads whose values
         # are needed only after it, and the row would wait for memory twice.
@@ -241,88 +245,117 @@ def cache_rows(slot, kv_head, *, num_kv_heads, num_slots):
     return jnp.where(in_range, slot, 0) * num_kv_heads + kv_head, in_range
 
 
-class _Piece:
-    """Columns start .. start + width - 1 of both halves of some rows."""
+class _Columns(NamedTuple):
+    """Columns of both halves of heads that a piece has: index .. of [0, D/2) and D/2 further."""
 
-    def __init__(self, inputs, row, token, row_mask, start, width, half):
-        self.inputs, self.token, self.half = inputs, token, half
-        self.row_mask, self.shape = row_mask, (row.size, width)
-        self.pairs = 0 if inputs.cos is None else inputs.cos.shape[-1]
-        self.column = start + iota(width)[None, :]
-        self.in_half = None if start + width <= half else self.column < half
-        # Which columns rotate: None if all, False if none.
-        self.rotates = self.column < self.pairs
-        if start >= self.pairs:
-            self.rotates = False
-        elif start + width <= self.pairs:
-            self.rotates = None
-        mask = both(self.in_half, row_mask)
-        self.low, self.high = (
-            load(inputs.x.at[row[:, None], c], mask, self.shape).astype(jnp.float32)
-            for c in (self.column, half + self.column)
+    index: jax.Array  # int32 [1, width]
+    shape: tuple[int, int]  # rows and width of a piece
+    half: int  # D/2
+    pairs: int  # R/2
+    in_half: jax.Array | None  # which of them a half has; None: all
+    rotates: jax.Array | bool | None  # which of them rotate; None: all, False: none
+
+    @classmethod
+    def of(cls, inputs, num_rows, start, width):
+        """Columns from `start` on."""
+        half = inputs.x.shape[-1] // 2
+        pairs = 0 if inputs.cos is None else inputs.cos.shape[-1]
+        index = start + iota(width)[None, :]
+        in_half = None if start + width <= half else index < half
+        rotates = index < pairs
+        if start >= pairs:
+            rotates = False
+        elif start + width <= pairs:
+            rotates = None
+        return cls(index, (num_rows, width), half, pairs, in_half, rotates)
+
+
+class _Piece(NamedTuple):
+    """Some columns of both halves of some heads, and the angles by which they rotate."""
+
+    columns: _Columns
+    low: jax.Array
+    high: jax.Array
+    cos: jax.Array | None  # None: none rotates
+    sin: jax.Array | None
+
+    @classmethod
+    def load(cls, inputs, columns, row, token, row_mask):
+        """Loads the columns of rows of x, and the angles of their tokens."""
+        mask = both(columns.in_half, row_mask)
+        low, high = (
+            load(inputs.x.at[row[:, None], c], mask, columns.shape).astype(jnp.float32)
+            for c in (columns.index, columns.half + columns.index)
         )
-        if self.rotates is not False:
-            mask = both(self.rotates, row_mask)
-            index = token[:, None], self.column
-            self.cos = load(inputs.cos.at[index], mask, self.shape, other=1)
-            self.sin = load(inputs.sin.at[index], mask, self.shape)
+        if columns.rotates is False:
+            return cls(columns, low, high, None, None)
+        mask = both(columns.rotates, row_mask)
+        index = token[:, None], columns.index
+        cos = load(inputs.cos.at[index], mask, columns.shape, other=1)
+        sin = load(inputs.sin.at[index], mask, columns.shape)
+        return cls(columns, low, high, cos, sin)
 
     def scaled(self, low, high, scale_ref):
         """Both halves times a scale."""
+        columns = self.columns
         # Each row loads the scale anew: one row of it that all warps share would go through shared
         # memory.
-        column = jnp.zeros((self.shape[0], 1), jnp.int32) + self.column
+        index = jnp.zeros((columns.shape[0], 1), jnp.int32) + columns.index
         return tuple(
-            x * load(scale_ref.at[c], self.in_half, self.shape).astype(jnp.float32)
-            for x, c in ((low, column), (high, self.half + column))
+            x * load(scale_ref.at[c], columns.in_half, columns.shape).astype(jnp.float32)
+            for x, c in ((low, index), (high, columns.half + index))
         )
 
     def rotated(self, low, high):
         """Both halves rotated."""
-        if self.rotates is False:
+        if self.cos is None:
             return low, high
         return low * self.cos - high * self.sin, high * self.cos + low * self.sin
 
 
 def _whole(output, piece, low, high, row, mask):
     """Stores of both halves of a head."""
-    mask = both(piece.in_half, mask)
+    columns = piece.columns
+    mask = both(columns.in_half, mask)
     return [
-        _Store(output, row, piece.column, low, mask),
-        _Store(output, row, piece.half + piece.column, high, mask),
+        _Store(output, row, columns.index, low, mask),
+        _Store(output, row, columns.half + columns.index, high, mask),
     ]
 
 
 def _band(output, piece, low, high, row, mask, first=0):
     """Stores of the rotating dims of a head, at columns `first` to `first + R - 1`."""
-    if piece.rotates is False:
+    columns = piece.columns
+    if columns.rotates is False:
         return []
-    mask = both(piece.rotates, mask)
+    mask = both(columns.rotates, mask)
     return [
-        _Store(output, row, first + piece.column, low, mask),
-        _Store(output, row, first + piece.pairs + piece.column, high, mask),
+        _Store(output, row, first + columns.index, low, mask),
+        _Store(output, row, first + columns.pairs + columns.index, high, mask),
     ]
 
 
 def _store_q(piece, inputs, outputs, row, mask):
+    columns, width = piece.columns, outputs.q.shape[-1]
     scaled = piece.scaled(piece.low, piece.high, inputs.q_norm)
     rotated = piece.rotated(*scaled)
-    if outputs.q.shape[-1] == 2 * piece.half:
+    if width == 2 * columns.half:
         return _whole("q", piece, *rotated, row, mask)
     # The absorbed query of a compact cache: scaled as a key, zero where it rotates; what rotates.
     low, high = piece.scaled(*scaled, inputs.k_norm)
-    if piece.rotates is not False:
-        still = jnp.zeros(piece.shape, bool) if piece.rotates is None else ~piece.rotates
+    if columns.rotates is not False:
+        is_all = columns.rotates is None
+        still = jnp.zeros(columns.shape, bool) if is_all else ~columns.rotates
         low, high = jnp.where(still, low, 0), jnp.where(still, high, 0)
     return [
         *_whole("q", piece, low, high, row, mask),
-        *_band("q", piece, *rotated, row, mask, first=2 * piece.half),
+        *_band("q", piece, *rotated, row, mask, first=2 * columns.half),
     ]
 
 
 def _store_k(piece, inputs, outputs, row, mask):
     rotated = piece.rotated(*piece.scaled(piece.low, piece.high, inputs.k_norm))
-    stores = _whole if outputs.k.shape[-1] == 2 * piece.half else _band
+    stores = _whole if outputs.k.shape[-1] == 2 * piece.columns.half else _band
     return stores("k", piece, *rotated, row, mask)
 
 

@@ -1,11 +1,11 @@
-"""`qkv_rms_norm` in `jnp`."""
+"""Reference of `qkv_rms_norm`, in `jnp`."""
 
 from g4attn_jax.config import ProjectionMode
 from g4attn_jax.ops.head_norm.reference import rms_norm
 
 
 def qkv_rms_norm(qkv, q_norm, k_norm, v_norm, *, mode, eps, scale_offset):
-    """See `g4attn_jax.ops.qkv_rms_norm`."""
+    """Reference of `g4attn_jax.ops.qkv_rms_norm`."""
     *batch, num_kv_heads, rows, head_dim = qkv.shape
     group = rows - mode.num_kv_projections
     q = rms_norm(qkv[..., :group, :], q_norm, eps=eps, scale_offset=scale_offset)

@@ -10,7 +10,7 @@ from g4attn_jax.ops.head_norm.triton import Heads, head_norm
 def qkv_rms_norm(
     qkv, q_norm, k_norm, v_norm, *, mode, eps, scale_offset, interpret=False, launch=None
 ):
-    """See `g4attn_jax.ops.qkv_rms_norm`; `launch` overrides the heuristics, for tuning."""
+    """Kernel of `g4attn_jax.ops.qkv_rms_norm`; `launch` overrides the choice, for tuning."""
     *batch, num_kv_heads, _, head_dim = qkv.shape
     outputs = head_norm(  # q, k, v, or q alone
         packed_heads(qkv, q_norm, k_norm, v_norm, mode=mode),
@@ -30,7 +30,7 @@ def qkv_rms_norm(
 
 
 def packed_heads(qkv, q_norm, k_norm, v_norm, *, mode) -> list[Heads]:
-    """The kinds of head in a packed buffer [..., Nkv, G + P, D]; a group is a token's KV head."""
+    """Kinds of head in a packed buffer [..., Nkv, G + P, D]; a group is a token's KV head."""
     *_, rows, head_dim = qkv.shape
     packed = qkv.reshape(-1, head_dim)
     group = rows - mode.num_kv_projections
