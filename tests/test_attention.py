@@ -419,7 +419,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"x": jnp.zeros((B, 3, 47))}, r"x has shape \(2, 3, 47\) .* \[B, T, 48\]"),
+            ({"x": jnp.zeros((B, 3, 47))}, r"x has shape \(2, 3, 47\); .* \[B, T, 48\]"),
             ({"x": jnp.zeros((B, 48))}, r"x has shape \(2, 48\)"),
             ({"x": jnp.zeros((B, 3, 48), int)}, "x has .* int32"),
             ({"positions": jnp.arange(3)}, r"positions has shape \(3,\); .* must be \(2, 3\)"),
@@ -434,7 +434,7 @@ class TestBadInput:
             ({"cache": kv_cache(B, 8, 1, 32, dtype=FLOAT8)}, "together with cache.scale"),
             (
                 {"cache": kv_cache(B, 8, 1, 32, dtype=FLOAT8, scale=jnp.ones(3))},
-                r"cache.scale has shape \(3,\) .* accepted: float32 \[2\]",
+                r"cache.scale has shape \(3,\)",
             ),
             (
                 {"cache": KVCache(None, None)},
