@@ -1,23 +1,18 @@
-"""How the benchmarks measure and report: kernel times by CUPTI, copy rate, JSON, plots."""
+"""Times of kernels by CUPTI, of steps by the host's clock, and memory rates of the GPU."""
 
-import argparse
-import json
+import collections
+import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import profiler
-from jax.experimental.pallas import triton as plgpu
 
-RESULTS = Path(__file__).parent / "results" / "h200"
 L2_BYTES = 60 * 2**20
 
 
@@ -159,10 +154,13 @@ def copy_gbps(gib: int = 1) -> float:
     """Bytes read and written per ns by the best copy of `gib` GiB: jnp.copy or a block copy."""
     x = jax.random.normal(jax.random.key(0), (gib * 2**29,), jnp.bfloat16)
     traffic = 2 * x.size * x.dtype.itemsize
+    # Imported here: without Pallas' Triton backend everything else can still be measured.
+    from bench.triton_copy import block_copy
+
     rates = {"jnp.copy": traffic / host_time(jax.jit(jnp.copy), x) / 1e9}
     for block in (1024, 2048, 4096, 8192):
         for num_warps in (1, 2, 4, 8):
-            us = kernel_time(lambda x, b=block, w=num_warps: _block_copy(x, b, w), [(x,)], 10).us
+            us = kernel_time(lambda x, b=block, w=num_warps: block_copy(x, b, w), [(x,)], 10).us
             rates[f"{block} elements, {num_warps} warps"] = traffic / us / 1e3
     best = max(rates, key=rates.get)
     print(f"copy rate: {rates[best]:.0f} GB/s ({best}); jnp.copy {rates['jnp.copy']:.0f} GB/s")
@@ -194,94 +192,58 @@ def host_time(f: Callable[..., Any], x: Any, repeats: int = 20) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _block_copy(x, block, num_warps):
-    def body(x_ref, o_ref):
-        index = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
-        plgpu.store(o_ref.at[index], plgpu.load(x_ref.at[index]))
-
-    return pl.pallas_call(
-        body,
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        grid=(x.size // block,),
-        in_specs=[pl.no_block_spec],
-        out_specs=pl.no_block_spec,
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
-    )(x)
+def calls_from_memory(case: Any) -> list[list]:
+    """Arguments of as many calls of an op's case as the L2 does not hold."""
+    return case.calls(2 * L2_BYTES)
 
 
-def machine() -> dict[str, str]:
-    """What was measured on."""
-    device = jax.devices()[0]
-    return {
-        "gpu": device.device_kind,
-        "driver": _driver_version(),
-        "jax": jax.__version__,
-    }
-
-
-def _driver_version():
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-
-
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    """With `--out`, the folder of the results."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    return parser
-
-
-def output_folder(description: str) -> Path:
-    """The folder of the `--out` argument, made."""
-    folder = argument_parser(description).parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def write_json(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Writes `head` and "rows", a row a line."""
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-    body = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    path.write_text("\n".join(["{", *lines, ' "rows": [', body, " ]", "}"]) + "\n")
-
-
-def launch_rows(shape: Any, tokens: int, num_rows: int, times: dict, chosen: Any) -> list[dict]:
-    """Rows of a tuning's JSON, a launch each; prints the best and the one the heuristic chose.
+def step_ms(
+    step: Callable[[Any, Any], Any], params: Any, state: Any, *, steps: int = 20, repeats: int = 3
+) -> tuple[list[float], Any]:
+    """Milliseconds of a step by the host's clock, once for each repeat, and the state after them.
 
     Args:
-        shape: with `fields()`.
-        tokens: M.
-        num_rows: heads that are read.
-        times: microseconds by launch.
-        chosen: one of the launches.
+        step: compiled, (params, state) to the next state; donates it.
+        params: what stays.
+        state: what goes from step to step.
+        steps: steps that are waited for together.
+        repeats: how often so many are timed, after a few that warm up.
     """
-    best = min(times, key=times.get)
-    print(
-        f"{shape!s:<30} M={tokens:<5} rows={num_rows:<7} best {tuple(best)} {times[best]:.2f} us, "
-        f"chosen {tuple(chosen)} {times[chosen]:.2f} us",
-        flush=True,
-    )
-    head = {**shape.fields(), "tokens": tokens, "num_rows": num_rows}
-    return [{**head, **launch._asdict(), "us": round(us, 3)} for launch, us in times.items()]
+    times = []
+    for count in (3, *[steps] * repeats):
+        start = time.perf_counter()
+        for _ in range(count):
+            state = step(params, state)
+        jax.block_until_ready(state)
+        times.append(1e3 * (time.perf_counter() - start) / count)
+    return times[1:], state
 
 
-def plot_times(axis: Any, title: str, rows: list[dict], lines: dict[str, tuple]) -> None:
-    """Time against tokens, and the memory limit.
+def kernel_table(kernels: Sequence[tuple[str, float]], steps: int = 1) -> list[dict[str, Any]]:
+    """Kernels of a step, those that take most of it first: name, launches, us of a launch.
+
+    Names that differ in a number alone ("fusion_12", "fusion_13") are one entry.
 
     Args:
-        axis: of matplotlib.
-        title: of the panel.
-        rows: of one shape.
-        lines: (label, color, marker) by the prefix of a field; one that a row lacks is left out.
+        kernels: (name, ms) of every launch.
+        steps: how many steps they are of.
     """
-    tokens = [row["tokens"] for row in rows]
-    for name, (label, color, marker) in lines.items():
-        times = [row[f"{name}_us"] for row in rows]
-        if None not in times:
-            axis.loglog(tokens, times, color=color, marker=marker, ms=4, label=label)
-    axis.loglog(tokens, [row["limit_us"] for row in rows], "k--", lw=1, label="memory limit")
-    axis.set(title=title, ylim=(0.8, None), xlabel="tokens", ylabel="kernel time, us")
-    axis.set_xticks(tokens, [str(t) for t in tokens])
-    axis.minorticks_off()
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.grid(alpha=0.3)
+    times, counts = collections.Counter(), collections.Counter()
+    for name, ms in kernels:
+        name = re.sub(r"[_.]?\d+", "", name)[:80]
+        times[name] += ms
+        counts[name] += 1
+    return [
+        {"name": name, "count": counts[name] / steps, "us": round(1e3 * ms / counts[name], 2)}
+        for name, ms in times.most_common()
+    ]
+
+
+def rounded(value: Any, digits: int = 3) -> Any:
+    """A number of a row, or a list of them, rounded if it is a float."""
+    if isinstance(value, list):
+        return [rounded(x, digits) for x in value]
+    return round(value, digits) if isinstance(value, float) else value
+
+
+RATES = {"copy_gbps": copy_gbps, "read_gbps": read_gbps}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from g4attn_jax.checks import check_array, check_integer, check_type, known_values
 from g4attn_jax.config import AttentionSpec
 from g4attn_jax.page_allocator import check_page_size
 from g4attn_jax.rope import rope_cos_sin
@@ -194,13 +195,7 @@ class Paged:
         Raises:
             ValueError: naming what was given and what is accepted.
         """
-        shape = getattr(self.page_table, "shape", None)
-        dtype = getattr(self.page_table, "dtype", None)
-        if shape is None or len(shape) != 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
-            raise ValueError(
-                f"page_table is a {type(self.page_table).__name__} of shape {shape} and dtype "
-                f"{dtype}; accepted: an integer array [B, pages], neither 0"
-            )
+        check_array("page_table", self.page_table, ("B", "pages"), "integer")
         check_page_table(self.page_table, self.num_pages)
 
     def sizes(self) -> Self:
@@ -319,9 +314,9 @@ def check_page_table(page_table: Int[Array, "B pages"], num_pages: int) -> None:
     Raises:
         ValueError: naming the page and what is accepted.
     """
-    if isinstance(page_table, jax.core.Tracer):
+    table = known_values(page_table)
+    if table is None:
         return
-    table = np.asarray(page_table)
     wrong = table[(table < -1) | (table >= num_pages)]
     if wrong.size:
         raise ValueError(f"page_table has {wrong[0]}; accepted: -1 (none) and 0 to {num_pages - 1}")
@@ -372,8 +367,7 @@ def plan_step(
             positions are unknown: there a token without a slot writes nothing and its output is
             NaN; of two tokens with one slot either may stay.
     """
-    if not isinstance(spec, AttentionSpec):
-        raise ValueError(f"spec is a {type(spec).__name__}; accepted: AttentionSpec")
+    check_type("spec", spec, AttentionSpec)
     check_layout(layout)
     known = not isinstance(positions, jax.core.Tracer)
     if known:
@@ -404,18 +398,12 @@ def check_layout(layout: Layout) -> None:
     Raises:
         ValueError: saying what is accepted.
     """
-    if not isinstance(layout, Layout):
-        raise ValueError(
-            f"layout is a {type(layout).__name__}; accepted: Contiguous, Ring or Paged"
-        )
+    check_type("layout", layout, Contiguous, Ring, Paged)
 
 
 def _check_sizes(layout, *names):
     for name in names:
-        size = getattr(layout, name)
-        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} is {size!r}; accepted: an integer of 1 or more")
-        object.__setattr__(layout, name, int(size))  # NumPy's would wrap what they do not hold
+        object.__setattr__(layout, name, check_integer(name, getattr(layout, name)))
 
 
 def _check_num_slots(layout):

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from g4attn_jax.checks import check_integer
+
 
 def check_page_size(page_size: int) -> None:
     """Refuses a page size that no kernel reads in whole tiles.
@@ -37,8 +39,8 @@ class PageAllocator:
     """
 
     def __init__(self, num_pages: int, page_size: int):
-        self.num_pages = _integer("num_pages", num_pages, minimum=1)
-        self.page_size = _integer("page_size", page_size, minimum=16)
+        self.num_pages = check_integer("num_pages", num_pages)
+        self.page_size = check_integer("page_size", page_size, least=16)
         check_page_size(self.page_size)
         # A stack: taking and releasing a page cost the same however many pages there are.
         self._free = list(reversed(range(self.num_pages)))
@@ -72,7 +74,7 @@ class PageAllocator:
             OutOfPages: too few pages are free.
         """
         self._check_new(sequence)
-        num_tokens = _integer("num_tokens", num_tokens, minimum=0)
+        num_tokens = check_integer("num_tokens", num_tokens, least=0)
         self._pages[sequence] = self._take(self._pages_for(num_tokens))
         self._lengths[sequence] = num_tokens
 
@@ -85,7 +87,7 @@ class PageAllocator:
                 `truncate` ended this one inside it.
         """
         pages = self._find("sequence", sequence)
-        num_tokens = _integer("num_tokens", num_tokens, minimum=0)
+        num_tokens = check_integer("num_tokens", num_tokens, least=0)
         length = self._lengths[sequence]
         filled = length % self.page_size
         if num_tokens and filled and self._num_owners[pages[-1]] > 1:
@@ -107,7 +109,7 @@ class PageAllocator:
         """
         self._check_new(sequence)
         pages = self._find("prefix_of", prefix_of)
-        num_tokens = _integer("num_tokens", num_tokens, minimum=0)
+        num_tokens = check_integer("num_tokens", num_tokens, least=0)
         length = self._lengths[prefix_of]
         if num_tokens > length or num_tokens % self.page_size:
             raise ValueError(
@@ -122,7 +124,7 @@ class PageAllocator:
     def truncate(self, sequence: Hashable, num_tokens: int) -> None:
         """Forgets all but the first `num_tokens` (0 to the length); releases pages left empty."""
         pages = self._find("sequence", sequence)
-        num_tokens = _integer("num_tokens", num_tokens, minimum=0)
+        num_tokens = check_integer("num_tokens", num_tokens, least=0)
         if num_tokens > self._lengths[sequence]:
             raise ValueError(
                 f"num_tokens is {num_tokens}; accepted: 0 to {self._lengths[sequence]}, the length "
@@ -147,7 +149,7 @@ class PageAllocator:
             sequences: B keys; None is an empty place of the batch.
             num_columns: at least 1, and at least the number of pages of every sequence.
         """
-        num_columns = _integer("num_columns", num_columns, minimum=1)
+        num_columns = check_integer("num_columns", num_columns)
         keys = [sequence for sequence in sequences if sequence is not None]
         if isinstance(sequences, str) or len(set(keys)) < len(keys):
             raise ValueError(
@@ -188,10 +190,3 @@ class PageAllocator:
     def _check_new(self, sequence: Any) -> None:
         if sequence is None or sequence in self._pages:
             raise ValueError(f"sequence is {sequence!r}; accepted: a key not in use, and not None")
-
-
-def _integer(argument: str, value: Any, *, minimum: int) -> int:
-    # NumPy's too: the number of accepted drafts comes out of an array.
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{argument} must be an integer of at least {minimum}, not {value!r}")
-    return int(value)

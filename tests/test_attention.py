@@ -143,7 +143,7 @@ def test_chunks_and_decode_steps_against_float64(config, layer, chunks):
     np.testing.assert_allclose(jnp.concatenate(ys, 1), expected(config, layer, x), atol=1e-5)
 
 
-@everyday("QK_ONLY-1")
+@everyday()
 @on_every_layer
 def test_sequences_of_unequal_length(config, layer):
     """Prompts padded to one length, then decode: each as if it were alone and unpadded."""
@@ -165,7 +165,7 @@ def test_sequences_of_unequal_length(config, layer):
             np.testing.assert_allclose(y[b, 0], exact[b, at[b, 0]], atol=1e-5)
 
 
-@everyday("QK_ONLY-1")
+@everyday()
 @on_every_layer
 def test_a_sequence_does_not_depend_on_its_batch(config, layer):
     attention = layer_of(config, layer)

@@ -540,7 +540,7 @@ def test_bad_chats_are_explained(arguments, message, chat, tmp_path, capsys):
     assert message.format(tmp_path) in refusal(capsys, "--checkpoint", chat, *arguments)
 
 
-@pytest.mark.parametrize("stage", ["plan", "generate"])
+@pytest.mark.parametrize("stage", ["job_of", "generate"])
 def test_files_that_cannot_be_read_are_explained(stage, checkpoint, capsys, monkeypatch):
     def refused(*arguments):
         raise PermissionError(13, "Permission denied", "a file")

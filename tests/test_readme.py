@@ -3,7 +3,6 @@
 import json
 import re
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -21,7 +20,7 @@ from tests.test_speculative import ASSISTANTS, TARGETS
 
 README = (evidence.ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-VOCABULARY = 262144  # of the published models, whose tokens the snippets have
+VOCABULARY = 8192  # above every token of the snippets; the published models have 262144
 # What a snippet that shows a part of a program takes as given, by what it begins with.
 GIVEN = {
     "from g4attn_jax.model.acceptance": """
@@ -29,9 +28,8 @@ import jax.numpy as jnp
 from g4attn_jax import Contiguous
 from g4attn_jax.checkpoint import load_assistant, load_hf
 decoder, assistant = load_hf("DIR"), load_assistant("ASSISTANT_DIR")
-layouts = dict.fromkeys(decoder.config.layer_types, Contiguous(2, 64))
-caches = decoder.init_caches(layouts)
-token, position, num_drafts = jnp.array([5, 7]), jnp.array([0, 0]), jnp.array([4, 2])
+cache = decoder.init_cache(dict.fromkeys(decoder.config.layer_types, Contiguous(2, 64)))
+token, position, room = jnp.array([5, 7]), jnp.array([0, 0]), jnp.array([4, 2])
 hidden = jnp.ones((2, decoder.config.hidden_size), decoder.dtype)
 """,
     "from g4attn_jax import PageAllocator": next(
@@ -51,12 +49,17 @@ positions = jnp.zeros((2, 1), jnp.int32)
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    """A decoder and an assistant with random weights, tiny but for the vocabulary."""
+    """A decoder and an assistant with random weights, of two tiny layers each."""
     folder, assistant = (tmp_path_factory.mktemp(name) for name in ("decoder", "assistant"))
-    config = read_object(TARGETS / "gemma-4-31b" / "config.json") | {"vocab_size": VOCABULARY}
+    layers = {
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "vocab_size": VOCABULARY,
+    }
+    config = read_object(TARGETS / "gemma-4-31b" / "config.json") | layers
     save_hf(folder, Gemma4Decoder(Gemma4Config.from_hf(config), rngs=nnx.Rngs(0)), config)
     config = read_object(ASSISTANTS / "gemma-4-31b" / "config.json")
-    config["text_config"]["vocab_size"] = VOCABULARY
+    config["text_config"] |= layers | {"num_kv_shared_layers": 2}
     save_assistant(assistant, config)
     return {"ASSISTANT_DIR": assistant, "DIR": folder}
 
@@ -83,7 +86,6 @@ def test_snippet(code, directories, monkeypatch):
     for name, folder in directories.items():
         script = re.sub(rf'"{name}\b', f'"{folder}', script)
     exec(compile(script, "README.md", "exec"), {"__name__": "__main__"})
-    jax.clear_caches()
 
 
 def test_there_are_snippets():

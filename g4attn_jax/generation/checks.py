@@ -11,7 +11,7 @@ from g4attn_jax.model.embedding import num_embedded_tokens
 from g4attn_jax.model.sampling import Sampling
 from g4attn_jax.speculative import MAX_DRAFT_TOKENS
 
-# Drafts in a step unless told otherwise: what `bench/speculative.py` measures.
+# Drafts in a step unless told otherwise: what `python -m bench run speculative` measures.
 _DRAFT_TOKENS = 4
 
 

@@ -10,9 +10,9 @@ from g4attn_jax.ops.linear.launch import choose_num_partial_sums
 from g4attn_jax.ops.op import XLA, Implementation, Kernel, Op, check_implementation
 
 # Up to this many tokens a step is bound by reading its weights. The kernel reads those of 31B
-# faster than XLA's matmul (bench/tune_linear.py), but for full QKV of up to 8 tokens, where XLA is
-# 2 to 4 % faster, and the MLP of a single token, less than 1 %. Measured by itself up to 32
-# tokens; 8 sequences with 4 to 7 drafts need 64, and bench/speculative.py has 40 of them.
+# faster than XLA's matmul (`python -m bench tune linear`), but for full QKV of up to 8 tokens (XLA
+# is 2 to 4 % faster) and the MLP of one token (less than 1 %). Measured by itself up to 32
+# tokens; 8 sequences with 4 to 7 drafts need 64, and the benchmark "speculative" has 40 of them.
 MAX_TOKENS = 64
 # Without split-K fewer columns are too few programs; XLA, which splits K itself, takes them. Where
 # one overtakes the other has not been measured.

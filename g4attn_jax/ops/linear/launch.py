@@ -33,7 +33,7 @@ def choose_num_partial_sums(gpu: Gpu, *, k: int, columns: int) -> int:
 def choose_launch(
     gpu: Gpu, *, rows: int, columns: int, matrices: int, num_partial_sums: int, itemsize: int
 ) -> MatmulLaunch:
-    """Launch for a product, fitted to runs of bench/tune_linear.py on an H200.
+    """Launch for a product, fitted to `python -m bench tune linear` on an H200.
 
     Programs own 128 columns if that makes about one for each multiprocessor, else 64: DRAM gives
     narrower lines at less than its full rate. A tile is 16 KiB, and up to four are on their way

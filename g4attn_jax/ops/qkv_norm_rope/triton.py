@@ -87,7 +87,7 @@ _MANY_ROWS = 4096
 def choose_launch(num_rows: int, half_bytes: int, *, absorbed: bool) -> NormLaunch:
     """Launch for `num_rows` heads.
 
-    From `bench/results/h200/tune_qkv_prologue.json`: programs of 2 KiB with a warp for every
+    From `bench/results/h200/tune_qkv_norm_rope_write.json`: programs of 2 KiB with a warp for every
     kibibyte, two heads a program where there are few, and where queries are absorbed and heads are
     many, programs of 8 KiB with four warps.
 

@@ -1,4 +1,4 @@
-"""Attention layers with some of the kernels, and XLA for the rest: the steps of `decode_step`."""
+"""Decoders with some of the kernels, and XLA for the rest: the variants of `decode_step`."""
 
 import enum
 
@@ -10,10 +10,9 @@ from g4attn_jax.rope import apply_rope
 
 
 class Variant(enum.Enum):
-    """What a decoder has, each all of the one before it too.
+    """Kernels of a decoder: each variant has those of the one before it too.
 
-    The letters are those of the project's fifth issue, which has none for the kernels around
-    attention.
+    Tables name them by letters; b to d are the steps that SGLang PR 25461 took.
     """
 
     XLA = "a: XLA only"
@@ -26,17 +25,17 @@ class Variant(enum.Enum):
 
     @property
     def letter(self) -> str:
-        """Its name in tables."""
+        """Name in tables."""
         return self.value.split(":")[0]
 
     def has(self, other: "Variant") -> bool:
-        """Whether what `other` adds is in it."""
+        """Whether it has the kernels that `other` adds."""
         order = list(Variant)
         return order.index(self) >= order.index(other)
 
 
 class AblatedAttention(Gemma4Attention):
-    """A layer's attention, with its weights, as a variant has it."""
+    """Attention of a layer, with its weights, by the kernels of a variant."""
 
     def __init__(self, layer: Gemma4Attention, variant: Variant):
         self.variant = variant
@@ -84,10 +83,11 @@ class AblatedAttention(Gemma4Attention):
 
 
 def ablate(decoder: Gemma4Decoder, variant: Variant) -> Gemma4Decoder:
-    """The decoder, changed in place to what a variant has; its weights keep their names."""
+    """Changes a decoder in place to the kernels of a variant; its weights keep their names."""
     for layer in decoder.layers:
-        for _, module in nnx.iter_modules(layer):
-            if hasattr(module, "implementation"):
-                module.implementation = None if variant.has(Variant.AROUND) else "xla"
+        if not variant.has(Variant.AROUND):
+            for _, module in nnx.iter_modules(layer):
+                if hasattr(module, "implementation"):
+                    module.implementation = "xla"
         layer.attention = AblatedAttention(layer.attention, variant)
     return decoder

@@ -1,0 +1,1 @@
+"""A benchmark for each op that is measured by itself."""

@@ -1,0 +1,1 @@
+"""Benchmarks of whole steps of a model."""

@@ -1,0 +1,1 @@
+"""Times of the launches that each op's heuristic chooses from."""

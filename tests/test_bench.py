@@ -1,0 +1,331 @@
+"""`python -m bench` without a GPU: what is registered, bars, comparison, which rows stay."""
+
+import json
+
+import jax
+import pytest
+
+from bench import __main__ as command
+from bench import compare, driver, measure, memory, registry, results
+from bench.benchmark import Bar, Benchmark, Point, field, select
+from bench.steps import decode_step
+from bench.steps._ablated import Variant
+from bench.steps._model import StepCase
+from g4attn_jax import Gemma4Config
+from tests.everyday import everyday
+
+BENCHMARKS = [
+    *map(registry.benchmark, registry.names()),
+    *map(registry.tuning, registry.tuning_names()),
+]
+COMMITTED = {path.stem: path for path in results.COMMITTED.glob("*.json")}
+# Measured before the rows of a group's parts were rows of their own.
+OTHER_ROWS = {"speculative"}
+
+
+def by_name(benchmark):
+    return benchmark.name
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=by_name)
+def test_points_build(benchmark):
+    points = benchmark.points()
+    places = [tuple(point.fields.items()) for point in points]
+    assert points and len(set(places)) == len(places)
+    for fields, subject in points:
+        assert set(fields) <= set(benchmark.identity)
+        if hasattr(subject, "structs"):
+            assert jax.tree.leaves(subject.structs()) and subject.bytes() > 0
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=by_name)
+def test_fields_are_declared(benchmark):
+    known = {*benchmark.identity, *benchmark.fields}
+    assert len(known) == len(benchmark.identity) + len(benchmark.fields)
+    for bar in benchmark.bars:
+        assert bar.named_fields() <= known and bar.why
+        assert {*bar.beside, *bar.where} <= set(benchmark.identity)
+    for name, spread in benchmark.watched.items():
+        assert {name, *([spread] if isinstance(spread, str) else spread or ())} <= known
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=by_name)
+def test_every_bar_is_for_some_point(benchmark):
+    points = benchmark.points()
+    for bar in benchmark.bars:
+        wanted = [bar.where, {**bar.where, **bar.beside}]
+        for where in wanted:
+            assert any(all(_is(p.fields[n], v) for n, v in where.items()) for p in points), bar
+
+
+def _is(value, wanted):
+    return value == wanted or (isinstance(wanted, tuple | range) and value in wanted)
+
+
+@pytest.mark.parametrize("name", sorted(COMMITTED.keys() - OTHER_ROWS))
+def test_committed_rows_are_as_declared(name):
+    benchmark = registry.benchmark(name)
+    head, rows = results.read(COMMITTED[name])
+    assert head["gpu"] == "NVIDIA H200" and rows
+    for row in rows:
+        assert set(benchmark.identity) <= set(row)
+        assert set(row) <= {*benchmark.identity, *benchmark.fields, benchmark.rate}
+    if not name.startswith("tune_"):
+        points = [
+            tuple(point.fields[n] for n in benchmark.identity) for point in benchmark.points()
+        ]
+        assert [tuple(row[n] for n in benchmark.identity) for row in rows] == points
+    assert compare.compare_files(COMMITTED[name], COMMITTED[name]) == 0
+    driver.judge(benchmark, rows)
+
+
+@pytest.mark.parametrize("name", sorted(COMMITTED.keys() - OTHER_ROWS))
+def test_plot(name, tmp_path):
+    pytest.importorskip("matplotlib").use("agg")
+    benchmark = registry.benchmark(name)
+    if benchmark.plot is not None:
+        head, rows = results.read(COMMITTED[name])
+        benchmark.plot(rows, head, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size
+
+
+def test_plot_of_a_group(tmp_path):
+    pytest.importorskip("matplotlib").use("agg")
+    benchmark = registry.benchmark("speculative")
+    rows = [point.fields | {"ms": 2.0, "tokens_per_s": 3.0} for point in benchmark.points()]
+    benchmark.plot(rows, {"gpu": "a GPU", "jax": "0"}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size
+
+
+def test_list(capsys):
+    assert command.main(["list"]) == 0
+    listed = capsys.readouterr().out
+    for benchmark in BENCHMARKS:
+        assert benchmark.about in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["run", "nothing"], ["nothing", "decode_attention", "decode_step"]),
+        (["tune", "decode_step"], ["decode_step", "linear"]),
+        (["run", "linear", "--where", "tokens"], ["tokens", "FIELD=VALUE"]),
+        (["run", "linear", "--where", "weight=up"], ["weight", "up", "sliding qkv"]),
+        (["run", "linear", "--where", "size=1"], ["size"]),
+        (["compare", "nothing.json", "nothing.json"], ["nothing.json"]),
+    ],
+)
+def test_refusals(arguments, named, capsys):
+    assert command.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert all(name in said for name in named), said
+
+
+# A benchmark of its own, whose rows are made here.
+ROWS = [{"tokens": tokens, "form": form} for tokens in (1, 8) for form in ("a", "b")]
+NAMES = ("ours_us", "ours_p10_p90_us", "xla_us", "launches")
+
+
+def made(bars=(), times=None):
+    """A benchmark of four points; `times` are those of ours in order."""
+
+    def measured(points, rate):
+        for number, point in enumerate(points):
+            us = 10.0 if times is None else times[number]
+            yield point.fields | dict(zip(NAMES, (us, [us - 1, us + 1], 40.0, 1), strict=True))
+
+    return Benchmark(
+        name="made",
+        about="made by a test",
+        identity=("tokens", "form"),
+        fields=NAMES,
+        points=lambda: [Point(row) for row in ROWS],
+        measure=measured,
+        watched={"ours_us": "ours_p10_p90_us", "xla_us": None, "launches": None},
+        bars=bars,
+        rate="read_gbps",
+    )
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """What is said of the machine, which tests may change."""
+    said = {"gpu": "a GPU", "driver": "1", "jax": "0"}
+    monkeypatch.setattr(results, "machine", lambda: dict(said))
+    monkeypatch.setitem(measure.RATES, "read_gbps", lambda: 1234.56)
+    return said
+
+
+def test_run_writes_rows_and_head(machine, tmp_path, capsys):
+    bar = Bar(of="xla_us", over="ours_us", where={"tokens": 8}, least=5, why="for a reason")
+    driver.run(made([bar]), tmp_path, "python -m bench run made", {})
+    head, rows = results.read(tmp_path / "made.json")
+    assert head == machine | {"benchmark": "made", "command": "python -m bench run made"}
+    assert [{name: row[name] for name in ("tokens", "form")} for row in rows] == ROWS
+    assert all(row["read_gbps"] == 1234.6 for row in rows)
+    said = capsys.readouterr().out
+    assert said.count("bar missed") == 2 and "for a reason" in said and "2 miss a bar" in said
+
+
+def test_rows_that_are_not_measured_stay(machine, tmp_path):
+    path = tmp_path / "made.json"
+    driver.run(made(), tmp_path, "first", {})
+    driver.run(made(times=[20.0, 30.0]), tmp_path, "second", {"form": ["b"]})
+    _, rows = results.read(path)
+    assert [(row["tokens"], row["form"], row["ours_us"]) for row in rows] == [
+        (1, "a", 10.0),
+        (1, "b", 20.0),
+        (8, "a", 10.0),
+        (8, "b", 30.0),
+    ]
+    machine["driver"] = "2"
+    with pytest.raises(ValueError, match=r"3 rows.* driver"):
+        driver.run(made(), tmp_path, "third", {"form": ["a"], "tokens": ["1"]})
+    driver.run(made(), tmp_path, "fourth", {})
+    assert results.read(path)[0]["driver"] == "2"
+
+
+def test_where_selects_by_text():
+    points = [Point(row) for row in ROWS]
+    assert len(select(points, {"tokens": ["1"]})) == 2
+    assert len(select(points, {"tokens": ["1", "8"], "form": ["b"]})) == 2
+    with pytest.raises(ValueError, match=r"tokens.*2.*accepted: 1, 8"):
+        select(points, {"tokens": ["2"]})
+
+
+def test_bars():
+    rows = [
+        {"form": "a", "us": 10, "limit": 9, "group": {"ms": 4}},
+        {"form": "b", "us": 20, "limit": 9, "group": {"ms": None}},
+    ]
+
+    def missed(**bar):
+        bar = Bar(why="", **bar)
+        return ["x" if bar.missed(row, rows, ["form"]) else "" for row in rows]
+
+    assert missed(of="us", most=10) == ["", "x"]
+    assert missed(of="limit", over="us", least=0.5) == ["", "x"]
+    assert missed(of="us", over="us", beside={"form": "a"}, most=1.5) == ["", "x"]
+    assert missed(of="us", over="us", beside={"form": "c"}, most=0) == ["", ""]
+    assert missed(of="us", where={"form": ("a", "c")}, most=0) == ["x", ""]
+    assert missed(of="group.ms", most=3) == ["x", ""]
+    with pytest.raises(ValueError, match="least"):
+        Bar(of="us", why="")
+
+
+@pytest.fixture
+def compared(machine, tmp_path, monkeypatch, capsys):
+    """Compares a run with another, whose rows have other fields; (exit status, what is said)."""
+    benchmark = made()
+    monkeypatch.setattr(compare.registry, "benchmark", lambda name: {"made": benchmark}[name])
+
+    def run(*changes):
+        driver.run(benchmark, tmp_path, "", {})
+        before = tmp_path / "before.json"
+        (tmp_path / "made.json").rename(before)
+        head, rows = results.read(before)
+        after = tmp_path / "after.json"
+        for row, change in zip(rows, changes, strict=False):
+            row |= change
+        results.write(after, head, rows)
+        capsys.readouterr()
+        return command.main(["compare", str(before), str(after)]), capsys.readouterr().out
+
+    return run
+
+
+def test_compare_nothing_changed(compared):
+    status, said = compared({"ours_us": 10.2}, {"xla_us": 41.0})
+    assert status == 0 and "4 rows in both" in said and "0 times slower, 0 times faster" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "said"),
+    [
+        # The 10th and 90th percentiles of 10 us are 9 and 11.
+        ({"ours_us": 11.5, "ours_p10_p90_us": [10.9, 12]}, 0, ["0 times slower"]),
+        ({"ours_us": 11.5, "ours_p10_p90_us": [11.1, 12]}, 1, ["slower", "ours_us 10 -> 11.5"]),
+        ({"ours_us": 8.5, "ours_p10_p90_us": [8, 8.9]}, 0, ["faster", "ours_us 10 -> 8.5"]),
+        # No percentiles: 3 %.
+        ({"ours_us": 10.2, "ours_p10_p90_us": None}, 0, ["0 times slower"]),
+        ({"ours_us": 10.4, "ours_p10_p90_us": None}, 1, ["slower", "ours_us 10 -> 10.4"]),
+        ({"xla_us": 41.1}, 0, ["0 times slower"]),
+        ({"xla_us": 41.3}, 1, ["slower", "tokens=1 form=a", "xla_us 40 -> 41.3"]),
+        ({"xla_us": 38.5}, 0, ["faster", "1 times faster"]),
+        ({"xla_us": None}, 0, ["0 times slower"]),
+        ({"launches": 2}, 1, ["slower", "launches 1 -> 2"]),
+        ({"launches": 0}, 0, ["faster", "launches 1 -> 0"]),
+    ],
+)
+def test_compare_says_what_changed(compared, change, status, said):
+    actual, output = compared(change)
+    assert actual == status
+    assert all(text in output for text in said), output
+
+
+def test_compare_matches_rows_by_identity(compared):
+    status, said = compared({"form": "c", "ours_us": 99.0})
+    assert status == 0 and "3 rows in both, 1 only in" in said
+    status, said = compared(*({"form": "c"},) * 4)
+    assert status == 2
+
+
+def test_compare_refuses_other_files(tmp_path, capsys):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"benchmark": "linear", "rows": []}))
+    assert command.main(["compare", str(COMMITTED["decode_step"]), str(other)]) == 2
+    assert "decode_step" in (said := capsys.readouterr().err) and "linear" in said
+    other.write_text(json.dumps([]))
+    assert command.main(["compare", str(COMMITTED["linear"]), str(other)]) == 2
+    assert "rows" in capsys.readouterr().err
+
+
+def test_kernel_table():
+    kernels = [("fusion_1", 0.25), ("fusion_2", 0.75), ("attend", 0.5), ("attend", 0.7)]
+    assert measure.kernel_table(kernels, steps=2) == [
+        {"name": "attend", "count": 1.0, "us": 600.0},
+        {"name": "fusion", "count": 1.0, "us": 500.0},
+    ]
+
+
+def test_fields_of_nested_objects():
+    assert field({"a": {"b": 1}}, "a.b") == 1
+    assert field({"a": None}, "a.b") is None
+
+
+def test_the_readme_has_the_table_of_memory():
+    assert memory.table() in (results.COMMITTED.parents[2] / "README.md").read_text()
+
+
+def test_memory_of_a_card():
+    free = 0.9 * 80 * 2**30 - memory.weight_bytes("31b")
+    count = memory.sequences("31b", 80, 8192)
+    assert count * memory.cache_bytes("31b", 8192) <= free
+    assert free < (count + 1) * memory.cache_bytes("31b", 8192)
+    assert memory.sequences("31b", 48, 8192) == 0
+
+
+@everyday("gemma-4-e4b")
+@pytest.mark.parametrize("model", decode_step.MODELS)
+def test_bytes_of_a_step(model):
+    """They are what the limits of the committed results were computed from."""
+    _, rows = results.read(COMMITTED["decode_step"])
+    for row in rows:
+        if row["model"] == model and row["variant"] in "af" and row["batch"] != 8:
+            variant = next(v for v in Variant if v.letter == row["variant"])
+            case = StepCase(Gemma4Config.preset(model), variant, row["batch"], 8192)
+            limit = case.bytes(8192) / row["read_gbps"] / 1e6
+            assert limit == pytest.approx(row["limit_ms"], rel=1e-4, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["decode_attention", "qkv_rms_norm", "qkv_norm_rope_write", "grouped_matmul", "linear"]
+)
+def test_bytes_of_cases(name):
+    """They are what the limits of the committed results were computed from."""
+    benchmark = registry.benchmark(name)
+    head, rows = results.read(COMMITTED[name])
+    for row, point in zip(rows, benchmark.points(), strict=True):
+        limit = point.subject.bytes() / head[benchmark.rate] / 1e3
+        # Of experts, seeds touch a few more or fewer; of the largest norms, scales are not counted.
+        assert limit == pytest.approx(row["limit_us"], rel=5e-3, abs=2e-3), row
