@@ -207,6 +207,7 @@ def test_the_fixture_has_ordered_embeddings():
     assert (np.isfinite(logits).sum(axis=-1) == 4 * 8).all()
 
 
+@everyday()
 def test_kernels():
     _, readable = caches_of("gemma-4-31b", "contiguous", CompactKVCache)
     draft = drafter_of("gemma-4-31b", "contiguous", "triton_interpret")

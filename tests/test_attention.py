@@ -143,7 +143,7 @@ def test_chunks_and_decode_steps_against_float64(config, layer, chunks):
     np.testing.assert_allclose(jnp.concatenate(ys, 1), expected(config, layer, x), atol=1e-5)
 
 
-@everyday("QK_ONLY-1")
+@everyday()
 @on_every_layer
 def test_sequences_of_unequal_length(config, layer):
     """Prompts padded to one length, then decode: each as if it were alone and unpadded."""
@@ -165,7 +165,7 @@ def test_sequences_of_unequal_length(config, layer):
             np.testing.assert_allclose(y[b, 0], exact[b, at[b, 0]], atol=1e-5)
 
 
-@everyday("QK_ONLY-1")
+@everyday()
 @on_every_layer
 def test_a_sequence_does_not_depend_on_its_batch(config, layer):
     attention = layer_of(config, layer)
@@ -419,7 +419,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"x": jnp.zeros((B, 3, 47))}, r"x has shape \(2, 3, 47\) .* \[B, T, 48\]"),
+            ({"x": jnp.zeros((B, 3, 47))}, r"x has shape \(2, 3, 47\); .* \[B, T, 48\]"),
             ({"x": jnp.zeros((B, 48))}, r"x has shape \(2, 48\)"),
             ({"x": jnp.zeros((B, 3, 48), int)}, "x has .* int32"),
             ({"positions": jnp.arange(3)}, r"positions has shape \(3,\); .* must be \(2, 3\)"),
@@ -434,7 +434,7 @@ class TestBadInput:
             ({"cache": kv_cache(B, 8, 1, 32, dtype=FLOAT8)}, "together with cache.scale"),
             (
                 {"cache": kv_cache(B, 8, 1, 32, dtype=FLOAT8, scale=jnp.ones(3))},
-                r"cache.scale has shape \(3,\) .* accepted: float32 \[2\]",
+                r"cache.scale has shape \(3,\)",
             ),
             (
                 {"cache": KVCache(None, None)},

@@ -71,9 +71,7 @@ def prefill_and_decode(config, layer, form, batch, tokens, implementation):
         return np.asarray(prefill(params, cache)), np.asarray(decode(params, cache))
 
 
-@everyday(
-    "k_eq_v-1-CompactKVCache-triton_interpret", "kv_shared-2-KVCache-None", "k_eq_v-0-KVCache-None"
-)
+@everyday("k_eq_v-1-CompactKVCache-None", "kv_shared-2-KVCache-None", "k_eq_v-0-KVCache-None")
 @pytest.mark.parametrize(
     "implementation",
     [None, *kernel_of("qkv_norm_rope_write", "decode_attention", "prefill_attention")],

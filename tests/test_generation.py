@@ -91,6 +91,7 @@ def test_hardly_any_temperature_is_greedy(temperature):
     assert drawn == generator(prompts, 8)
 
 
+@everyday()
 def test_unequal_prompts_in_chunks():
     generator = generator_of(chunk_tokens=17)
     answers = generator(prompts_of(PROMPT + 20, PROMPT), 20)
@@ -163,6 +164,7 @@ def logits_of_one(decoder, token):
     return step(params)
 
 
+@everyday()
 def test_drawn_tokens_follow_their_distribution():
     batch, temperature, top_k = 512, 0.5, 5
     answers = small_generator()(
@@ -198,6 +200,7 @@ def test_a_stop_token_ends_its_sequence_alone():
     assert answers == seen == cut
 
 
+@everyday()
 def test_a_directory_gives_sampling_and_stop_tokens_unless_a_call_does(tmp_path):
     first, second = follows(PROMPT, PROMPT)
     prompts, name = prompts_of(PROMPT, PROMPT), "gemma-4-e2b"

@@ -113,11 +113,7 @@ def test_float32_matches_hugging_face(model, layer, layout, form):
     np.testing.assert_allclose(y, arrays["y_float32"], rtol=0, atol=1e-5)
 
 
-@everyday(
-    "k_eq_v-0-ring-KVCache-triton_interpret",
-    "k_eq_v-1-paged-CompactKVCache-triton_interpret",
-    "kv_shared-2-contiguous-KVCache-None",
-)
+@everyday("k_eq_v-1-paged-CompactKVCache-triton_interpret", "kv_shared-2-contiguous-KVCache-None")
 @pytest.mark.parametrize("implementation", [None, "triton_interpret"])
 @pytest.mark.parametrize(("model", "layer", "layout", "form"), LAYOUTS_AND_FORMS)
 def test_bfloat16_is_no_worse_than_hugging_face(model, layer, layout, form, implementation):

@@ -119,7 +119,7 @@ def test_scores_never_hold_the_logits_of_a_chunk():
     assert compiled.memory_analysis().temp_size_in_bytes < 1024 * vocab * 4 / 2
 
 
-@everyday("None-sampling1")
+@everyday()
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("drafts", [None, 4])
 def test_log_probs_of_new_tokens(sampling, drafts):
@@ -136,7 +136,6 @@ def test_log_probs_of_new_tokens(sampling, drafts):
     assert generator(**options)(prompts, 40, sampling=sampling, key=key) == answers
 
 
-@everyday()
 def test_no_log_probs_after_a_stop_token():
     prompts = prompts_of(24, 3)
     plain, all_scores = generator()(prompts, 20, log_probs=True)

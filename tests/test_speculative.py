@@ -197,7 +197,7 @@ def give_page_tables(model, layouts, monkeypatch):
     monkeypatch.setattr(model, "plan", planned)
 
 
-@everyday("gemma-4-26b-a4b-paged-paged-CompactKVCache")
+@everyday()
 @pytest.mark.parametrize(
     ("name", "sliding", "full", "form"),
     # With the generator's own choice, ring, contiguous and compact, all that each type can have.

@@ -9,14 +9,14 @@ import jax
 import pytest
 
 import g4attn_jax
-from tests import gpu_target
+from g4attn_jax.testing import gpu_target
 
 PACKAGE = Path(g4attn_jax.__file__).parent
 TRITON = "jax.experimental.pallas.triton"
 BLOCKED = f"""
 import sys
 sys.modules[{TRITON!r}] = None
-from tests import gpu_target
+from g4attn_jax.testing import gpu_target
 import jax, jax.numpy as jnp
 from g4attn_jax import *
 from g4attn_jax.cache import KVCache

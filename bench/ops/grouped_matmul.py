@@ -4,13 +4,12 @@
 the matrices of touched experts alone, over the rate of a float32 sum measured in the same run.
 """
 
-from g4attn_jax.ops.grouped_gated_matmul.cases import CASES as GATED
-from g4attn_jax.ops.grouped_matmul.cases import CASES as DOWN
-from g4attn_jax.testing.case import tagged
-
 from bench import measure
 from bench.benchmark import Bar, Benchmark, Point
 from bench.plots import times_against_tokens
+from g4attn_jax.ops.grouped_gated_matmul.cases import CASES as GATED
+from g4attn_jax.ops.grouped_matmul.cases import CASES as DOWN
+from g4attn_jax.testing.case import tagged
 
 MAX_XLA_TOKENS = 128  # above, a row for every expert is 12 GB and more
 PRODUCTS = {"gated": GATED, "down": DOWN}

@@ -8,14 +8,14 @@ import heapq
 import statistics
 
 import jax.numpy as jnp
-from g4attn_jax.ops.linear.cases import CASES
-from g4attn_jax.testing.case import tagged
 from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
 from bench import measure
 from bench.benchmark import Benchmark, Point
 from g4attn_jax import ops
+from g4attn_jax.ops.linear.cases import CASES
+from g4attn_jax.testing.case import tagged
 
 
 def identity(case):

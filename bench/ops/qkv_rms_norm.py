@@ -2,13 +2,12 @@
 
 import functools
 
-from g4attn_jax.ops.qkv_rms_norm.cases import CASES
-from g4attn_jax.testing.case import tagged
-
 from bench import measure
 from bench.benchmark import Bar, Benchmark, Point
 from bench.plots import panels, times_against_tokens
 from g4attn_jax import ProjectionMode, ops
+from g4attn_jax.ops.qkv_rms_norm.cases import CASES
+from g4attn_jax.testing.case import tagged
 
 # Up to here the projection that wrote the packed buffer leaves it in the L2. Above, calls rotate
 # over buffers of four times the L2, so that every byte comes from memory.
