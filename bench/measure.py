@@ -17,10 +17,14 @@ L2_BYTES = 60 * 2**20
 
 
 class Time(NamedTuple):
-    """Microseconds of one call: median, 10th and 90th percentile over the calls; its launches.
+    """Time of one call.
 
-    Where XLA shares a kernel between calls they are those of a run, divided by its calls. `kernels`
-    are the microseconds of a call by the name of the kernel.
+    Attributes:
+        us: median of the calls, in microseconds.
+        p10: their 10th percentile.
+        p90: their 90th percentile.
+        launches: of a call; where XLA shares a kernel between calls, those of a run over its calls.
+        kernels: microseconds of a call by the name of the kernel.
     """
 
     us: float
@@ -49,7 +53,10 @@ def kernel_time(
 def kernel_times(
     functions: dict[Hashable, Callable[..., Any]], calls: Sequence[tuple], iterations: int
 ) -> dict[Hashable, Time]:
-    """`kernel_time` of several functions, compiled side by side; without those that do not fit."""
+    """Times of several functions, compiled side by side, as `kernel_time`.
+
+    Functions whose launch the shared memory does not hold are left out.
+    """
     programs = {}
     with ThreadPoolExecutor() as pool:
         warm = {name: pool.submit(_warm, f, calls) for name, f in functions.items()}

@@ -355,7 +355,7 @@ def test_a_new_page_table_is_not_a_new_program():
         (Contiguous(1, 4), [INT32_MAX, 0, INT32_MIN, 2], [True, False, False, False]),
         (Ring(1, WINDOW, 8), [64, INT32_MAX, -1, 1], [False, True, False, False]),
         (Paged(2, 16, np.array([[1, -1, 9]])), [15, 16, 32, 48], [False, True, True, True]),
-        (Paged(2, 16, np.array([[0, 0]])), [1, 17, 1, -2], [False, False, False, False]),
+        (Paged(2, 16, np.array([[0, 0]])), [1, 17, 1, -3], [False, False, False, False]),
     ],
 )
 def test_under_jit_unplaced_says_which_tokens_have_no_slot(layout, positions, unplaced):

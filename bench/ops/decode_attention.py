@@ -96,11 +96,11 @@ def torch_sdpa_us(case):
 def rows(points, gbps):
     """A row for each point."""
     for point in points:
-        row = point.fields | measured(point.subject, gbps)
+        row = point.fields | measured(point.subject, gbps, point.fields["form"])
         yield {name: measure.rounded(value) for name, value in row.items()}
 
 
-def measured(case, gbps):
+def measured(case, gbps, form):
     """Fields of a case's row."""
     calls = measure.calls_from_memory(case)
     attend = functools.partial(ops.decode_attention, sliding_window=case.sliding_window)
@@ -121,7 +121,7 @@ def measured(case, gbps):
     if "decode_attention" not in ours.kernels:
         triton = functools.partial(attend, implementation="triton")
         fields["triton_us"] = measure.kernel_time(triton, calls).us
-    if FORMS[case.form.__name__] == "separate" and case.page_size is None:
+    if form == "separate" and case.page_size is None:
         theirs = functools.partial(jax_nn, sliding_window=case.sliding_window)
         fields["jax_nn_us"] = measure.kernel_time(theirs, calls, 5).us
         fields["torch_sdpa_us"] = torch_sdpa_us(case)

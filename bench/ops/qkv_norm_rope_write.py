@@ -12,12 +12,12 @@ from bench.benchmark import Bar, Benchmark, Point
 from bench.ops.qkv_rms_norm import MAX_CACHED_TOKENS
 from bench.plots import panels, times_against_tokens
 from g4attn_jax import ProjectionMode, ops
-from g4attn_jax.cache import CompactKVCache
 from g4attn_jax.ops.qkv_norm_rope.reference import unrounded
 from g4attn_jax.ops.qkv_norm_rope_write.cases import CASES
 from g4attn_jax.rope import apply_rope
 from g4attn_jax.testing.case import tagged
 
+# Forms of a cache in the results.
 FORMS = {"KVCache": "separate", "CompactKVCache": "compact"}
 VARIANTS = {
     "ours": "one launch",
@@ -58,18 +58,15 @@ def calls(case):
 
 def scatter(cache, slots, k, v):
     """`cache.write` without the promise that slots differ."""
-    rows = {"k": k, "v": v}
-    if isinstance(cache, CompactKVCache):
-        half, pairs = k.shape[-1] // 2, cache.k_rot.shape[-1] // 2
-        rows["k_rot"] = jnp.concatenate([k[..., :pairs], k[..., half : half + pairs]], axis=-1)
-    arrays = {}
-    for name in cache._fields[:2]:
-        array = getattr(cache, name)
+
+    def written(array, rows):
         flat = array.reshape(-1, *array.shape[2:])
         index = jnp.where(slots < 0, flat.shape[0], slots)
-        flat = flat.at[index].set(rows[name].astype(array.dtype), mode="drop")
-        arrays[name] = flat.reshape(array.shape)
-    return cache._replace(**arrays)
+        return flat.at[index].set(rows.astype(array.dtype), mode="drop").reshape(array.shape)
+
+    k_array, v_array = cache.written
+    k = cache.stored_keys(k, k_array.shape[-1])
+    return cache.with_written(written(k_array, k), written(v_array, v))
 
 
 def formula(qkv, q_norm, k_norm, cos, sin, slots, cache, *, mode):

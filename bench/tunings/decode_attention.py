@@ -11,7 +11,6 @@ from bench import measure
 from bench.benchmark import Benchmark, Point
 from bench.ops import decode_attention
 from bench.tunings._launches import launch_rows
-from g4attn_jax.cache import CompactKVCache
 from g4attn_jax.ops.decode_attention import triton
 from g4attn_jax.ops.flash_attention.launch import AttentionLaunch
 
@@ -38,7 +37,7 @@ def launches_around(chosen, form, num_rows):
     if chosen.block_rows > 16:
         # Rows, programs that share the columns of their values, warps.
         blocks = [(16, 1, 4), (32, 1, 4), (64, 1, 8), (64, 2, 4)]
-        if form is CompactKVCache:
+        if form == "compact":
             blocks.pop()
         wanted = chosen.num_splits * programs(chosen.block_rows, chosen.value_blocks)
         for rows, value_blocks, num_warps in blocks:
@@ -69,7 +68,7 @@ def rows(points, _):
         chosen = triton.launch_for(*calls[0][:3], sliding_window=case.sliding_window)
         functions = {
             launch: functools.partial(attend, launch=launch)
-            for launch in launches_around(chosen, case.form, case.tokens * case.group)
+            for launch in launches_around(chosen, point.fields["form"], case.tokens * case.group)
         }
         times = measure.kernel_times(functions, calls, 5)
         yield from launch_rows(point, {key: time.us for key, time in times.items()}, chosen)

@@ -7,7 +7,6 @@ from bench import measure
 from bench.benchmark import Benchmark
 from bench.ops import prefill_attention
 from bench.tunings._launches import launch_rows
-from g4attn_jax.cache import CompactKVCache, KVCache
 from g4attn_jax.ops.flash_attention.launch import AttentionLaunch, HeadSizes
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.prefill_attention import triton
@@ -21,17 +20,17 @@ def points():
         point
         for point in prefill_attention.points()
         if point.subject.tokens == TOKENS
-        and (point.subject.page_size is None or point.subject.form is not CompactKVCache)
+        and (point.subject.page_size is None or point.fields["form"] == "separate")
     ]
 
 
-def launches(case):
+def launches(case, form):
     """Those that an H200 has the registers for; `kernel_times` leaves out what does not fit."""
     if case.head_dim == 256:
         tiles = [*itertools.product((64, 128), (32, 64), (1,), (8,), (2, 3)), (64, 64, 1, 4, 3)]
     else:
         tiles = [*itertools.product((64,), (16, 32), (1,), (8,), (2, 3, 4))]
-        if case.form is KVCache:
+        if form == "separate":
             tiles += itertools.product((64,), (16, 32), (2,), (4,), (2, 3))
             tiles += itertools.product((128,), (16, 32), (2,), (8,), (2, 3))
     return [
@@ -50,7 +49,8 @@ def rows(points, _):
         )
         chosen = triton.choose_launch(gpu(), HeadSizes.of(*arguments[:2]))
         functions = {
-            launch: functools.partial(attend, launch=launch) for launch in {chosen, *launches(case)}
+            launch: functools.partial(attend, launch=launch)
+            for launch in {chosen, *launches(case, point.fields["form"])}
         }
         times = measure.kernel_times(functions, [arguments], 5)
         times = {launch: time.us for launch, time in times.items()}

@@ -7,7 +7,6 @@ from bench.benchmark import Benchmark, Point
 from bench.ops import qkv_norm_rope_write
 from bench.tunings._launches import launch_rows
 from g4attn_jax import ProjectionMode
-from g4attn_jax.cache import CompactKVCache
 from g4attn_jax.ops.head_norm.triton import NormLaunch
 from g4attn_jax.ops.qkv_norm_rope.triton import choose_launch
 from g4attn_jax.ops.qkv_norm_rope_write import triton
@@ -50,7 +49,7 @@ def rows(points, _):
             launch: measure.kernel_time(launched(case, launch), calls, 5, state=cache).us
             for launch in LAUNCHES
         }
-        chosen = choose_launch(num_rows, case.head_dim, absorbed=case.form is CompactKVCache)
+        chosen = choose_launch(num_rows, case.head_dim, absorbed=point.fields["form"] == "compact")
         yield from launch_rows(point, times, chosen, {"num_rows": num_rows})
 
 

@@ -57,7 +57,7 @@ class Gemma4Decoder(nnx.Module):
         Args:
             config: with all fields of the text model.
             rngs: stream `params` draws the weights.
-            dtype: of activations, and of caches unless `init_caches` is told otherwise.
+            dtype: of activations, and of caches unless `init_cache` is told otherwise.
             param_dtype: of the weights; cast to `dtype` in every call where they differ.
             implementation: of the kernels, see `Gemma4Attention`.
 
