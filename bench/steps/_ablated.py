@@ -5,7 +5,6 @@ import enum
 from flax import nnx
 
 from g4attn_jax import Gemma4Attention, Gemma4Decoder, ProjectionMode, ops
-from g4attn_jax.ops.head_norm.triton import Heads, head_norm
 from g4attn_jax.rope import apply_rope
 
 
@@ -74,6 +73,8 @@ class AblatedAttention(Gemma4Attention):
 
     def _k_eq_v_norm(self, qkv, k_norm):
         """K and V of one row, in one launch for them."""
+        from g4attn_jax.ops.head_norm.triton import Heads, head_norm
+
         *batch, num_kv_heads, rows, head_dim = qkv.shape
         x = qkv.reshape(-1, head_dim)
         heads = Heads(x, first=rows - 1, count=1, scales=(k_norm, None))
