@@ -265,6 +265,7 @@ class Logits(NamedTuple):
         return Greedy().accept(*of_step)
 
 
+@everyday()
 def test_a_group_drafts_as_if_nothing_had_been_refused():
     """From the hidden state of the last token but one, over the keys of all before the last."""
     name = "gemma-4-31b"
@@ -323,6 +324,7 @@ def test_a_group_drafts_as_if_nothing_had_been_refused():
     assert np.abs(other.probs - expected.probs).max(axis=(1, 2)).min() > 0.01
 
 
+@everyday("gemma-4-e4b")
 @pytest.mark.parametrize("name", ["gemma-4-e4b", "gemma-4-31b"])
 def test_drafts_of_hugging_face(name):
     golden = np.load(ASSISTANTS / name / "golden.npz")["tokens"]
@@ -345,7 +347,7 @@ def test_drafts_of_hugging_face(name):
     np.testing.assert_array_equal(drafts(weights, positions), golden)
 
 
-@everyday("1")
+@everyday()
 @pytest.mark.parametrize("draft_tokens", [1, 8])
 def test_fewest_and_most_drafts(draft_tokens):
     name, seen = "gemma-4-e4b", []
@@ -641,9 +643,9 @@ def test_statistics_need_an_assistant():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"token": np.zeros((2, 1), int)}, r"last.token .* \(2, 1\) .* integer \[B\]"),
-        ({"position": np.zeros(3, int)}, r"last.position .* \(3,\) .* integer \(2,\)"),
-        ({"tokens": np.zeros((2, 9), int)}, r"drafts.tokens .* \(2, 9\) .* \[2, 0 to 8\]"),
+        ({"token": np.zeros((2, 1), int)}, r"last.token .* \(2, 1\).*\[B\]"),
+        ({"position": np.zeros(3, int)}, r"last.position .* \(3,\).*\(2,\)"),
+        ({"tokens": np.zeros((2, 9), int)}, r"drafts.tokens .* \(2, 9\).*\[2, 0 to 8\]"),
         ({"tokens": np.zeros((2, 4))}, "drafts.tokens .* float64; accepted: integer"),
         ({"count": 4}, "drafts.count is a int"),
     ],
@@ -662,9 +664,9 @@ def test_groups_that_make_no_sense(changes, message):
     ("changes", "message"),
     [
         ({"draft_tokens": 0}, "draft_tokens is 0"),
-        ({"token": np.zeros(2)}, r"last.token .* float64; accepted: integer \[B\]"),
-        ({"position": np.zeros((2, 1), int)}, r"last.position .* integer \(2,\)"),
-        ({"hidden": None}, "last.hidden is a NoneType"),
+        ({"token": np.zeros(2)}, r"last.token .*float64"),
+        ({"position": np.zeros((2, 1), int)}, r"last.position .*\(2, 1\)"),
+        ({"hidden": None}, "last.hidden is None"),
     ],
 )
 def test_drafts_that_make_no_sense(changes, message):

@@ -30,7 +30,7 @@ def cached(decoder, tokens):
     return decoder(tokens, decoder.plan(positions, cache), cache)[0]
 
 
-@everyday("9-gemma-4-12b", "40-gemma-4-26b-a4b", "1-gemma-4-e4b")
+@everyday("9-gemma-4-12b", "1-gemma-4-e4b")
 @on_every_model
 @pytest.mark.parametrize("length", [1, 9, 40])
 def test_the_logits_of_a_prompt(name, length):
@@ -43,7 +43,7 @@ def test_the_logits_of_a_prompt(name, length):
     np.testing.assert_allclose(some[:, 0], logits[[0, 1], at[:, 0]], atol=1e-4)
 
 
-@everyday("12b")
+@everyday()
 @on_every_model
 def test_packed_sequences_are_as_if_apart(name):
     """With padding between them and at the end, and a window shorter than a sequence."""
@@ -139,11 +139,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"tokens": np.ones(20, int)}, r"tokens .* \(20,\); .* \[B, T\]"),
+            ({"tokens": np.ones(20, int)}, r"tokens .* \(20,\).*\[B, T\]"),
             ({"tokens": np.ones((2, 20))}, "tokens .* float64; accepted: integer"),
-            ({"tokens": np.ones((2, 0), int)}, r"tokens .* \(2, 0\); .* \[B, T\]"),
+            ({"tokens": np.ones((2, 0), int)}, r"tokens .* \(2, 0\).*\[B, T\]"),
             ({"step": TOKENS}, "step is given and cache is not"),
-            ({"segment_ids": np.ones((2, 19), int)}, r"segment_ids .* \(2, 19\); .* \(2, 20\)"),
+            ({"segment_ids": np.ones((2, 19), int)}, r"segment_ids .* \(2, 19\).*\(2, 20\)"),
             ({"segment_ids": np.ones((2, 20))}, "segment_ids .* float64"),
             ({"logits_at": np.ones((3, 1), int)}, r"logits_at has shape \(3, 1\)"),
         ],
@@ -156,8 +156,8 @@ class TestBadInput:
         ("segment_ids", "message"),
         [
             (jnp.ones((1, 20), jnp.int32), "segment_ids is a .*"),
-            (SegmentIds(*np.ones((2, 1, 20), np.int32)), r"segment_ids.key .* \(1, 24\)"),
-            (SegmentIds(*np.ones((2, 1, 24))), r"segment_ids.query .* int32"),
+            (SegmentIds(*np.ones((2, 1, 20), np.int32)), r"segment_ids.key has .*\(1, 24\)"),
+            (SegmentIds(*np.ones((2, 1, 24))), "segment_ids.query has .*float"),
         ],
     )
     def test_of_the_op(self, segment_ids, message):
