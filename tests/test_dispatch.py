@@ -85,7 +85,7 @@ CONSTRUCTORS = 60 + 20
 
 def test_no_argument_is_flattened_in_python():
     weights, state, cache = arguments()
-    assert len(python_calls(dispatch(weights, cache))) < CONSTRUCTORS
+    assert len(python_calls(dispatch(weights, cache))) <= CONSTRUCTORS
     # The count would notice.
     assert len(python_calls(dispatch(state, cache))) > NUM_WEIGHTS
 
@@ -95,7 +95,7 @@ def test_a_step_that_was_planned_outside_costs_no_python_either():
     spec = Gemma4Config.preset("gemma-4-31b").attention_spec(0)
     positions = np.zeros((1, 1), np.int32)
     step = Step(positions, {"sliding": plan_step(spec, positions, Ring(1, 1024, 1))})
-    assert len(python_calls(dispatch(weights, cache, step))) < CONSTRUCTORS
+    assert len(python_calls(dispatch(weights, cache, step))) <= CONSTRUCTORS
 
 
 def test_dispatch_takes_as_long_as_that_of_flat_tuples():

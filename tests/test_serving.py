@@ -257,7 +257,7 @@ def shared_model_layer(layer):
     return attention
 
 
-@everyday("2-ring")
+@everyday()
 @pytest.mark.parametrize(
     ("layer", "kind"),
     [(2, "contiguous"), (2, "ring"), (2, "paged"), (3, "contiguous"), (3, "paged")],

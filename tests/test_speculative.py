@@ -265,6 +265,7 @@ class Logits(NamedTuple):
         return Greedy().accept(*of_step)
 
 
+@everyday()
 def test_a_group_drafts_as_if_nothing_had_been_refused():
     """From the hidden state of the last token but one, over the keys of all before the last."""
     name = "gemma-4-31b"
@@ -323,6 +324,7 @@ def test_a_group_drafts_as_if_nothing_had_been_refused():
     assert np.abs(other.probs - expected.probs).max(axis=(1, 2)).min() > 0.01
 
 
+@everyday("gemma-4-e4b")
 @pytest.mark.parametrize("name", ["gemma-4-e4b", "gemma-4-31b"])
 def test_drafts_of_hugging_face(name):
     golden = np.load(ASSISTANTS / name / "golden.npz")["tokens"]
@@ -345,7 +347,7 @@ def test_drafts_of_hugging_face(name):
     np.testing.assert_array_equal(drafts(weights, positions), golden)
 
 
-@everyday("1")
+@everyday()
 @pytest.mark.parametrize("draft_tokens", [1, 8])
 def test_fewest_and_most_drafts(draft_tokens):
     name, seen = "gemma-4-e4b", []

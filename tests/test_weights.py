@@ -22,6 +22,7 @@ from g4attn_jax.model.linear import (
     weight_axes,
 )
 from tests.checkpoint.directories import FIXTURES, abstract, read_config
+from tests.everyday import everyday
 
 ASSISTANTS = Path(__file__).parent / "golden_assistant"
 OF_EVERY_LAYER = {"qkv_proj", "qkv_norm_rope", "attention", "o_proj", "norms"}
@@ -87,6 +88,7 @@ def test_products_are_of_the_dtype_and_float32_is_not_rounded():
     assert linear.float32(x).dtype == jnp.float32
 
 
+@everyday()
 def test_gated_products():
     embed, width, experts = {"embed": 8}, {"mlp": 16}, {"experts": 2}
     gated = GatedLinear(embed, width, options())
@@ -133,6 +135,7 @@ def test_options_refuse_other_implementations():
         options(implementation="cuda")
 
 
+@everyday("gemma-4-31b")
 @pytest.mark.parametrize("name", SCOPES)
 def test_a_profile_reads_like_the_model(name):
     graph, params = nnx.split(abstract(read_config(FIXTURES / name)))

@@ -10,6 +10,7 @@ import pytest
 
 import g4attn_jax
 from g4attn_jax.testing import gpu_target
+from tests.everyday import everyday
 
 PACKAGE = Path(g4attn_jax.__file__).parent
 TRITON = "jax.experimental.pallas.triton"
@@ -100,6 +101,7 @@ assert "jax.experimental.pallas.mosaic_gpu" not in sys.modules
 """)
 
 
+@everyday()
 @pytest.mark.skipif(gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable()))
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU of JAX 0.10 is another")
 def test_on_hopper_mosaic_runs_and_xla_the_rest():
