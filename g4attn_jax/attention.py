@@ -184,7 +184,7 @@ class Gemma4Attention(nnx.Module):
                 head_dim=self.spec.head_dim,
                 rotary_dim=self.spec.rotary_dim,
             )
-        plan = self._plan(x, positions, cache)
+        plan = self._planned(x, positions, cache)
         with jax.named_scope("qkv_proj"):
             qkv = self.qkv_proj(x)
         with jax.named_scope("qkv_norm_rope"):
@@ -264,18 +264,24 @@ class Gemma4Attention(nnx.Module):
         attend = ops.decode_attention if is_step else ops.prefill_attention
         return attend(*arguments, **constants)
 
-    def _plan(self, x, positions, cache):
-        """The plan of the step, made here unless it was given, and checked against the cache."""
-        if not isinstance(positions, StepPlan):
-            if not isinstance(positions, jax.Array):
-                positions = np.asarray(positions)
-            if positions.shape != x.shape[:2]:
-                raise ValueError(
-                    f"positions has shape {positions.shape}; with x of shape {x.shape} it must be "
-                    f"{x.shape[:2]}"
-                )
-            positions = plan_step(self.spec, positions, self._contiguous(x, cache))
-        plan = positions
+    def _planned(self, x, positions, cache):
+        """The plan of the step, made here unless it was given."""
+        if isinstance(positions, StepPlan):
+            self._check_plan(positions, x, cache)
+            return positions
+        if not isinstance(positions, jax.Array):
+            positions = np.asarray(positions)
+        if positions.shape != x.shape[:2]:
+            raise ValueError(
+                f"positions has shape {positions.shape}; with x of shape {x.shape} it must be "
+                f"{x.shape[:2]}"
+            )
+        plan = plan_step(self.spec, positions, self._contiguous(x, cache))
+        self._check_plan(plan, x, cache)
+        return plan
+
+    def _check_plan(self, plan, x, cache):
+        """Refuses a plan of other tokens, of another layer type or of another cache."""
         if plan.positions.shape != x.shape[:2]:
             raise ValueError(
                 f"the plan is for [B, T] = {plan.positions.shape}; x has shape {x.shape}"
@@ -292,7 +298,6 @@ class Gemma4Attention(nnx.Module):
                     f"cache.v has shape {cache.v.shape}; with this layout it must be "
                     f"[{pages[0]}, {pages[1]}, {self.spec.num_kv_heads}, {self.spec.head_dim}]"
                 )
-        return plan
 
     def _contiguous(self, x, cache):
         if cache is not None:

@@ -1,4 +1,4 @@
-"""Where a token lies in a cache: contiguous, ring and paged layouts, and the plan of a step.
+"""Slots of tokens in a cache: contiguous, ring and paged layouts, and the plan of a step.
 
 One rule addresses all of them. A sequence owns the pages in its row of the page table, C slots in
 all, and the token at position p lies in
@@ -243,7 +243,7 @@ def read_layout(
 
 
 class LayerType(NamedTuple):
-    """What layers must have in common to share a `StepPlan`."""
+    """Properties that layers must have in common to share a `StepPlan`."""
 
     head_dim: int
     rotary_dim: int
@@ -271,7 +271,7 @@ class SegmentIds(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """What all layers of one type share in one step: made once, by `plan_step`.
+    """Arrays that all layers of one type share in one step, made once, by `plan_step`.
 
     Attributes:
         positions: int32 [B, T], -1 for padding.

@@ -81,7 +81,7 @@ class Drafts(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What a group made.
+    """Outcome of a group.
 
     Attributes:
         tokens: int32 [B, k + 1], the new tokens: the drafts that stay and one more, then -1. All -1
@@ -103,7 +103,7 @@ class Verified(NamedTuple):
 
 
 class DraftStatistics(NamedTuple):
-    """What became of drafts, by sequence.
+    """Numbers of steps, drafts and tokens, by sequence.
 
     Attributes:
         steps: int [B], steps of the target.

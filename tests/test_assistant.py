@@ -245,7 +245,7 @@ def test_the_caches_are_only_read():
     [
         ({"embeddings": jnp.zeros((2, 1, 24))}, r"embeddings .* \[B, T, 64\]"),
         ({"hidden": jnp.zeros((2, 1, 64), int)}, "hidden .* int32; accepted: floating"),
-        ({"hidden": jnp.zeros((2, 2, 64))}, r"hidden .* \(2, 2, 64\) .* \(2, 1, 64\)"),
+        ({"hidden": jnp.zeros((2, 2, 64))}, r"hidden .* \(2, 2, 64\).*\(2, 1, 64\)"),
         ({"step": {}}, "step is a dict"),
         ({"readable": {}}, "readable lacks full_attention, sliding_attention"),
     ],

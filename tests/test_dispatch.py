@@ -79,8 +79,8 @@ def python_calls(f):
     return names
 
 
-# Constructors of what is returned: of each layer's cache and of the two layouts.
-CONSTRUCTORS = 60 + 20
+# Constructors of what is returned: of each layer's cache, and of the layouts with their checks.
+CONSTRUCTORS = 60 + 60
 
 
 def test_no_argument_is_flattened_in_python():

@@ -342,15 +342,15 @@ def test_a_token_that_is_none_is_loud():
     ("changes", "message"),
     [
         ({"tokens": np.zeros((2, 4))}, "tokens .* float64; accepted: integer"),
-        ({"tokens": np.zeros(3, int)}, r"tokens .* \(3,\) .* \[B, T\]"),
-        ({"tokens": np.zeros((2, 4), int)}, r"step.positions .* \(2, 3\) .* \(2, 4\)"),
+        ({"tokens": np.zeros(3, int)}, r"tokens .* \(3,\).*\[B, T\]"),
+        ({"tokens": np.zeros((2, 4), int)}, r"step.positions .* \(2, 3\).*\(2, 4\)"),
         ({"step": positions_to(3)}, "step is a ndarray"),
         ({"step": None}, "cache is given and step is not"),
         ({"cache": {}}, "cache is a dict"),
         ({"cache": None}, "step is given and cache is not"),
         ({"segment_ids": np.ones((2, 3), int)}, "segment_ids is given with a cache"),
         ({"logits_at": np.zeros((2, 1))}, "logits_at .* float64; accepted: integer"),
-        ({"logits_at": np.zeros((3, 1), int)}, r"logits_at .* \(3, 1\) .* \[2, n\]"),
+        ({"logits_at": np.zeros((3, 1), int)}, r"logits_at .* \(3, 1\).*\[2, n\]"),
     ],
 )
 def test_a_step_that_makes_no_sense(changes, message):

@@ -643,9 +643,9 @@ def test_statistics_need_an_assistant():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"token": np.zeros((2, 1), int)}, r"last.token .* \(2, 1\) .* integer \[B\]"),
-        ({"position": np.zeros(3, int)}, r"last.position .* \(3,\) .* integer \(2,\)"),
-        ({"tokens": np.zeros((2, 9), int)}, r"drafts.tokens .* \(2, 9\) .* \[2, 0 to 8\]"),
+        ({"token": np.zeros((2, 1), int)}, r"last.token .* \(2, 1\).*\[B\]"),
+        ({"position": np.zeros(3, int)}, r"last.position .* \(3,\).*\(2,\)"),
+        ({"tokens": np.zeros((2, 9), int)}, r"drafts.tokens .* \(2, 9\).*\[2, 0 to 8\]"),
         ({"tokens": np.zeros((2, 4))}, "drafts.tokens .* float64; accepted: integer"),
         ({"count": 4}, "drafts.count is a int"),
     ],
@@ -664,9 +664,9 @@ def test_groups_that_make_no_sense(changes, message):
     ("changes", "message"),
     [
         ({"draft_tokens": 0}, "draft_tokens is 0"),
-        ({"token": np.zeros(2)}, r"last.token .* float64; accepted: integer \[B\]"),
-        ({"position": np.zeros((2, 1), int)}, r"last.position .* integer \(2,\)"),
-        ({"hidden": None}, "last.hidden is a NoneType"),
+        ({"token": np.zeros(2)}, r"last.token .*float64"),
+        ({"position": np.zeros((2, 1), int)}, r"last.position .*\(2, 1\)"),
+        ({"hidden": None}, "last.hidden is None"),
     ],
 )
 def test_drafts_that_make_no_sense(changes, message):

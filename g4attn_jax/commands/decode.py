@@ -23,7 +23,7 @@ MAX_RELATIVE_ERROR = 2e-2
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one layer's decode steps with one form of cache showed."""
+    """Result of one layer's decode steps with one form of cache."""
 
     layer: int
     spec: AttentionSpec
@@ -36,19 +36,19 @@ class Row:
 
     @property
     def implementation(self) -> str:
-        """What the compiled step holds, rather than what was asked for."""
+        """Implementation that the compiled step holds, rather than the one asked for."""
         return "triton" if self.prologue_launches else "xla"
 
     @property
     def launches(self) -> str:
-        """Of the kernels in a compiled step, before and of attention."""
+        """Launches of kernels in a compiled step: the prologue's and attention's."""
         if self.implementation == "xla":
             return "fused by XLA"
         return f"{self.prologue_launches} + {self.attention_launches}"
 
     @property
     def passed(self) -> bool:
-        """Whether every step matched the reference path; false where the error is NaN."""
+        """True if every step matched the reference path; an error of NaN does not."""
         return self.max_relative_error <= MAX_RELATIVE_ERROR
 
 

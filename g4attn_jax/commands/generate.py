@@ -38,7 +38,7 @@ _CAPACITY_TILE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be generated, all of it checked but the weights.
+    """Request for generation, all of it checked but the weights.
 
     Attributes:
         config: of the model.
@@ -273,7 +273,7 @@ def _sampling(args, settings, config):
 
 
 def _taken(args, settings, sampling):
-    """What the checkpoint's files say and no flag overrides, and what of them is not followed."""
+    """Lines on settings taken from the checkpoint's files, and on those not followed."""
     overridden = {
         "do_sample": args.temperature is not None,
         "temperature": args.temperature is not None,
@@ -303,7 +303,7 @@ def _capacity(prompts, max_new_tokens):
 
 
 def _tokenizer(args):
-    """That of the checkpoint; None if it cannot be had and is not needed."""
+    """Tokenizer of the checkpoint; None if it cannot be had and is not needed."""
     path = args.checkpoint / "tokenizer.json"
     try:
         from tokenizers import Tokenizer

@@ -1,4 +1,4 @@
-"""What a command line gives as a prompt, read from files but not yet made of tokens."""
+"""Prompts of a command line, read from files but not yet tokenized."""
 
 import argparse
 import json

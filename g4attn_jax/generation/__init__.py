@@ -1,4 +1,4 @@
-"""From prompts to the tokens that follow them."""
+"""Generator of the tokens that follow prompts."""
 
 import functools
 import warnings
@@ -362,7 +362,7 @@ class Generator:
         return max_new_tokens
 
     def _sequences(self, prompts, position):
-        """Before the first step; NumPy's, as the device gets them back between steps."""
+        """Sequences before the first step, as NumPy arrays like those between runs of steps."""
         batch, hidden, statistics = len(prompts), None, None
         if self.draft_tokens:
             hidden = np.zeros((batch, self._config.hidden_size), self._dtype)

@@ -1,4 +1,4 @@
-"""What a `Generator` is given, checked: the message names it, and says what is accepted."""
+"""Checks of a `Generator`'s arguments: messages name the argument and what is accepted."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""What `Generator` runs on the device: chunks of prompts, and steps until all have stopped."""
+"""Programs that `Generator` runs on the device: chunks of prompts, and steps until all stop."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ _ROWS_OF_LOGITS = 128
 
 
 class Sequences(NamedTuple):
-    """What goes from step to step beside the cache.
+    """State of the sequences that goes from step to step beside the cache.
 
     Attributes:
         last: the last token of each sequence; its position is -1 where the sequence has stopped.
@@ -73,7 +73,7 @@ class Sequences(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Where sequences begin and end.
+    """Positions at which sequences begin and end, and tokens that end them.
 
     Attributes:
         begin: int32 [B], the position of the last token of each prompt.

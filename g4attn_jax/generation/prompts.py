@@ -69,7 +69,7 @@ def check_embedded(prompts, num_embedded):
 
 
 def check_tokens(name, tokens, vocab_size):
-    """As int32 [n]."""
+    """Tokens as int32 [n], refused if the vocabulary does not have them."""
     refusal = f"{name} is {tokens!r}; accepted: a sequence of tokens"
     try:
         array = np.asarray(tokens)

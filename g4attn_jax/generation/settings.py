@@ -43,7 +43,7 @@ _NOT_FOLLOWED = {
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """What the files of a checkpoint say of generation.
+    """Settings of generation in the files of a checkpoint.
 
     Attributes:
         sampling: greedy unless `do_sample` is true, as in transformers; `suppress_tokens` with it.

@@ -74,7 +74,7 @@ class Greedy(NamedTuple):
         return self._best(logits), None
 
     def accept(self, logits, drafts, draft_probs, num_drafts, position):
-        """As many drafts as equal the likeliest tokens, and the likeliest token after them."""
+        """Accepts drafts as long as each is the likeliest token; the likeliest one follows."""
         best = self._best(logits)
         num_accepted = _count_first(drafts == best[:, :-1], num_drafts)
         return num_accepted, _row(best, num_accepted)

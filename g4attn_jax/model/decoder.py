@@ -336,6 +336,6 @@ class Gemma4Decoder(nnx.Module):
 
 
 def _is_known(array):
-    """Whether the numbers of an array are to be had here: neither traced nor of other hosts."""
+    """True if the values of an array can be read here: neither traced nor on other hosts."""
     is_traced = isinstance(array, jax.core.Tracer)
     return not is_traced and getattr(array, "is_fully_addressable", True)

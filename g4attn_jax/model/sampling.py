@@ -1,4 +1,4 @@
-"""From logits to the next token."""
+"""Choice of the next token from logits."""
 
 import dataclasses
 import numbers

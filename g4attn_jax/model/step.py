@@ -1,4 +1,4 @@
-"""What a step of a model goes from and to: the caches of all layers, and what is planned of it."""
+"""State and plan of a model's step: `ModelCache` is donated, `Step` is not."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Self
@@ -25,7 +25,7 @@ class ModelCache(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where the new tokens of a step are, and what follows from it for layers of each type.
+    """Positions of the new tokens of a step, and the plan of each layer type that follows.
 
     It is not donated: a step may be planned inside the jitted program, or once for several.
 
