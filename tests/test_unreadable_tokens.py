@@ -44,7 +44,7 @@ def step(tokens, positions, model=None):
 @pytest.mark.parametrize("call", [lambda p: generator()(p, 4, sampling=UNREADABLE), "score"])
 def test_a_prompt_with_one_is_refused(call):
     call = generator().score if call == "score" else call
-    message = r"prompts\[1\] has 120, which has no per-layer embedding"
+    message = r"prompts\[1\] has 120"
     with pytest.raises(ValueError, match=message):
         call([[5, 7], [5, 120, 7]])
 
