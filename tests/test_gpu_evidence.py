@@ -99,7 +99,11 @@ def test_a_new_module_of_a_kernel_is_stale(copy):
     ("path", "old", "new"),
     [
         ("decode_attention/mosaic_limits.py", "KEYS = 64  # of a tile", "KEYS = 64"),
-        ("decode_attention/mosaic_kernel.py", '"""Runs a program; `factor`', '"""A program: `factor`'),
+        (
+            "decode_attention/mosaic_kernel.py",
+            '"""Runs a program; `factor`',
+            '"""A program: `factor`',
+        ),
         (
             "flash_attention/operands.py",
             "LOG2_E = 1.4426950408889634",
