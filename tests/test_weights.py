@@ -19,8 +19,8 @@ from g4attn_jax.model.linear import (
     GroupedLinear,
     Linear,
     ModuleOptions,
-    weight_axes,
 )
+from g4attn_jax.model.logical_axes import weight_axes
 from tests.checkpoint.directories import FIXTURES, abstract, read_config
 from tests.everyday import everyday
 

@@ -13,12 +13,12 @@ import numpy as np
 from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.checkpoint import hf
 from g4attn_jax.checkpoint.errors import CheckpointError
+from g4attn_jax.checkpoint.files import read_json, stored_tensors
 from g4attn_jax.checkpoint.hf_tensors import HEAD, same_values, sorted_tensors
 from g4attn_jax.checkpoint.loading import Model, Progress, check, load
 from g4attn_jax.checkpoint.packing import Packed
 from g4attn_jax.checkpoint.quantised import check_not_quantised
 from g4attn_jax.checkpoint.report import LoadReport, terminal_bar
-from g4attn_jax.checkpoint.shards import read_json, stored_tensors
 from g4attn_jax.config import Gemma4Config
 
 _PREFIX = "model."

@@ -17,12 +17,12 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from g4attn_jax.checkpoint.errors import CheckpointError, listed
+from g4attn_jax.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_json, stored_tensors
 from g4attn_jax.checkpoint.hf_tensors import HEAD, same_values, sorted_tensors
 from g4attn_jax.checkpoint.loading import Model, Progress, check, load, parameters, table_of
 from g4attn_jax.checkpoint.packing import Packed
 from g4attn_jax.checkpoint.quantised import check_not_quantised
 from g4attn_jax.checkpoint.report import LoadReport, terminal_bar
-from g4attn_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, read_json, stored_tensors
 from g4attn_jax.config import AttentionSpec, Gemma4Config
 from g4attn_jax.hf_config import text_config_of
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from g4attn_jax.checkpoint.errors import CheckpointError, listed
+from g4attn_jax.checkpoint.files import StoredTensor
 from g4attn_jax.checkpoint.packing import Shape
-from g4attn_jax.checkpoint.shards import StoredTensor
 from g4attn_jax.config import Gemma4Config, ProjectionMode
 
 HEAD = "lm_head.weight"

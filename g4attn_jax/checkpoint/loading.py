@@ -10,7 +10,7 @@ from flax import nnx
 from g4attn_jax.checkpoint.errors import CheckpointError, listed
 from g4attn_jax.checkpoint.packing import Packed, Shape
 from g4attn_jax.checkpoint.report import LoadReport
-from g4attn_jax.model.linear import weight_axes
+from g4attn_jax.model.logical_axes import weight_axes
 
 Model = TypeVar("Model", bound=nnx.Module)
 Progress = Callable[[int, int], None]

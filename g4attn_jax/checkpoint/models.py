@@ -13,10 +13,10 @@ from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.checkpoint.assistant import load_assistant_into
 from g4attn_jax.checkpoint.deepmind import load_deepmind_into
 from g4attn_jax.checkpoint.errors import CheckpointError
+from g4attn_jax.checkpoint.files import read_json
 from g4attn_jax.checkpoint.hf import load_hf_into
 from g4attn_jax.checkpoint.loading import Progress
 from g4attn_jax.checkpoint.report import LoadReport, terminal_bar
-from g4attn_jax.checkpoint.shards import read_json
 from g4attn_jax.config import Gemma4Config
 from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.decoder import Gemma4Decoder

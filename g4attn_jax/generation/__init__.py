@@ -32,8 +32,8 @@ from g4attn_jax.model.acceptance import Greedy, RejectionSampling, Rule
 from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.decoder import Gemma4Decoder
 from g4attn_jax.model.embedding import num_embedded_tokens
+from g4attn_jax.model.flat_weights import split_weights
 from g4attn_jax.model.sampling import Sampling
-from g4attn_jax.model.weights import split_weights
 from g4attn_jax.speculative import DraftStatistics, LastTokens
 
 _GREEDY = Sampling()

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from g4attn_jax.model.assistant import Gemma4Assistant
     from g4attn_jax.model.decoder import Gemma4Decoder
+    from g4attn_jax.model.flat_weights import split_weights
     from g4attn_jax.model.layer import Gemma4DecoderLayer
     from g4attn_jax.model.linear import ModuleOptions
     from g4attn_jax.model.mlp import Gemma4MLP
     from g4attn_jax.model.moe import Gemma4MoE
     from g4attn_jax.model.step import ModelCache, Step
-    from g4attn_jax.model.weights import split_weights
 
 __all__ = [
     "Gemma4Assistant",
@@ -38,7 +38,7 @@ _MODULES = {
     "ModelCache": "step",
     "ModuleOptions": "linear",
     "Step": "step",
-    "split_weights": "weights",
+    "split_weights": "flat_weights",
 }
 
 

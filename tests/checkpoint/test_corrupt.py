@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from g4attn_jax.checkpoint import CheckpointError, load_hf_into
-from g4attn_jax.checkpoint.shards import StoredTensor
+from g4attn_jax.checkpoint.files import StoredTensor
 from tests.checkpoint.directories import (
     FIXTURES,
     abstract,
