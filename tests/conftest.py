@@ -8,6 +8,12 @@ from g4attn_jax.ops.gpu import gpu_refusal
 from g4attn_jax.testing import gpu_target  # noqa: F401  (before JAX looks for devices)
 from tests.everyday import in_share, is_everyday, unknown_words
 
+# Variable with the indices of the GPUs that processes of pytest-xdist share out, each taking one.
+GPUS = "TEST_GPUS"
+if GPUS in os.environ and "PYTEST_XDIST_WORKER" in os.environ:
+    _number, _gpus = int(os.environ["PYTEST_XDIST_WORKER"][2:]), os.environ[GPUS].split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = _gpus[_number % len(_gpus)]
+
 # XLA has as many threads as devices, and JAX's interpreter of Mosaic GPU needs one for each
 # warpgroup of a cluster: with less they wait for each other for ever.
 jax.config.update("jax_num_cpu_devices", 8)

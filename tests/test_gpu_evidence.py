@@ -183,11 +183,17 @@ def test_nothing_is_recorded_where_tests_may_be_left_out(further, copy, monkeypa
     results.pytest_xdist_node_collection_finished(None, ["a"])
     results.pytest_runtest_logreport(report("a", ops=evidence.op_names()))
     monkeypatch.setattr(command.shutil, "which", lambda _: "nvidia-smi")
-    monkeypatch.setattr(command, "machine", lambda: {n: RUN[n] for n in ("gpu", "driver", "jax")})
+    monkeypatch.setattr(command, "gpus", lambda: {"0": "NVIDIA H200, 1"})
     monkeypatch.setattr(command, "run", lambda *_: results)
     assert command.main(["--all", *further]) == bool(further)
     assert bool(evidence.read()) != bool(further)
     assert ("nothing is recorded" in capsys.readouterr().out) == bool(further)
+
+
+def test_gpus_of_several_kinds_are_refused(monkeypatch):
+    monkeypatch.setattr(command, "gpus", lambda: {"0": "NVIDIA H200, 1", "1": "NVIDIA A100, 1"})
+    with pytest.raises(SystemExit, match="NVIDIA A100"):
+        command.machine()
 
 
 def test_runs_of_other_modules_are_forgotten(copy):

@@ -13,6 +13,7 @@ which may leave tests out for them: then nothing is recorded.
 import argparse
 import collections
 import datetime
+import functools
 import importlib.metadata
 import os
 import shutil
@@ -22,10 +23,11 @@ import sys
 
 import pytest
 
+from tests.conftest import GPUS
 from tests.gpu import evidence
 
 MAX_SECONDS, MAX_SECONDS_OF_TABLES = 360, 540
-# Each may need 6 GB of the GPU's memory.
+# On each GPU; each may need 6 GB of its memory.
 MAX_PROCESSES = 14
 
 
@@ -65,11 +67,26 @@ class Results:
         return self.collected - set(self.outcomes)
 
 
+@functools.cache
+def gpus() -> dict[str, str]:
+    """Name and driver of each GPU by its index, from nvidia-smi: this command holds none itself."""
+    query = ["nvidia-smi", "--query-gpu=index,name,driver_version", "--format=csv,noheader"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query += ["-i", visible]
+    lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    return dict(line.split(", ", maxsplit=1) for line in lines)
+
+
 def machine() -> dict[str, str]:
-    """The GPU, its driver and JAX, of which no process of this command holds anything."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    first = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    gpu, driver = first.split(", ")
+    """The GPU, its driver and JAX.
+
+    Raises:
+        SystemExit: there are GPUs of several kinds, of which a record could not say which it was.
+    """
+    kinds = set(gpus().values())
+    if len(kinds) > 1:
+        sys.exit(f"GPUs are of several kinds: {', '.join(kinds)}; set CUDA_VISIBLE_DEVICES")
+    gpu, driver = kinds.pop().split(", ")
     return {"gpu": gpu, "driver": driver, "jax": importlib.metadata.version("jax")}
 
 
@@ -80,6 +97,7 @@ def run(arguments: list[str], seconds: int, processes: int) -> Results:
     # own matmuls is off: every process would repeat it, and no kernel of ours depends on it.
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "2"}
+    os.environ[GPUS] = ",".join(gpus())  # which tests/conftest.py shares out
     os.environ["XLA_FLAGS"] = flags
     options = ["-m", "gpu", "-q", "-n", str(processes), "--dist", "load", "--maxschedchunk", "1"]
     options += ["--max-worker-restart", "1000", "-p", "no:cacheprovider", "--durations", "25"]
@@ -137,22 +155,23 @@ def main(argv: list[str]) -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--all", action="store_true", help="all GPU tests")
     what.add_argument("--tables", action="store_true", help="the whole tables of attention")
-    parser.add_argument("--processes", type=int, default=min(MAX_PROCESSES, os.cpu_count()))
+    parser.add_argument("--processes", type=int, help="14 on each GPU, at most one a core")
     options, further = parser.parse_known_args(argv)
     if shutil.which("nvidia-smi") is None:
         sys.exit("python -m tests.gpu needs an NVIDIA GPU; this machine has no nvidia-smi")
-    print(*machine().values(), sep=", ", flush=True)
+    print(*machine().values(), f"{len(gpus())} of them", sep=", ", flush=True)
+    processes = options.processes or min(MAX_PROCESSES * len(gpus()), os.cpu_count())
     if options.tables:
         tests = ["tests/gpu/test_tables.py", "tests/gpu/test_generator.py"]
         arguments = [*tests, "--whole-tables", *further]
-        return report(run(arguments, MAX_SECONDS_OF_TABLES, options.processes))
+        return report(run(arguments, MAX_SECONDS_OF_TABLES, processes))
     ops = evidence.op_names() if options.all else list(evidence.stale())
     if not ops:
         print("every kernel is as it passed on a GPU")
         return 0
     print("ops:", *ops, flush=True)
     arguments = [] if options.all else ["--gpu-ops", ",".join(ops)]
-    results = run([*arguments, *further], MAX_SECONDS, options.processes)
+    results = run([*arguments, *further], MAX_SECONDS, processes)
     refused = [f"nothing is recorded, with {further}"] if further else record(ops, results)
     print(*refused, sep="\n")
     return bool(refused or "failed" in results.outcomes.values())
