@@ -76,7 +76,7 @@ class Gemma4Decoder(nnx.Module):
         self.layers = nnx.List(
             Gemma4DecoderLayer(config, layer, options) for layer in range(config.num_hidden_layers)
         )
-        self.norm = options.scale(embed)
+        self.norm = options.norm_scale(embed)
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(tokens, embed, options)
 

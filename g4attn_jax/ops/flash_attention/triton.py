@@ -199,7 +199,7 @@ def _store(inputs, outputs, static, rows, value_block, value_column, m, totals, 
     divisor = jnp.where(total > 0, total, 1.0)  # padding sees nothing: 0
     o = acc / divisor[:, None]
     if inputs.scale is not None:
-        o *= inputs.scale[static.shape.value_scale]
+        o *= inputs.scale[static.shape.value_scale_index]
     o = jnp.where((rows.position == UNPLACED)[:, None], jnp.nan, o)
     out_row = pl.program_id(1) * inputs.q.shape[0] + rows.q_row
     store_rows(outputs[0], out_row, rows.mask, o, value_column, static.value_width)
@@ -233,7 +233,9 @@ class _Scores(NamedTuple):
         ]
         factors = [static.softmax_scale * LOG2_E] * len(parts)
         if inputs.scale is not None:
-            factors = [static.softmax_scale * LOG2_E * inputs.scale[part.scale] for part in parts]
+            factors = [
+                static.softmax_scale * LOG2_E * inputs.scale[part.scale_index] for part in parts
+            ]
         return cls(q_parts, factors, rows.position, static.sliding_window)
 
     def products(self, keys):
