@@ -88,9 +88,9 @@ class Gemma4Attention(nnx.Module):
         }
         self.qkv_proj = Linear(embed, rows | head_dim, options)
         self.o_proj = Linear({"heads": spec.num_q_heads} | head_dim, embed, options)
-        self.q_norm = options.scale(head_dim)
+        self.q_norm = options.norm_scale(head_dim)
         projects_k = spec.mode is not ProjectionMode.Q_ONLY
-        self.k_norm = options.scale(head_dim) if projects_k else None
+        self.k_norm = options.norm_scale(head_dim) if projects_k else None
 
     def init_cache(
         self,
@@ -161,16 +161,16 @@ class Gemma4Attention(nnx.Module):
         Raises:
             ValueError: an argument has the wrong shape or dtype, or as `plan_step` raises.
         """
-        parts, cache = self.partial_sums(x, positions, cache)
-        return ops.add_partial_sums(parts, self.dtype), cache
+        partial_sums, cache = self.partial_sums(x, positions, cache)
+        return ops.add_partial_sums(partial_sums, self.dtype), cache
 
     def partial_sums(
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"] | StepPlan,
         cache: Cache | ReadableCache | None = None,
-    ) -> tuple[Float[Array, "parts B T E"], Cache | ReadableCache]:
-        """`__call__` with y in parts that add up to it, see `ops.linear_partial_sums`."""
+    ) -> tuple[Float[Array, "partial_sums B T E"], Cache | ReadableCache]:
+        """`__call__` with partial sums of y, see `ops.linear_partial_sums`."""
         x = jnp.asarray(x)
         check_array("x", x, ("B", "T", self.hidden_size), "floating", empty=True)
         given = cache
@@ -192,8 +192,8 @@ class Gemma4Attention(nnx.Module):
         with jax.named_scope("attention"):
             o = self._attend(q, cache, plan, self.implementation)
         with jax.named_scope("o_proj"):
-            parts = self.o_proj.partial_sums(o)
-        return parts, given if isinstance(given, ReadableCache) else cache
+            partial_sums = self.o_proj.partial_sums(o)
+        return partial_sums, given if isinstance(given, ReadableCache) else cache
 
     def load_hf(self, state_dict: Mapping[str, Any]) -> None:
         """Takes the weights of a Hugging Face `Gemma4TextAttention`, cast to the param dtype.

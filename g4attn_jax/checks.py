@@ -1,21 +1,23 @@
 """Argument checks that the whole package shares.
 
-Every message names the argument, what was given and what is accepted.
+Every message names the argument, what was given and what is accepted. JAX and NumPy are imported
+when an array or a dtype is checked: configs are read without them.
 """
 
 import enum
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from types import EllipsisType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
 
 # Dtypes of activations and weights.
 FLOATS = ("bfloat16", "float16", "float32")
-MAX_INT32 = np.iinfo(np.int32).max
+MAX_INT32 = 2**31 - 1
 
 # A size that is known; a letter for one that is not, 1 or more; the sizes of a range; `...`, first,
 # for any number of sizes.
@@ -42,7 +44,7 @@ def check_integer(
     """
     if value is None and none:
         return None
-    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_integer or value < least or (most is not None and value > most):
         limits = f"of {least} or more" if most is None else f"from {least} to {most}"
         accepted = f"{'None or ' if none else ''}an integer {limits}"
@@ -92,13 +94,15 @@ def check_type(name: str, value: Any, *types: type, none: bool = False) -> None:
 
 
 def check_dtype(
-    name: str, dtype: jax.typing.DTypeLike | None, accepted: Sequence[Any] = FLOATS
+    name: str, dtype: "jax.typing.DTypeLike | None", accepted: Sequence[Any] = FLOATS
 ) -> None:
     """Refuses a dtype that is none of the accepted ones.
 
     Raises:
         ValueError: naming the argument, what was given and what is accepted.
     """
+    import jax.numpy as jnp
+
     accepted = [jnp.dtype(x).name for x in accepted]
     try:
         known = dtype is not None and jnp.dtype(dtype).name in accepted
@@ -124,7 +128,7 @@ def check_array(
         array: JAX or NumPy array, or anything with a shape and a dtype.
         shape: sizes accepted, see `Size`, as in `(..., "Nkv", 512)`. Sizes before those that follow
             `...` may be anything.
-        dtype: "integer" or "floating" for any such, else a dtype or several.
+        dtype: "integer", "signed integer" or "floating" for any such, else a dtype or several.
         none: whether None is accepted too.
         empty: whether a size that a letter stands for may be 0.
 
@@ -144,9 +148,14 @@ def check_array(
         raise ValueError(f"{name} has shape {given_shape}; accepted: {_shape_text(shape, empty)}")
 
 
-def known_values(array: jax.Array) -> np.ndarray | None:
-    """Values of an array; None while it is traced."""
-    return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
+def known_values(array: Any) -> "np.ndarray | None":
+    """Values of an array; None while it is traced, and where some of it is on other hosts."""
+    import jax
+    import numpy as np
+
+    if isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True):
+        return None
+    return np.asarray(array)
 
 
 def _has_shape(given, shape, empty):
@@ -164,9 +173,19 @@ def _is_size(size, wanted, empty):
     return size in wanted if isinstance(wanted, range) else size == wanted
 
 
+# Kinds of dtype: their names in NumPy, and in messages.
+_KINDS = {
+    "integer": ("integer", "integer"),
+    "signed integer": ("signedinteger", "signed integer"),
+    "floating": ("floating", "floating-point"),
+}
+
+
 def _has_dtype(given, dtype):
-    if isinstance(dtype, str) and dtype in ("integer", "floating"):
-        return jnp.issubdtype(given, getattr(jnp, dtype))
+    import jax.numpy as jnp
+
+    if isinstance(dtype, str) and dtype in _KINDS:
+        return jnp.issubdtype(given, getattr(jnp, _KINDS[dtype][0]))
     return any(given == jnp.dtype(x) for x in _several(dtype))
 
 
@@ -181,8 +200,10 @@ def _choice_text(value):
 
 
 def _dtype_text(dtype, separator=", "):
-    if isinstance(dtype, str) and dtype in ("integer", "floating"):
-        return {"integer": "integer", "floating": "floating-point"}[dtype]
+    import jax.numpy as jnp
+
+    if isinstance(dtype, str) and dtype in _KINDS:
+        return _KINDS[dtype][1]
     return separator.join(jnp.dtype(x).name for x in _several(dtype))
 
 

@@ -369,22 +369,17 @@ def plan_step(
     """
     check_type("spec", spec, AttentionSpec)
     check_layout(layout)
-    known = not isinstance(positions, jax.core.Tracer)
-    if known:
-        positions = np.asarray(positions)  # as given: JAX would wrap what int32 does not hold
+    known = known_values(positions)
+    if known is not None:
+        positions = known  # as given: JAX would wrap what int32 does not hold
     layout.check_layer(spec)
     layout.check_step(positions.shape[1] if positions.ndim == 2 else 0)
-    if positions.ndim != 2 or positions.shape[0] != layout.batch:
-        raise ValueError(
-            f"positions has shape {positions.shape}; accepted: [{layout.batch}, T], the layout "
-            f"having {layout.batch} sequences"
-        )
-    if not jnp.issubdtype(positions.dtype, jnp.signedinteger):
-        raise ValueError(f"positions has dtype {positions.dtype}; accepted: a signed integer")
+    check_array("positions", positions, (layout.batch, "T"), "signed integer", empty=True)
     int32 = _as_int32(positions)
     slots = layout.slots(int32)
-    if known and not isinstance(slots, jax.core.Tracer):
-        _check_placed(positions, np.asarray(slots), layout)
+    known_slots = None if known is None else known_values(slots)
+    if known_slots is not None:
+        _check_placed(known, known_slots, layout)
     cos, sin = rope_cos_sin(
         int32, theta=spec.rope_theta, head_dim=spec.head_dim, rotary_dim=spec.rotary_dim
     )

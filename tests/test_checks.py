@@ -1,5 +1,7 @@
 """The argument checks that the whole package shares."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +63,7 @@ ACCEPTED = [
     (("B", "T"), "integer", jnp.zeros((2, 3), jnp.uint8)),
     ((..., "E"), checks.FLOATS, jnp.zeros((0, 5), jnp.bfloat16)),
     ((..., "E"), checks.FLOATS, jax.ShapeDtypeStruct((5,), jnp.float16)),
-    (("B", range(9)), "integer", np.zeros((2, 0), np.int64)),
+    (("B", range(9)), "signed integer", np.zeros((2, 0), np.int64)),
     ((), "floating", jnp.zeros(())),
 ]
 
@@ -86,6 +88,7 @@ def test_such_an_array(shape, dtype, array):
         (("B", range(9)), "integer", np.zeros((2, 9), int), r"\[B, 0 to 8\]"),
         (("E",), "floating", [1.0], r"is a list; accepted: floating-point \[E\]"),
         (("E",), "floating", None, r"is None; accepted"),
+        (("E",), "signed integer", np.zeros(2, np.uint8), "dtype uint8; accepted: signed integer"),
     ],
 )
 def test_no_such_array(shape, dtype, array, message):
@@ -97,4 +100,5 @@ def test_what_else_may_be_accepted_of_an_array():
     checks.check_array("x", None, (2,), none=True)
     checks.check_array("x", jnp.zeros((0, 4)), ("M", 4), empty=True)
     assert checks.known_values(jnp.ones(2)).tolist() == [1, 1]
+    assert checks.known_values(types.SimpleNamespace(is_fully_addressable=False)) is None
     assert jax.eval_shape(lambda x: checks.known_values(x) or x, jnp.ones(2)).shape == (2,)

@@ -40,6 +40,16 @@ def test_importing_the_package_imports_no_jax_until_a_name_is_used():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_argument_checks_of_configs_import_no_jax():
+    code = (
+        "import sys\n"
+        "from g4attn_jax import checks, config\n"
+        "checks.check_integer('n', config.Gemma4Config.preset('31b').num_hidden_layers)\n"
+        "assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_name_that_there_is_not():
     with pytest.raises(AttributeError, match="module 'g4attn_jax' has no attribute 'Gemma5'"):
         g4attn_jax.Gemma5  # noqa: B018

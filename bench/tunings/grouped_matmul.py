@@ -20,7 +20,7 @@ from g4attn_jax.ops.grouped_matmul.triton import (
 
 KERNELS = {"gated": grouped_gated_matmul, "down": grouped_matmul}
 
-# Rows, columns of all parts, depth, warps, stages.
+# Rows, columns of all matrices of a group, depth, warps, stages.
 _FEW_ROWS = (
     (16, 64, 64, 4, 4),
     (16, 64, 64, 4, 6),
@@ -53,18 +53,20 @@ _MANY_ROWS = (
 def launches(sizes, chosen):
     """Those of the lists for so many rows, and the chosen one."""
     listed = _FEW_ROWS if sizes.rows <= 8 * sizes.groups else _MANY_ROWS
-    of_parts = {
-        GroupedMatmulLaunch(rows, width // sizes.parts, *rest) for rows, width, *rest in listed
+    of_matrices = {
+        GroupedMatmulLaunch(rows, width // sizes.matrices, *rest) for rows, width, *rest in listed
     }
-    return sorted(of_parts | {chosen})
+    return sorted(of_matrices | {chosen})
 
 
 def rows(points, _):
     """A row for each point and launch."""
     for point in points:
         case, product = point.subject, point.fields["product"]
-        parts = 2 if product == "gated" else 1
-        sizes = GroupedMatmulSizes(case.num_rows, case.groups, case.depth, parts, case.columns, 2)
+        matrices = 2 if product == "gated" else 1
+        sizes = GroupedMatmulSizes(
+            case.num_rows, case.groups, case.depth, matrices, case.columns, 2
+        )
         chosen = choose_launch(gpu(), sizes)
         functions = {
             launch: functools.partial(KERNELS[product], launch=launch)

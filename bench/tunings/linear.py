@@ -85,13 +85,13 @@ def rows(points, gbps):
         for key, time in times.items():
             launch, count = key or (None, 1)
             fields = dict.fromkeys(MatmulLaunch._fields) if launch is None else launch._asdict()
-            yield point.fields | {"parts": count} | fields | {"us": round(time.us, 2)}
+            yield point.fields | {"partial_sums": count} | fields | {"us": round(time.us, 2)}
 
 
 BENCHMARK = Benchmark(
     name="tune_linear",
     about="tiles, stages and partial sums of matmuls of few tokens",
-    identity=(*linear.BENCHMARK.identity, "tokens", "parts", *MatmulLaunch._fields),
+    identity=(*linear.BENCHMARK.identity, "tokens", "partial_sums", *MatmulLaunch._fields),
     fields=("us",),
     points=points,
     measure=rows,

@@ -85,7 +85,7 @@ class Gemma4Assistant(nnx.Module):
         self.layers = nnx.List(
             Gemma4DecoderLayer(text, layer, options) for layer in range(text.num_hidden_layers)
         )
-        self.norm = options.scale(embed)
+        self.norm = options.norm_scale(embed)
         self.post_projection = Linear(embed, {"target_embed": target_size}, options)
         self.embed_tokens = Embedding(tokens, embed, options)
         if config.use_ordered_embeddings:

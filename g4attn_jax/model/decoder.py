@@ -5,12 +5,11 @@ from typing import overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from g4attn_jax.cache import Cache, KVCache, ReadableCache
-from g4attn_jax.checks import check_array, check_type
+from g4attn_jax.checks import check_array, check_type, known_values
 from g4attn_jax.config import Gemma4Config
 from g4attn_jax.layout import Contiguous, Layout, SegmentIds, select_tokens
 from g4attn_jax.model.embedding import PerLayerInputs, num_embedded_tokens
@@ -76,7 +75,7 @@ class Gemma4Decoder(nnx.Module):
         self.layers = nnx.List(
             Gemma4DecoderLayer(config, layer, options) for layer in range(config.num_hidden_layers)
         )
-        self.norm = options.scale(embed)
+        self.norm = options.norm_scale(embed)
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(tokens, embed, options)
 
@@ -310,12 +309,13 @@ class Gemma4Decoder(nnx.Module):
 
     def _check_known_tokens(self, tokens, positions):
         """Refuses tokens without an embedding, unless they are traced or known to be padding."""
-        if not _is_known(tokens):
+        tokens, accepted = known_values(tokens), num_embedded_tokens(self.config)
+        if tokens is None:
             return
-        tokens, accepted = np.asarray(tokens), num_embedded_tokens(self.config)
         wrong = (tokens < 0) | (tokens >= accepted)
-        if wrong.any() and _is_known(positions):
-            wrong &= np.asarray(positions) >= 0
+        positions = known_values(positions) if wrong.any() else None
+        if positions is not None:
+            wrong &= positions >= 0
         if wrong.any():
             reason = ""
             if accepted < self.config.vocab_size:
@@ -333,9 +333,3 @@ class Gemma4Decoder(nnx.Module):
         surplus = [key for key in given if key not in ("sliding_attention", "full_attention")]
         if surplus:
             raise ValueError(f"{name} has {surplus[0]!r}; accepted: {', '.join(types)}")
-
-
-def _is_known(array):
-    """True if the values of an array can be read here: neither traced nor on other hosts."""
-    is_traced = isinstance(array, jax.core.Tracer)
-    return not is_traced and getattr(array, "is_fully_addressable", True)

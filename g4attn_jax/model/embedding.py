@@ -52,7 +52,7 @@ class PerLayerInputs(nnx.Module):
         # Added in float32, so not rounded before.
         self.embed_tokens = Embedding(tokens, outputs, options.in_float32())
         self.projection = Linear({"embed": config.hidden_size}, outputs, options)
-        self.norm = options.scale(width)
+        self.norm = options.norm_scale(width)
 
     def __call__(
         self, x: Float[Array, "B T E"], tokens: Int[Array, "B T"]

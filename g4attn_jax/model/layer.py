@@ -61,19 +61,22 @@ class Gemma4DecoderLayer(nnx.Module):
         width = config.intermediate_size * (2 if config.use_double_wide_mlp and is_shared else 1)
         self.mlp = Gemma4MLP(config.hidden_size, width, options)
         self.moe = Gemma4MoE(config, options) if config.enable_moe_block else None
-        self.input_norm, self.post_attention_norm = options.scale(embed), options.scale(embed)
-        self.pre_feedforward_norm = options.scale(embed)
-        self.post_feedforward_norm = options.scale(embed)
+        self.input_norm, self.post_attention_norm = (
+            options.norm_scale(embed),
+            options.norm_scale(embed),
+        )
+        self.pre_feedforward_norm = options.norm_scale(embed)
+        self.post_feedforward_norm = options.norm_scale(embed)
         if self.moe is not None:
-            self.post_feedforward_norm_1 = options.scale(embed)
-            self.pre_feedforward_norm_2 = options.scale(embed)
-            self.post_feedforward_norm_2 = options.scale(embed)
+            self.post_feedforward_norm_1 = options.norm_scale(embed)
+            self.pre_feedforward_norm_2 = options.norm_scale(embed)
+            self.post_feedforward_norm_2 = options.norm_scale(embed)
         if config.hidden_size_per_layer_input:
             per_layer = {"per_layer": config.hidden_size_per_layer_input}
             self.per_layer_gate = Linear(embed, per_layer, options)
             self.per_layer_projection = Linear(per_layer, embed, options)
-            self.post_per_layer_norm = options.scale(embed)
-        self.layer_scalar = options.scale({})
+            self.post_per_layer_norm = options.norm_scale(embed)
+        self.layer_scalar = options.norm_scale({})
 
     def __call__(
         self,

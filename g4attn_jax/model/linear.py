@@ -49,7 +49,7 @@ class ModuleOptions:
         """Options of a module whose activations are float32 whatever the model's are."""
         return dataclasses.replace(self, dtype=jnp.float32)
 
-    def scale(self, axes: Axes) -> nnx.Param:
+    def norm_scale(self, axes: Axes) -> nnx.Param:
         """A learned scale, of a norm for example, that is 1 throughout."""
         return nnx.Param(jnp.ones(tuple(axes.values()), self.param_dtype))
 
@@ -125,14 +125,16 @@ class Linear(Weight):
         y = ops.linear(self._rows(x), self._matrix(), implementation=self.implementation)
         return y.reshape(*y.shape[:-1], *self.weight.shape[self.num_inputs :])
 
-    def partial_sums(self, x: Float[Array, "*batch_inputs"]) -> Float[Array, "parts *batch N"]:
-        """Parts that add up to x W, for their reader to add; see `ops.linear_partial_sums`.
+    def partial_sums(
+        self, x: Float[Array, "*batch_inputs"]
+    ) -> Float[Array, "partial_sums *batch N"]:
+        """Partial sums of x W, for their reader to add; see `ops.linear_partial_sums`.
 
         Args:
             x: [..., *inputs]; cast to `dtype`.
 
         Returns:
-            [parts, ..., N], N being all outputs.
+            [partial sums, ..., N], N being all outputs.
         """
         return ops.linear_partial_sums(
             self._rows(x), self._matrix(), implementation=self.implementation

@@ -40,8 +40,8 @@ class Gemma4MLP(nnx.Module):
         """
         return ops.add_partial_sums(self.partial_sums(x), self.dtype)
 
-    def partial_sums(self, x: Float[Array, "B T E"]) -> Float[Array, "parts B T E"]:
-        """Parts that add up to the MLP of every token, see `ops.linear_partial_sums`."""
+    def partial_sums(self, x: Float[Array, "B T E"]) -> Float[Array, "partial_sums B T E"]:
+        """Partial sums of the MLP of every token, see `ops.linear_partial_sums`."""
         with jax.named_scope("gate_up"):
             gated = self.gate_up_proj(x)
         with jax.named_scope("down"):

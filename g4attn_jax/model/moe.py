@@ -48,12 +48,12 @@ class Gemma4MoE(nnx.Module):
         width = {"expert_mlp": config.moe_intermediate_size}
         self.top_k = config.top_k_experts
         self.eps = config.rms_norm_eps
-        self.router_scale = options.scale(embed)
+        self.router_scale = options.norm_scale(embed)
         # The router's input has norm 1, not sqrt(E).
         init = nnx.initializers.normal(1.0)
         # What is rounded here does not change a number, it changes the expert.
         self.router_proj = Linear(embed, experts, options.in_float32(), init=init)
-        self.per_expert_scale = options.scale(experts)
+        self.per_expert_scale = options.norm_scale(experts)
         self.gate_up_proj = GatedGroupedLinear(experts, embed, width, options)
         self.down_proj = GroupedLinear(experts, width, embed, options)
 

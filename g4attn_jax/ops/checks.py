@@ -1,6 +1,5 @@
 """Argument checks that several ops share, see also `g4attn_jax.checks`."""
 
-from collections.abc import Mapping
 from typing import get_args
 
 import jax
@@ -70,15 +69,10 @@ def check_cache(
     if mode not in cache.modes:
         forms = ", ".join(form.__name__ for form in get_args(Cache) if mode in form.modes)
         raise ValueError(f"cache is a {type(cache).__name__}; {mode.name} layers accept {forms}")
-    widths = cache.array_widths(head_dim, rotary_dim)
-    for name, width in widths.items():
-        shape = getattr(getattr(cache, name), "shape", ())
-        if len(shape) == 4 and shape[2:] != (num_kv_heads, width):
-            raise ValueError(
-                f"cache.{name} has shape {shape}; accepted: [num_pages, page_size, {num_kv_heads}, "
-                f"{width}]"
-            )
     check_cache_arrays(cache, dtype=dtype)
+    for name, width in cache.array_widths(head_dim, rotary_dim).items():
+        array, shape = getattr(cache, name), ("num_pages", "page_size", num_kv_heads, width)
+        check_array(f"cache.{name}", array, shape, array.dtype)
 
 
 def check_cache_arrays(cache: Cache, *, dtype: jax.typing.DTypeLike) -> None:
@@ -97,11 +91,7 @@ def check_cache_arrays(cache: Cache, *, dtype: jax.typing.DTypeLike) -> None:
                 f"{getattr(array, 'dtype', None)}; accepted: an array of the layer's dtype, "
                 f"{dtype}, or of float8_e4m3fn together with cache.scale"
             )
-        if array.ndim != 4 or 0 in array.shape:
-            raise ValueError(
-                f"cache.{name} has shape {array.shape}; accepted: [num_pages, page_size, Nkv, "
-                "width], none of them 0"
-            )
+        check_array(f"cache.{name}", array, ("num_pages", "page_size", "Nkv", "width"), accepted)
     heads = {name: getattr(cache, name).shape[:3] for name in names}
     if len(set(heads.values())) > 1:
         raise ValueError(
@@ -163,11 +153,8 @@ def _check_query(q, cache, max_tokens):
             f"of {num_kv_heads}, the cache's KV heads"
         )
     for name, width in cache.array_widths(head_dim, cache.written[0].shape[-1]).items():
-        shape = getattr(cache, name).shape
-        if shape[-1] != width:
-            raise ValueError(
-                f"cache.{name} has shape {shape}; accepted: that of cache.v, {cache.v.shape}"
-            )
+        array = getattr(cache, name)
+        check_array(f"cache.{name}", array, (*cache.v.shape[:3], width), array.dtype)
     width = sum(part.width for part in cache.key_parts)
     if q.shape[3] != width:
         raise ValueError(
@@ -235,16 +222,6 @@ def check_grouped_matmul(
                 f"group_sizes has {known.min()} as its least and sums to {known.sum()}; accepted: "
                 f"0 or more, {count} in all at most"
             )
-
-
-def check_scales(scales: Mapping[str, jax.Array | None], *, head_dim: int) -> None:
-    """Refuses a scale that is given and is not [D] in a dtype the kernel takes.
-
-    Raises:
-        ValueError: naming the argument, what was given and what is accepted.
-    """
-    for name, scale in scales.items():
-        check_array(name, scale, (head_dim,), none=True)
 
 
 def check_eps(eps: float, scale_offset: float) -> None:

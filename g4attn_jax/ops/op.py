@@ -15,7 +15,7 @@ and other ops choose as for None. A name that no op has is refused.
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +92,30 @@ class Kernel:
             return None
         error = _import_error(self.function.split(":")[0])
         return error and f"this JAX lacks what the kernel is written in ({error})"
+
+    def refusal_here(
+        self,
+        arrays: Sequence[Any],
+        static: Mapping[str, Any],
+        *,
+        interpret: bool = False,
+        none_is_refused: bool = True,
+    ) -> str | None:
+        """Reason for which it cannot run some arguments here, whatever it is, or None.
+
+        Args:
+            arrays: of the op.
+            static: of the op.
+            interpret: whether it is interpreted.
+            none_is_refused: whether it is a reason that there is no GPU.
+        """
+        if _are_symbolic(arrays):
+            return "it needs shapes known at trace time, not the symbolic ones of jax.export"
+        return (
+            self.machine_refusal(interpret=interpret, none_is_refused=none_is_refused)
+            or self.refusal(*arrays, interpret=interpret, **static)
+            or self.import_refusal()
+        )
 
     def run(self, *arrays, interpret: bool, **static) -> Any:
         """Runs the op by this kernel."""
@@ -198,6 +222,10 @@ class Op:
         check_choice("implementation", implementation, (None, *implementations()))
         return implementation if implementation in (XLA, *self._names()) else None
 
+    def is_interpreted(self, implementation: Implementation | None) -> bool:
+        """Whether an implementation is a kernel of this op in its interpreter."""
+        return implementation in self._names() and implementation.endswith(_INTERPRET)
+
     def _names(self):
         return [name for kernel in self.kernels for name in kernel.names]
 
@@ -209,13 +237,13 @@ class Op:
             return self._first_without_refusal(arrays, static)
         kernel = next(kernel for kernel in self.kernels if implementation in kernel.names)
         interpret = implementation != kernel.name
-        reason = _refusal(kernel, arrays, static, interpret=interpret)
+        reason = kernel.refusal_here(arrays, static, interpret=interpret)
         if reason is None:
             return _Choice(kernel, interpret, is_demanded=True)
         accepted = [None, XLA]
         for other in self.kernels:
             for name in other.names:
-                if _refusal(other, arrays, static, interpret=name != other.name) is None:
+                if other.refusal_here(arrays, static, interpret=name != other.name) is None:
                     accepted.append(name)
         raise NotImplementedError(
             f"implementation {implementation!r} does not run {self.name} here: {reason}. Accepted "
@@ -227,7 +255,7 @@ class Op:
             if _are_symbolic(arrays) or not kernel.is_faster(*arrays, **static):
                 continue
             # Without a GPU the program may be lowered for one nevertheless.
-            if _refusal(kernel, arrays, static, none_is_refused=False) is None:
+            if kernel.refusal_here(arrays, static, none_is_refused=False) is None:
                 return _Choice(kernel)
         return _Choice(None)
 
@@ -261,17 +289,6 @@ def _runner(choice, reference, static):
         return jax.lax.platform_dependent(*arrays, cuda=kernel, default=reference)
 
     return by_platform
-
-
-def _refusal(kernel, arrays, static, *, interpret=False, none_is_refused=True):
-    """Reason for which a kernel cannot run here with some arguments, or None."""
-    if _are_symbolic(arrays):
-        return "it needs shapes known at trace time, not the symbolic ones of jax.export"
-    return (
-        kernel.machine_refusal(interpret=interpret, none_is_refused=none_is_refused)
-        or kernel.refusal(*arrays, interpret=interpret, **static)
-        or kernel.import_refusal()
-    )
 
 
 def _are_symbolic(arrays):

@@ -15,7 +15,7 @@ tests, compile tests, tests on a GPU, `check`, benchmarks and tuning take the ca
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -217,13 +217,6 @@ def cache_struct(
     return jax.eval_shape(make)
 
 
-def query_width(form: type[Cache], head_dim: int, rotary_dim: int) -> int:
-    """Numbers of a query head that such a cache is read with."""
-    head = struct(1, head_dim)
-    query = jax.eval_shape(lambda q, k_norm: form.query(q, k_norm, rotary_dim), head, head)
-    return query.shape[-1]
-
-
 @functools.cache
 def real_layers() -> tuple[AttentionSpec, ...]:
     """Attention layers of the published models, one of each of their sizes."""
@@ -237,15 +230,9 @@ def real_layers() -> tuple[AttentionSpec, ...]:
     return tuple(specs.values())
 
 
-def modes_and_forms(forms) -> list[tuple]:
-    """Projection modes with each form of a cache that a layer of theirs can have."""
-    separate = forms[0]
-    return [
-        (mode, form)
-        for mode in ProjectionMode
-        for form in forms
-        if form is separate or mode is not ProjectionMode.QKV_FULL
-    ]
+def modes_and_forms(forms: Sequence[type[Cache]]) -> list[tuple]:
+    """Projection modes with each of the forms of a cache that layers of the mode can have."""
+    return [(mode, form) for mode in ProjectionMode for form in forms if mode in form.modes]
 
 
 def nbytes(tree) -> int:

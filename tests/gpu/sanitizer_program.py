@@ -129,9 +129,9 @@ def launch_decoder(tokens, dtype, implementation="triton"):
     """Matmuls of few tokens and the residual sum, of sizes that no block divides."""
     x, w, gate_up, *norms = decoder_arguments(tokens, dtype)
     run = {"implementation": implementation}
-    parts = ops.linear_partial_sums(x, w, **run)
+    partial_sums = ops.linear_partial_sums(x, w, **run)
     outputs = [ops.linear(x, w, **run), ops.geglu(x, gate_up, **run)]
-    outputs += ops.add_rms_norm(x, parts, *norms, **run)
+    outputs += ops.add_rms_norm(x, partial_sums, *norms, **run)
     jax.block_until_ready(outputs)
     return 4
 

@@ -185,8 +185,8 @@ def test_products(fuzz):
         exact = oracle.linear(x, w)
         y = ops.linear(x, w, implementation="triton")
         check_sums(y, exact, k, dtype, tokens, k, n)
-        parts = ops.linear_partial_sums(x, w, implementation="triton")
-        check_sums(ops.add_partial_sums(parts, dtype), exact, k, dtype, tokens, k, n)
+        partial_sums = ops.linear_partial_sums(x, w, implementation="triton")
+        check_sums(ops.add_partial_sums(partial_sums, dtype), exact, k, dtype, tokens, k, n)
         x, w = test_linear.case(tokens, k, 2, n, dtype=dtype)
         gate, up = np.moveaxis(oracle.linear(x, w), 2, 0)
         y = ops.geglu(x, w, implementation="triton")
@@ -199,15 +199,15 @@ def test_products(fuzz):
 def test_residual_sum(fuzz):
     def try_one(rng):
         shape = int(rng.integers(1, 40)), int(rng.integers(16, 6000))
-        dtype, parts = pick(rng, DTYPES), pick(rng, (None, 1, 2, 5))
+        dtype, partial_sums = pick(rng, DTYPES), pick(rng, (None, 1, 2, 5))
         arguments = test_add_rms_norm.case(
-            *shape, dtype=dtype, parts=parts, scales=int(rng.integers(0, 3))
+            *shape, dtype=dtype, partial_sums=partial_sums, scales=int(rng.integers(0, 3))
         )
         total, norms = ops.add_rms_norm(*arguments, implementation="triton")
         exact_total, exact_norms = oracle.add_rms_norm(*arguments)
         for ours, exact in zip((total, *norms), (exact_total, *exact_norms), strict=True):
             # Of sums next to a tie the norm may see another neighbour.
-            check(ours, exact, 2 * ROUNDING[dtype] + 1e-6, shape, dtype, parts)
+            check(ours, exact, 2 * ROUNDING[dtype] + 1e-6, shape, dtype, partial_sums)
 
     fuzz(try_one)
 

@@ -18,10 +18,10 @@ on_both = pytest.mark.parametrize("implementation", ["xla", *KERNEL])
 on_the_kernel = pytest.mark.parametrize("implementation", KERNEL)
 
 
-def case(*shape, dtype=jnp.float32, y_dtype=None, parts=None, scales=1):
+def case(*shape, dtype=jnp.float32, y_dtype=None, partial_sums=None, scales=1):
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], shape, dtype)
-    y = 3 * jax.random.normal(keys[1], shape if parts is None else (parts, *shape))
+    y = 3 * jax.random.normal(keys[1], shape if partial_sums is None else (partial_sums, *shape))
     scale, *next_scales = 1 + 0.2 * jax.random.normal(keys[2], (1 + scales, shape[-1]))
     return [
         x,
@@ -46,7 +46,7 @@ def test_against_float64(case, implementation):
 @on_both
 def test_more_axes_are_more_tokens(implementation):
     """[2, 3, E] tokens are as [6, E]."""
-    x, y, *others = case(6, 512, parts=3)
+    x, y, *others = case(6, 512, partial_sums=3)
     flat = ops.add_rms_norm(x, y, *others, implementation=implementation)
     x, y = x.reshape(2, 3, 512), y.reshape(3, 2, 3, 512)
     folded = ops.add_rms_norm(x, y, *others, implementation=implementation)

@@ -236,10 +236,10 @@ GPUS = (
 
 @pytest.mark.parametrize("gpu", GPUS, ids=str)
 def test_launches_are_ones_that_fit(gpu):
-    for rows, groups, depth, parts, columns, itemsize in itertools.product(
+    for rows, groups, depth, matrices, columns, itemsize in itertools.product(
         (1, 8, 256, 4096, 65536), (1, 8, 128), (1, 704, 2816), (1, 2), (1, 704, 2816), (2, 4)
     ):
-        sizes = GroupedMatmulSizes(rows, groups, depth, parts, columns, itemsize)
+        sizes = GroupedMatmulSizes(rows, groups, depth, matrices, columns, itemsize)
         launch = choose_launch(gpu, sizes)
         assert sizes.fits(gpu, launch)
         assert all(n >= 16 and n & (n - 1) == 0 for n in launch[:3])
@@ -258,7 +258,7 @@ def test_enough_is_on_its_way():
         launch = choose_launch(gpu, sizes)
         assert launch.block_rows == 16
         assert launch.block_columns >= 64
-        tile = sizes.parts * launch.block_columns * launch.block_depth * sizes.itemsize
+        tile = sizes.matrices * launch.block_columns * launch.block_depth * sizes.itemsize
         programs = 8 * -(-sizes.columns // launch.block_columns)
         assert programs * (launch.num_stages - 1) * tile >= 40 * 1024 * gpu.num_sms
     for tokens, rows in ((128, 16), (512, 64), (8192, 128)):

@@ -99,12 +99,12 @@ def test_one_rounding(dtype, implementation):
 
 
 @on_the_kernel
-def test_parts(implementation):
+def test_partial_sums(implementation):
     """As many as fill a GPU, none of them empty where there are tiles enough."""
     x, w = case(4, 2048, 640)
-    parts = ops.linear_partial_sums(x, w, implementation=implementation)
-    assert parts.shape == (8, 4, 1, 640) and parts.dtype == jnp.float32
-    assert (np.abs(parts).max(axis=(1, 2, 3)) > 0).all()
+    partial_sums = ops.linear_partial_sums(x, w, implementation=implementation)
+    assert partial_sums.shape == (8, 4, 1, 640) and partial_sums.dtype == jnp.float32
+    assert (np.abs(partial_sums).max(axis=(1, 2, 3)) > 0).all()
     wide = jnp.zeros((2048, 64 * 264), x.dtype)
     assert len(ops.linear_partial_sums(x, wide, implementation=implementation)) == 1
     shallow = ops.linear_partial_sums(x[..., :130], w[:130], implementation=implementation)
@@ -174,7 +174,7 @@ def test_no_tokens():
 @pytest.mark.parametrize("shared_memory", [99 * 1024, 227 * 1024])
 @pytest.mark.parametrize("tokens", [1, 32])
 def test_launches_fit(shared_memory, tokens):
-    for columns, matrices, parts, itemsize in [
+    for columns, matrices, partial_sums, itemsize in [
         (16384, 1, 1, 2), (5376, 1, 3, 2), (8192, 1, 1, 4), (21504, 2, 1, 2), (21504, 2, 1, 4),
     ]:  # fmt: skip
         launch = triton.choose_launch(
@@ -182,7 +182,7 @@ def test_launches_fit(shared_memory, tokens):
             rows=tokens,
             columns=columns,
             matrices=matrices,
-            num_partial_sums=parts,
+            num_partial_sums=partial_sums,
             itemsize=itemsize,
         )
         tile = (max(16, tokens) + matrices * launch.block_columns) * launch.block_k * itemsize

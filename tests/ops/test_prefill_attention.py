@@ -12,14 +12,14 @@ from g4attn_jax.ops.decode_attention import reference as dense
 from g4attn_jax.ops.decode_attention.cases import NOT_FINITE
 from g4attn_jax.ops.flash_attention.launch import AttentionLaunch, HeadSizes
 from g4attn_jax.ops.padding import pad
-from g4attn_jax.ops.prefill_attention import cudnn, reference, triton
+from g4attn_jax.ops.prefill_attention import _by_cudnn, cudnn, reference, triton
 from g4attn_jax.ops.prefill_attention.cases import CASES
 from g4attn_jax.ops.prefill_attention.triton import choose_launch
 from g4attn_jax.testing.case import tagged
 from g4attn_jax.testing.oracle import cached_attention as formula
 from tests.everyday import everyday, everyday_cases
 from tests.ops.kernel import kernel_of
-from tests.ops.test_decode_attention import GPUS, case
+from tests.ops.test_decode_attention import GPUS, case, described
 
 KERNEL = kernel_of("prefill_attention")
 on_both = pytest.mark.parametrize("implementation", ["xla", *KERNEL])
@@ -360,6 +360,21 @@ def test_when_cudnn_is_chosen(positions, poison, by_cudnn, window, monkeypatch):
         close(o, formula(q, cache, None, positions, sliding_window=window), positions)
     else:
         np.testing.assert_array_equal(o, 7.0)
+
+
+@pytest.mark.parametrize(("gpu", "kernels"), [("NVIDIA H200", 1), ("NVIDIA L4", 0)])
+def test_what_runs_where_cudnn_does_not(gpu, kernels, monkeypatch):
+    """The kernel, or XLA where the shared memory does not hold it."""
+
+    def otherwise(run, q, cache, positions, **constants):
+        return run(q, cache, positions)
+
+    monkeypatch.setattr(cudnn, "prefill_attention_or", otherwise)
+    arguments = case([20, 3], capacity=32, head_dim=512, storage=FLOAT8)
+    run = functools.partial(_by_cudnn, interpret=False, sliding_window=None, scale=1.0)
+    with jax.sharding.use_abstract_mesh(described(gpu)):
+        jaxpr = jax.make_jaxpr(run)(*arguments)
+    assert str(jaxpr).count("pallas_call") == kernels
 
 
 class TestBadInput:

@@ -284,7 +284,7 @@ class TestBadInput:
             ({"qkv": jnp.zeros((4, 9, 64), jnp.int32)}, "qkv has dtype int32"),
             ({"qkv": jnp.zeros((4, 9, 0))}, "qkv has shape"),
             ({"q_norm": jnp.zeros(63)}, r"q_norm has shape \(63,\)"),
-            ({"q_norm": None}, "q_norm is missing"),
+            ({"q_norm": None}, "q_norm is None"),
             ({"k_norm": jnp.zeros((1, 64))}, r"k_norm has shape \(1, 64\)"),
             ({"k_norm": jnp.zeros(64, jnp.int8)}, "k_norm has dtype int8"),
             ({"k_norm": None}, "k_norm is missing; QK_ONLY needs it"),

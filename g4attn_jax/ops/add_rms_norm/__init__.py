@@ -18,7 +18,7 @@ _op = Op(
 
 def add_rms_norm(
     x: Float[Array, "*batch E"],
-    y: Float[Array, "*batch E"] | Float[Array, "parts *batch E"],
+    y: Float[Array, "*batch E"] | Float[Array, "partial_sums *batch E"],
     scale: Float[Array, " E"],
     next_scales: Sequence[Float[Array, " E"]] = (),
     factor: Float[Array, ""] | None = None,
@@ -35,7 +35,7 @@ def add_rms_norm(
 
     Args:
         x: [..., E], the residual stream. bfloat16, float16 or float32.
-        y: [..., E], the branch, of any of these dtypes, or [parts, ..., E], which add up to it.
+        y: [..., E], the branch, of any of these dtypes, or [partial sums, ..., E] of it.
         scale: [E], of the branch's norm, of any of these dtypes, as all scales are.
         next_scales: [E] each, of the norms of the sum; there may be none.
         factor: [], of the sum; None is 1.
@@ -56,7 +56,7 @@ def add_rms_norm(
     check_array("y", y, (..., "E"))
     if y.shape[-x.ndim :] != x.shape or y.ndim > x.ndim + 1 or y.size < x.size:
         raise ValueError(
-            f"y has shape {y.shape}; accepted: {x.shape}, that of x, or parts of this shape"
+            f"y has shape {y.shape}; accepted: {x.shape}, that of x, or partial sums of this shape"
         )
     scales = {f"next_scales[{i}]": next_scale for i, next_scale in enumerate(next_scales)}
     scales["scale"] = scale

@@ -19,7 +19,6 @@ from g4attn_jax.testing.case import (
     distinct,
     nbytes,
     norm_error,
-    query_width,
     struct,
 )
 
@@ -99,7 +98,7 @@ class AttentionCase(Case):
             rotary_dim=self.rotary_dim,
             dtype=self.storage or dtype,
         )
-        width = query_width(self.form, self.head_dim, self.rotary_dim)
+        width = self.form.query_width(self.head_dim, self.rotary_dim)
         table = None
         if self.page_size is not None:
             table = struct(self.batch, columns, dtype="int32")
@@ -363,7 +362,7 @@ def _measured():
         (8, 8192, 1, 8, 512, None),
     ):
         is_31b_or_12b = d == 512 and nkv * group >= 16  # layers with K = V
-        forms = FORMS if is_31b_or_12b else FORMS[:1]
+        forms = FORMS if is_31b_or_12b else (KVCache,)
         for form, tokens, page_size in itertools.product(forms, (1, 6), (None, 64)):
             yield DecodeAttentionCase(
                 form,

@@ -28,7 +28,7 @@ class KeyPart(NamedTuple):
 
     begin: int  # of its columns in q
     width: int
-    scale: int  # which of the cache's
+    scale_index: int  # which of the cache's scales
 
 
 class AttentionShape(NamedTuple):
@@ -42,7 +42,7 @@ class AttentionShape(NamedTuple):
     page_size: int
     columns: int  # of the page table
     key_parts: tuple[KeyPart, ...] = ()
-    value_scale: int = 0  # which of the cache's
+    value_scale_index: int = 0  # which of the cache's scales
 
     @property
     def num_q_heads(self):
@@ -71,6 +71,6 @@ def operands(q, cache: Cache, page_table, positions) -> tuple[AttentionInputs, A
         page_size=page_size,
         columns=1 if page_table is None else page_table.shape[1],
         key_parts=tuple(KeyPart(part.begin, part.width, part.scale_index) for part in keys),
-        value_scale=values.scale_index,
+        value_scale_index=values.scale_index,
     )
     return inputs, shape

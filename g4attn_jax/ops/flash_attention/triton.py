@@ -107,12 +107,12 @@ def _attend(inputs, *outputs, static):
     value_block, block, head, sequence = _program(inputs, static)
     rows = _Rows.of(inputs, static, block, head, sequence)
     value_column = 0 if static.launch.value_blocks == 1 else value_block * static.value_width
-    m, totals, acc = _over_tiles(inputs, static, rows, head, sequence, value_column)
-    _store(inputs, outputs, static, rows, value_block, value_column, m, totals, acc)
+    accumulators = _over_tiles(inputs, static, rows, head, sequence, value_column)
+    _store(inputs, outputs, static, rows, value_block, value_column, accumulators)
 
 
 def _over_tiles(inputs, static, rows, head, sequence, value_column):
-    """On-line softmax over the tiles of this split: (m, sums of weights, weighted values)."""
+    """On-line softmax over the tiles of this split."""
     launch = static.launch
     newest, oldest = rows.limits(static)
     # Without pages, tiles of a window begin at its oldest key. All others begin at multiples of
@@ -120,15 +120,14 @@ def _over_tiles(inputs, static, rows, head, sequence, value_column):
     aligned = static.sliding_window is None or inputs.page_table is not None
     start = oldest - lax.rem(oldest, jnp.int32(launch.block_keys)) if aligned else oldest
     tiles = _Tiles.of_split(inputs, start, newest, launch)
-    scores_of = _Scores.of(inputs, static, rows)
-    dtype = inputs.q.dtype
+    queries = _Queries.of(inputs, static, rows)
 
     def page_at(first):
         return pages(inputs, static.shape, sequence, first, launch.block_keys)
 
     # A page is looked up a tile ahead: what waits for the table would keep the products waiting.
     def tile(index, carry):
-        m, totals, acc, page = carry
+        accumulators, page = carry
         first = tiles.begin + index * tiles.step
         next_page = page_at(first + tiles.step)
         position = first + iota(launch.block_keys)
@@ -138,45 +137,74 @@ def _over_tiles(inputs, static, rows, head, sequence, value_column):
         )
         cache_row = slot * static.shape.num_kv_heads + head
         keys, v = _load_tile(inputs, static, cache_row, exists, value_column)
-        products = scores_of.products(keys)
+        products = queries.products(keys)
 
-        def softmax():
-            scores = scores_of.masked(products, position, exists)
-            new_m = jnp.maximum(m, jnp.max(scores, axis=1))
-            alpha, weights = jnp.exp2(m - new_m), jnp.exp2(scores - new_m[:, None])
-            sums = _row_sums(weights, launch)
-            sums += totals * (alpha if totals.ndim == 1 else alpha[:, None])
-            return new_m, sums, alpha, weights.astype(dtype)
+        def scores():
+            return queries.scores(products, position, exists)
 
-        def unseen():
-            return m, totals, jnp.ones_like(m), jnp.zeros(products[0].shape, dtype)
+        is_seen = first <= newest if launch.warps_share_rows else None
+        return accumulators.with_tile(scores, v, launch, inputs.q.dtype, is_seen), next_page
 
-        # Where one product feeds another, Triton gives each warp rows of its own, and warps for
-        # which there are no rows repeat the work of others. It does not look through a branch.
-        if launch.warps_share_rows:
-            new_m, totals, alpha, weights = lax.cond(first <= newest, softmax, unseen)
-        else:
-            new_m, totals, alpha, weights = softmax()
-        acc = acc * alpha[:, None] + dot(weights, v.astype(dtype))
-        return new_m, totals, acc, next_page
-
-    nothing = jnp.zeros((launch.block_rows, launch.block_keys), jnp.float32)
     # Without tiles one that no token sees: were there a way around the loop, on which something
     # else sets the accumulators, ptxas would have each product of 8 warps end before the next
     # (C7515), and have each thread of 4 work out where its operands are.
     count = jnp.maximum(tiles.count, 1) if launch.block_rows >= 64 else tiles.count
-    m, totals, acc, _ = lax.fori_loop(
-        0,
-        count,
-        tile,
-        (
+    carry = _Accumulators.empty(static), page_at(tiles.begin)
+    return lax.fori_loop(0, count, tile, carry)[0]
+
+
+class _Accumulators(NamedTuple):
+    """Sums of the on-line softmax of a program's rows."""
+
+    m: jax.Array  # [rows], the largest score
+    totals: jax.Array  # sums of weights, as `_row_sums` leaves them
+    acc: jax.Array  # [rows, columns of values], weighted values
+
+    @classmethod
+    def empty(cls, static):
+        """Accumulators before the first tile."""
+        launch = static.launch
+        nothing = jnp.zeros((launch.block_rows, launch.block_keys), jnp.float32)
+        return cls(
             jnp.full((launch.block_rows,), NO_SCORE, jnp.float32),
             _row_sums(nothing, launch),
             jnp.zeros((launch.block_rows, pad(static.value_width)), jnp.float32),
-            page_at(tiles.begin),
-        ),
-    )
-    return m, totals, acc
+        )
+
+    def with_tile(self, scores, v, launch, dtype, is_seen):
+        """Accumulators after one more tile.
+
+        Args:
+            scores: function without arguments that returns the scores of the tile.
+            v: values of the tile.
+            launch: of the kernel.
+            dtype: of products with v.
+            is_seen: whether a token sees the tile, where warps share rows; else None.
+        """
+
+        def softmax():
+            return self._softmax(scores(), launch, dtype)
+
+        def unseen():
+            shape = launch.block_rows, launch.block_keys
+            return self.m, self.totals, jnp.ones_like(self.m), jnp.zeros(shape, dtype)
+
+        # Where one product feeds another, Triton gives each warp rows of its own, and warps for
+        # which there are no rows repeat the work of others. It does not look through a branch.
+        if launch.warps_share_rows:
+            m, totals, alpha, weights = lax.cond(is_seen, softmax, unseen)
+        else:
+            m, totals, alpha, weights = softmax()
+        acc = self.acc * alpha[:, None] + dot(weights, v.astype(dtype))
+        return _Accumulators(m, totals, acc)
+
+    def _softmax(self, scores, launch, dtype):
+        """New m and totals, the factor of what was accumulated, and weights of a tile."""
+        m = jnp.maximum(self.m, jnp.max(scores, axis=1))
+        alpha, weights = jnp.exp2(self.m - m), jnp.exp2(scores - m[:, None])
+        totals = _row_sums(weights, launch)
+        totals += self.totals * (alpha if self.totals.ndim == 1 else alpha[:, None])
+        return m, totals, alpha, weights.astype(dtype)
 
 
 def _load_tile(inputs, static, cache_row, exists, value_column):
@@ -193,13 +221,14 @@ def _load_tile(inputs, static, cache_row, exists, value_column):
     return keys, load_rows(inputs.v, cache_row, exists, value_column, static.value_width)
 
 
-def _store(inputs, outputs, static, rows, value_block, value_column, m, totals, acc):
+def _store(inputs, outputs, static, rows, value_block, value_column, accumulators):
     """Stores o, and with several splits log2 of the sum of exp of the scores."""
+    m, totals, acc = accumulators
     total = totals if totals.ndim == 1 else jnp.sum(totals, axis=1)
     divisor = jnp.where(total > 0, total, 1.0)  # padding sees nothing: 0
     o = acc / divisor[:, None]
     if inputs.scale is not None:
-        o *= inputs.scale[static.shape.value_scale]
+        o *= inputs.scale[static.shape.value_scale_index]
     o = jnp.where((rows.position == UNPLACED)[:, None], jnp.nan, o)
     out_row = pl.program_id(1) * inputs.q.shape[0] + rows.q_row
     store_rows(outputs[0], out_row, rows.mask, o, value_column, static.value_width)
@@ -216,7 +245,7 @@ def _row_sums(weights, launch):
     return jnp.sum(weights, axis=1) if is_row_in_warp else weights
 
 
-class _Scores(NamedTuple):
+class _Queries(NamedTuple):
     """Query rows of a program, ready for products with keys."""
 
     q_parts: list[jax.Array]  # [rows, width of a part]
@@ -233,7 +262,9 @@ class _Scores(NamedTuple):
         ]
         factors = [static.softmax_scale * LOG2_E] * len(parts)
         if inputs.scale is not None:
-            factors = [static.softmax_scale * LOG2_E * inputs.scale[part.scale] for part in parts]
+            factors = [
+                static.softmax_scale * LOG2_E * inputs.scale[part.scale_index] for part in parts
+            ]
         return cls(q_parts, factors, rows.position, static.sliding_window)
 
     def products(self, keys):
@@ -241,7 +272,7 @@ class _Scores(NamedTuple):
         pairs = zip(self.q_parts, keys, strict=True)
         return [dot(q, k.astype(q.dtype), trans_b=True) for q, k in pairs]
 
-    def masked(self, products, position, exists):
+    def scores(self, products, position, exists):
         """Scores for exp2, -inf where a token does not see a position."""
         row_position = self.row_position
         visible = exists[None, :] & (position[None, :] <= row_position[:, None])

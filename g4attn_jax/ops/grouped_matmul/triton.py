@@ -31,25 +31,25 @@ class GroupedMatmulLaunch(NamedTuple):
     """Shape of a launch."""
 
     block_rows: int
-    block_columns: int  # of each part of the matrices
+    block_columns: int  # of each matrix of a group
     block_depth: int  # of K, multiplied at a time
     num_warps: int
     num_stages: int
 
 
 class GroupedMatmulSizes(NamedTuple):
-    """GroupedMatmulSizes of a product: x [rows, depth] times w [groups, depth, parts, columns]."""
+    """Sizes of a product: x [rows, depth] times w [groups, depth, matrices, columns]."""
 
     rows: int
     groups: int
     depth: int
-    parts: int
+    matrices: int  # of a group: 2 are a gate and what it gates
     columns: int
     itemsize: int
 
     @classmethod
     def of(cls, x, w, rows=None):
-        """Sizes of arguments of `grouped_parts_matmul`."""
+        """Sizes of arguments of `combined_grouped_matmul`."""
         count = x.shape[0] if rows is None else rows.shape[0]
         return cls(count, *w.shape, x.dtype.itemsize)
 
@@ -60,7 +60,7 @@ class GroupedMatmulSizes(NamedTuple):
 
     def fits(self, gpu: Gpu, launch: GroupedMatmulLaunch) -> bool:
         """Whether the shared memory holds the tiles of x and w of all stages."""
-        width = launch.block_rows + launch.block_columns * self.parts
+        width = launch.block_rows + launch.block_columns * self.matrices
         tile = width * launch.block_depth * self.itemsize
         return launch.num_stages * tile <= gpu.shared_memory
 
@@ -98,19 +98,19 @@ def _launches(gpu, sizes):
         yield _launch(sizes, 64, 64, 64, 4, 2)
     block_rows = 16 if per_group <= 8 else 32
     width, depth = 128, 128 if sizes.depth % 128 == 0 else 64
-    programs = min(sizes.rows, sizes.groups) * pl.cdiv(sizes.columns, width // sizes.parts)
+    programs = min(sizes.rows, sizes.groups) * pl.cdiv(sizes.columns, width // sizes.matrices)
     stages = max(3, 1 + pl.cdiv(_BYTES_AHEAD, width * depth * sizes.itemsize))
     if programs < 2 * gpu.num_sms:  # DRAM gives narrower lines at less than its full rate
-        width, depth, stages = 64 * sizes.parts, 64, 6
+        width, depth, stages = 64 * sizes.matrices, 64, 6
     yield _launch(sizes, block_rows, width, depth, 4, stages)
     yield _launch(sizes, 16, 64, 64, 4, 3)
 
 
 def _launch(sizes, block_rows, width, block_depth, num_warps, num_stages):
-    """With `width` columns of all parts, and no block larger than the product."""
+    """Launch with `width` columns of a group's matrices, and no block larger than the product."""
     return GroupedMatmulLaunch(
         block_rows,
-        min(width // sizes.parts, pad(sizes.columns)),
+        min(width // sizes.matrices, pad(sizes.columns)),
         min(block_depth, pad(sizes.depth)),
         num_warps,
         num_stages,
@@ -119,7 +119,7 @@ def _launch(sizes, block_rows, width, block_depth, num_warps, num_stages):
 
 def grouped_matmul(x, w, group_sizes, *, interpret=False, launch=None):
     """Kernel of `g4attn_jax.ops.grouped_matmul`; `launch` overrides the choice, for tuning."""
-    return grouped_parts_matmul(
+    return combined_grouped_matmul(
         x,
         None,
         w[:, :, None],
@@ -131,7 +131,7 @@ def grouped_matmul(x, w, group_sizes, *, interpret=False, launch=None):
     )
 
 
-def grouped_parts_matmul(
+def combined_grouped_matmul(
     x,
     rows,
     w,
@@ -142,14 +142,14 @@ def grouped_parts_matmul(
     interpret: bool,
     launch: GroupedMatmulLaunch | None = None,
 ) -> jax.Array:
-    """Launches all parts of the matrices: combine(x_i w_g0, x_i w_g1, ...).
+    """Launches the products with all matrices of a group: combine(x_i w_g0, x_i w_g1, ...).
 
     Args:
         x: [T, K].
         rows: int32 [M], the row of x that row i of the product is of; None: i.
-        w: [X, K, parts, N].
+        w: [X, K, matrices, N].
         group_sizes: int32 [X].
-        combine: of float32 sums, one for each part, elementwise.
+        combine: of float32 products, one for each matrix, elementwise.
         name: of the kernel.
         interpret: runs the kernel body in Pallas' interpreter.
         launch: overrides `choose_launch`.
@@ -161,7 +161,9 @@ def grouped_parts_matmul(
     if sizes.rows == 0 or x.size == 0:
         return jnp.zeros((sizes.rows, sizes.columns), x.dtype)
     launch = launch or choose_launch(gpu(), sizes)
-    inputs = _Inputs(x, rows, w.reshape(-1, sizes.parts * sizes.columns), group_sizes)
+    inputs = GroupedMatmulInputs(
+        x, rows, w.reshape(-1, sizes.matrices * sizes.columns), group_sizes
+    )
     return pl.pallas_call(
         functools.partial(_kernel, sizes=sizes, combine=combine, launch=launch),
         name=name,
@@ -176,10 +178,12 @@ def grouped_parts_matmul(
     )(inputs)
 
 
-class _Inputs(NamedTuple):
+class GroupedMatmulInputs(NamedTuple):
+    """Arrays that the kernel reads."""
+
     x: jax.Array  # [T, K]
     rows: jax.Array | None  # int32 [M]
-    w: jax.Array  # [X * K, parts * N]
+    w: jax.Array  # [X * K, matrices * N]
     group_sizes: jax.Array  # int32 [X]
 
 
@@ -195,9 +199,9 @@ def _kernel(inputs, out_ref, *, sizes, combine, launch):
     if inputs.rows is not None:
         x_row = load(inputs.rows.at[row], row_mask, row.shape)
         x_row = jnp.clip(x_row, 0, inputs.x.shape[0] - 1)
-    # The parts are side by side in one tile: tensor cores read x once for all of them.
-    index, width = iota(sizes.parts * launch.block_columns), jnp.int32(launch.block_columns)
-    part, column = lax.div(index, width), block * width + lax.rem(index, width)
+    # A group's matrices are side by side in one tile: tensor cores read x once for all of them.
+    index, width = iota(sizes.matrices * launch.block_columns), jnp.int32(launch.block_columns)
+    matrix, column = lax.div(index, width), block * width + lax.rem(index, width)
     is_whole = sizes.columns % launch.block_columns == 0
     column_mask = None if is_whole else column < sizes.columns
     is_deep = sizes.depth % launch.block_depth == 0
@@ -207,27 +211,27 @@ def _kernel(inputs, out_ref, *, sizes, combine, launch):
         k_mask = None if is_deep else k < sizes.depth
         x = load_tile(inputs.x, x_row, k, row_mask, k_mask)
         w_row = group * sizes.depth + k
-        w = load_tile(inputs.w, w_row, part * sizes.columns + column, k_mask, column_mask)
+        w = load_tile(inputs.w, w_row, matrix * sizes.columns + column, k_mask, column_mask)
         return total + dot(x, w)
 
     nothing = jnp.zeros((launch.block_rows, index.size), jnp.float32)
     has_product = (group < sizes.groups) & (first < end)
     steps = has_product.astype(jnp.int32) * pl.cdiv(sizes.depth, launch.block_depth)
     total = lax.fori_loop(0, steps, step, nothing)
-    out = combine(*_parts(total, sizes.parts))
+    out = combine(*_products(total, sizes.matrices))
     column = block * width + iota(launch.block_columns)
     column_mask = None if is_whole else column < sizes.columns
     store_tile(out_ref, row, column, row_mask, column_mask, out)
 
 
-def _parts(total, count):
-    """[rows, columns] of each of `count` parts that are side by side."""
+def _products(total, count):
+    """Product [rows, columns] of each of `count` matrices that are side by side."""
     if count == 1:
         return [total]
-    parts = total.reshape(total.shape[0], count, -1)
+    products = total.reshape(total.shape[0], count, -1)
     # Triton has no slices; these sums are within a thread where a warp has whole rows.
     index = iota(count)[None, :, None]
-    return [jnp.sum(jnp.where(index == i, parts, 0), axis=1) for i in range(count)]
+    return [jnp.sum(jnp.where(index == i, products, 0), axis=1) for i in range(count)]
 
 
 def _tile(group_sizes, tile, num_rows, block_rows):

@@ -142,7 +142,7 @@ def _check(x, w, *columns):
 def _for_tokens(op, x, implementation):
     """Implementation of an op: XLA for many tokens, and where their number is symbolic."""
     implementation = op.own(implementation)
-    if implementation in (XLA, "triton_interpret"):
+    if implementation == XLA or op.is_interpreted(implementation):
         return implementation
     if isinstance(x.size, int) and x.size <= MAX_TOKENS * x.shape[-1]:
         return implementation

@@ -19,9 +19,9 @@ _TRITON = Kernel(
 
 
 def _by_cudnn(q, cache, page_table, positions, *, interpret, **constants):
-    """Program that chooses between cuDNN and Triton, or XLA where there is no Triton."""
+    """Program that chooses between cuDNN and Triton, or XLA where Triton refuses."""
     otherwise = functools.partial(reference.prefill_attention, **constants)
-    if _TRITON.import_refusal() is None:
+    if _TRITON.refusal_here((q, cache, page_table, positions), constants) is None:
         otherwise = functools.partial(_TRITON.run, interpret=interpret, **constants)
     return cudnn.prefill_attention_or(
         lambda q, cache, positions: otherwise(q, cache, page_table, positions),

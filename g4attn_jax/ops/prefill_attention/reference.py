@@ -58,43 +58,18 @@ def _attend(q, positions, query_ids, *, cache, layout, held, key_ids, sliding_wi
     q = q.reshape(batch, tokens, num_kv_heads, -1, width)
     size = _block_slots(layout)
 
-    def attend(first, visible, carry):
-        m, total, acc = carry
-        # A weight of 0 does not undo a NaN, nor does a mask in the derivative.
-        seen = visible.any(axis=1)[..., None, None]
-        scores = 0.0
-        for keys in cache.key_parts:
-            k = jnp.where(seen, _slots_from(first, size, keys.array, layout), 0).astype(q.dtype)
-            part = _einsum("btkgw,bskw->bkgts", q[..., keys.columns], k)
-            scores += _scaled(part, keys.scale)
-        scores = jnp.where(visible[:, None, None], scores * scale, -jnp.inf)
-        # The result does not depend on m, so neither does its derivative.
-        new_m = lax.stop_gradient(jnp.maximum(m, scores.max(axis=-1)))
-        alpha, weights = jnp.exp(m - new_m), jnp.exp(scores - new_m[..., None])
-        values = cache.value_part
-        v = jnp.where(seen, _slots_from(first, size, values.array, layout), 0).astype(q.dtype)
-        o = _einsum("bkgts,bskd->bkgtd", weights.astype(q.dtype), v)
-        o = _scaled(o, values.scale)
-        return new_m, total * alpha + weights.sum(axis=-1), acc * alpha[..., None] + o
-
     @jax.checkpoint
     def step(carry, block):
         first = jnp.minimum(block * size, layout.capacity - size)
-        slot = first + jnp.arange(size)
         key = lax.dynamic_slice_in_dim(held, first, size, axis=1)
         # The last block may begin within the one before.
-        key = jnp.where(slot >= block * size, key, -1)[:, None]
-        query = positions[..., None]
-        visible = (key >= 0) & (key <= query)
-        if sliding_window is not None:
-            visible &= key > query - sliding_window
+        key = jnp.where(first + jnp.arange(size) >= block * size, key, -1)
+        visible = _visible(key, positions, sliding_window)
         if key_ids is not None:
             key_id = lax.dynamic_slice_in_dim(key_ids, first, size, axis=1)
             visible &= query_ids[..., None] == key_id[:, None]
-        carry = lax.cond(
-            visible.any(), functools.partial(attend, first, visible), lambda carry: carry, carry
-        )
-        return carry, None
+        add = functools.partial(_add_block, q, cache, layout, first, visible, scale)
+        return lax.cond(visible.any(), add, lambda carry: carry, carry), None
 
     rows = (batch, num_kv_heads, num_q_heads // num_kv_heads, tokens)
     carry = (
@@ -107,6 +82,36 @@ def _attend(q, positions, query_ids, *, cache, layout, held, key_ids, sliding_wi
     o = acc / jnp.where(total > 0, total, 1)[..., None]  # padding sees nothing: 0
     o = jnp.moveaxis(o, 3, 1).reshape(batch, tokens, num_q_heads, head_dim)
     return where_token(positions, o).astype(q.dtype)
+
+
+def _visible(key, positions, sliding_window):
+    """Mask [B, T, S] of which tokens see which of the keys, at positions `key` [B, S]."""
+    key, query = key[:, None], positions[..., None]
+    visible = (key >= 0) & (key <= query)
+    if sliding_window is not None:
+        visible &= key > query - sliding_window
+    return visible
+
+
+def _add_block(q, cache, layout, first, visible, scale, carry):
+    """On-line softmax with the slots from `first` on: (largest scores, totals, weighted values)."""
+    m, total, acc = carry
+    size = visible.shape[-1]
+    # A weight of 0 does not undo a NaN, nor does a mask in the derivative.
+    seen = visible.any(axis=1)[..., None, None]
+    scores = 0.0
+    for keys in cache.key_parts:
+        k = jnp.where(seen, _slots_from(first, size, keys.array, layout), 0).astype(q.dtype)
+        products = _einsum("btkgw,bskw->bkgts", q[..., keys.columns], k)
+        scores += _scaled(products, keys.scale)
+    scores = jnp.where(visible[:, None, None], scores * scale, -jnp.inf)
+    # The result does not depend on m, so neither does its derivative.
+    new_m = lax.stop_gradient(jnp.maximum(m, scores.max(axis=-1)))
+    alpha, weights = jnp.exp(m - new_m), jnp.exp(scores - new_m[..., None])
+    values = cache.value_part
+    v = jnp.where(seen, _slots_from(first, size, values.array, layout), 0).astype(q.dtype)
+    o = _scaled(_einsum("bkgts,bskd->bkgtd", weights.astype(q.dtype), v), values.scale)
+    return new_m, total * alpha + weights.sum(axis=-1), acc * alpha[..., None] + o
 
 
 def _scaled(x, scale):

@@ -55,21 +55,10 @@ def q_keqv_rms_norm(
     Source: the contract of SGLang's fused Q and K = V norm (PR 25461).
     """
     check_array("q", q, (..., "Nq", "D"))
-    check_array("kv", kv, (..., "Nkv", "D"))
-    accepted = (*q.shape[:-2], "Nkv", q.shape[-1])
-    if kv.ndim != q.ndim or kv.shape[:-2] != q.shape[:-2] or kv.shape[-1] != q.shape[-1]:
-        raise ValueError(
-            f"kv has shape {kv.shape}; with q of shape {q.shape} it must be "
-            f"({', '.join(map(str, accepted))})"
-        )
-    if kv.dtype != q.dtype:
-        raise ValueError(f"kv has dtype {kv.dtype}; accepted: that of q, {q.dtype}")
+    check_array("kv", kv, (*q.shape[:-2], "Nkv", q.shape[-1]), q.dtype)
     for name, scale in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if scale is None:
-            raise ValueError(f"{name} is missing; it must have shape ({q.shape[-1]},)")
-    checks.check_scales(
-        {"q_norm": q_norm, "k_norm": k_norm, "v_norm": v_norm}, head_dim=q.shape[-1]
-    )
+        check_array(name, scale, q.shape[-1:])
+    check_array("v_norm", v_norm, q.shape[-1:], none=True)
     checks.check_eps(eps, scale_offset)
     return _op(
         q,

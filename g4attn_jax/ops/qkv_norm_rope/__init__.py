@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float
 
+from g4attn_jax.checks import check_array
 from g4attn_jax.config import ProjectionMode
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.op import Implementation, Kernel, Op
@@ -75,21 +76,8 @@ def check_heads(qkv, q_norm, k_norm, cos, sin, *, mode, eps) -> None:
     head_dim = qkv.shape[-1]
     if head_dim % 2:
         raise ValueError(f"qkv has shape {qkv.shape}; its last size, D, must be even")
-    if q_norm is None:
-        raise ValueError(f"q_norm is missing; it must have shape ({head_dim},)")
-    checks.check_scales({"q_norm": q_norm, "k_norm": k_norm}, head_dim=head_dim)
-    batch = qkv.shape[:-3]
-    for name, array in (("cos", cos), ("sin", sin)):
-        if getattr(array, "dtype", None) != "float32":
-            raise ValueError(
-                f"{name} is a {type(array).__name__} of dtype {getattr(array, 'dtype', None)}; "
-                "accepted: an array of float32"
-            )
-        if array.shape[:-1] != batch or array.ndim == 0 or 2 * array.shape[-1] > head_dim:
-            raise ValueError(
-                f"{name} has shape {array.shape}; with qkv of shape {qkv.shape} it must be "
-                f"({', '.join(map(str, (*batch, 'R/2')))}), R being at most {head_dim}"
-            )
-    if cos.shape != sin.shape:
-        raise ValueError(f"sin has shape {sin.shape}; cos has {cos.shape}")
+    check_array("q_norm", q_norm, (head_dim,))
+    check_array("k_norm", k_norm, (head_dim,), none=True)
+    check_array("cos", cos, (*qkv.shape[:-3], range(head_dim // 2 + 1)), "float32")
+    check_array("sin", sin, cos.shape, "float32")
     checks.check_eps(eps, 0.0)

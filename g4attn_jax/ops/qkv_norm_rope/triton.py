@@ -228,12 +228,12 @@ def _norm_rope_rows(inputs, outputs, kind, rows, num_kv_heads, width, eps):
     stores = []
     for start in range(0, head_dim // 2, width):
         columns = _Columns.of(inputs, rows.row.size, start, width)
-        piece = _Piece.load(inputs, columns, rows.row, token, row_mask)
-        squares += piece.low * piece.low + piece.high * piece.high
+        tile = _HeadTile.load(inputs, columns, rows.row, token, row_mask)
+        squares += tile.low * tile.low + tile.high * tile.high
         # Scaled and rotated before the sum is known: the compiler would put off loads whose values
         # are needed only after it, and the row would wait for memory twice.
         for output in kind.outputs:
-            stores += _STORES[output](piece, inputs, outputs, target, target_mask)
+            stores += _STORES[output](tile, inputs, outputs, target, target_mask)
     rrms = lax.rsqrt(jnp.sum(squares, axis=1) * (1 / head_dim) + eps)[:, None]
     for store in stores:
         _store(store, rrms, inputs, outputs)
@@ -246,10 +246,10 @@ def cache_rows(slot, kv_head, *, num_kv_heads, num_slots):
 
 
 class _Columns(NamedTuple):
-    """Columns of both halves of heads that a piece has: index .. of [0, D/2) and D/2 further."""
+    """Columns of both halves of heads that a tile has: index .. of [0, D/2) and D/2 further."""
 
     index: jax.Array  # int32 [1, width]
-    shape: tuple[int, int]  # rows and width of a piece
+    shape: tuple[int, int]  # rows and width of a tile
     half: int  # D/2
     pairs: int  # R/2
     in_half: jax.Array | None  # which of them a half has; None: all
@@ -270,7 +270,7 @@ class _Columns(NamedTuple):
         return cls(index, (num_rows, width), half, pairs, in_half, rotates)
 
 
-class _Piece(NamedTuple):
+class _HeadTile(NamedTuple):
     """Some columns of both halves of some heads, and the angles by which they rotate."""
 
     columns: _Columns
@@ -313,9 +313,9 @@ class _Piece(NamedTuple):
         return low * self.cos - high * self.sin, high * self.cos + low * self.sin
 
 
-def _whole(output, piece, low, high, row, mask):
+def _whole(output, tile, low, high, row, mask):
     """Stores of both halves of a head."""
-    columns = piece.columns
+    columns = tile.columns
     mask = both(columns.in_half, mask)
     return [
         _Store(output, row, columns.index, low, mask),
@@ -323,9 +323,9 @@ def _whole(output, piece, low, high, row, mask):
     ]
 
 
-def _band(output, piece, low, high, row, mask, first=0):
+def _band(output, tile, low, high, row, mask, first=0):
     """Stores of the rotating dims of a head, at columns `first` to `first + R - 1`."""
-    columns = piece.columns
+    columns = tile.columns
     if columns.rotates is False:
         return []
     mask = both(columns.rotates, mask)
@@ -335,32 +335,32 @@ def _band(output, piece, low, high, row, mask, first=0):
     ]
 
 
-def _store_q(piece, inputs, outputs, row, mask):
-    columns, width = piece.columns, outputs.q.shape[-1]
-    scaled = piece.scaled(piece.low, piece.high, inputs.q_norm)
-    rotated = piece.rotated(*scaled)
+def _store_q(tile, inputs, outputs, row, mask):
+    columns, width = tile.columns, outputs.q.shape[-1]
+    scaled = tile.scaled(tile.low, tile.high, inputs.q_norm)
+    rotated = tile.rotated(*scaled)
     if width == 2 * columns.half:
-        return _whole("q", piece, *rotated, row, mask)
+        return _whole("q", tile, *rotated, row, mask)
     # The absorbed query of a compact cache: scaled as a key, zero where it rotates; what rotates.
-    low, high = piece.scaled(*scaled, inputs.k_norm)
+    low, high = tile.scaled(*scaled, inputs.k_norm)
     if columns.rotates is not False:
         is_all = columns.rotates is None
         still = jnp.zeros(columns.shape, bool) if is_all else ~columns.rotates
         low, high = jnp.where(still, low, 0), jnp.where(still, high, 0)
     return [
-        *_whole("q", piece, low, high, row, mask),
-        *_band("q", piece, *rotated, row, mask, first=2 * columns.half),
+        *_whole("q", tile, low, high, row, mask),
+        *_band("q", tile, *rotated, row, mask, first=2 * columns.half),
     ]
 
 
-def _store_k(piece, inputs, outputs, row, mask):
-    rotated = piece.rotated(*piece.scaled(piece.low, piece.high, inputs.k_norm))
-    stores = _whole if outputs.k.shape[-1] == 2 * piece.columns.half else _band
-    return stores("k", piece, *rotated, row, mask)
+def _store_k(tile, inputs, outputs, row, mask):
+    rotated = tile.rotated(*tile.scaled(tile.low, tile.high, inputs.k_norm))
+    stores = _whole if outputs.k.shape[-1] == 2 * tile.columns.half else _band
+    return stores("k", tile, *rotated, row, mask)
 
 
-def _store_v(piece, inputs, outputs, row, mask):
-    return _whole("v", piece, piece.low, piece.high, row, mask)
+def _store_v(tile, inputs, outputs, row, mask):
+    return _whole("v", tile, tile.low, tile.high, row, mask)
 
 
 _STORES = {"q": _store_q, "k": _store_k, "v": _store_v}

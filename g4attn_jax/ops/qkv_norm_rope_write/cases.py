@@ -22,7 +22,6 @@ from g4attn_jax.testing.case import (
     modes_and_forms,
     nbytes,
     norm_error,
-    query_width,
     real_layers,
     struct,
 )
@@ -111,7 +110,7 @@ class QkvNormRopeWriteCase(Case):
     def bytes(self) -> int:
         """The packed buffer, cos, sin and slots in; q, and what is stored of k and v, out."""
         qkv, _, _, cos, sin, slots, cache = self.structs()
-        width = query_width(self.form, self.head_dim, self.rotary_dim)
+        width = self.form.query_width(self.head_dim, self.rotary_dim)
         q = struct(self.tokens, self.num_q_heads, width, dtype=qkv.dtype)
         moved = nbytes([qkv, cos, sin, slots, q])
         if self.mode is ProjectionMode.Q_ONLY:
@@ -134,7 +133,7 @@ def _published():
 
 def _real():
     for spec, form, tokens in itertools.product(real_layers(), FORMS, (1, 33, 1030)):
-        if form is KVCache or spec.mode is not ProjectionMode.QKV_FULL:
+        if spec.mode in form.modes:
             sizes = spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.rotary_dim
             yield QkvNormRopeWriteCase(spec.mode, form, *sizes, tokens, tags={"real"})
 

@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float
 
+from g4attn_jax.checks import check_array
 from g4attn_jax.config import ProjectionMode
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.op import Implementation, Kernel, Op
@@ -71,11 +72,9 @@ def qkv_rms_norm(
     checks.check_k_norm(k_norm, mode=mode)
     if mode is ProjectionMode.Q_ONLY and v_norm is not None:
         raise ValueError("v_norm was given; Q_ONLY normalises no V and accepts None")
-    if q_norm is None:
-        raise ValueError(f"q_norm is missing; it must have shape ({qkv.shape[-1]},)")
-    checks.check_scales(
-        {"q_norm": q_norm, "k_norm": k_norm, "v_norm": v_norm}, head_dim=qkv.shape[-1]
-    )
+    check_array("q_norm", q_norm, qkv.shape[-1:])
+    for name, scale in (("k_norm", k_norm), ("v_norm", v_norm)):
+        check_array(name, scale, qkv.shape[-1:], none=True)
     checks.check_eps(eps, scale_offset)
     return _op(
         qkv,
