@@ -280,7 +280,7 @@ BENCHMARK = Benchmark(
     ),
     points=points,
     measure=rows,
-    watched={"ms": None, "launches": None},
+    watched={"ms": "min_max_ms", "launches": None},
     rate="read_gbps",
     head=lambda: {"model": MODEL, "drafts": DRAFTS},
     plot=plot,
