@@ -1,8 +1,9 @@
 """Comparison of two files of results of one benchmark: what became slower or faster.
 
-Rows are matched by the benchmark's identity fields. A time has changed if the spreads of
-the two runs do not overlap (10th to 90th percentile of a kernel, shortest to longest repeat of a
-step), or, where a run has none, if it differs by more than `TOLERANCE`. A count of launches has changed if it differs.
+Rows are matched by the benchmark's identity fields. A time has changed if the spreads of the two
+runs do not overlap (10th to 90th percentile of a kernel, shortest to longest repeat of a step), or,
+where a run has none, if it differs by more than `TOLERANCE`. A count of launches has changed if it
+differs.
 """
 
 from pathlib import Path
