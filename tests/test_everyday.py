@@ -18,6 +18,7 @@ from tests.everyday import is_everyday
 from tests.gpu import evidence
 
 ROOT = Path(__file__).parents[1]
+WHOLE = (ROOT, ROOT / "tests")  # arguments that name all tests
 INTERPRETED = r".*-(triton_interpret|interpreter)\]"
 
 
@@ -129,11 +130,11 @@ KINDS = {
 @pytest.fixture(scope="module")
 def tests_of_every_day(request):
     """Names of all of them: of this session's, or if it has not collected all, of another one."""
-    option, items = request.config.option, request.session.items
-    files = {path for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name != "gpu"}
-    chosen = option.keyword or option.markexpr or option.deselect or option.lf
-    if not chosen and files <= {item.path for item in items}:
-        on_cpu = [item for item in items if "gpu" not in item.keywords]
+    config = request.config
+    option, folder = config.option, config.invocation_params.dir
+    chosen = option.keyword or option.markexpr or option.deselect or option.lf or option.ignore
+    if not chosen and any((folder / name).resolve() in WHOLE for name in config.args):
+        on_cpu = [item for item in request.session.items if "gpu" not in item.keywords]
         return [item.nodeid for item in on_cpu if is_everyday(item)]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "tests"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
