@@ -379,10 +379,18 @@ def _measured():
             )
 
 
+def _exported():
+    # One split, so one kernel, as the other ops have.
+    for form, length, context in ((KVCache, 8192, 8192), (CompactKVCache, 100, 128)):
+        sizes = 32, 4, 512, 1, (length - 1,) * 8, context
+        yield DecodeAttentionCase(form, *sizes, page_size=64, num_splits=1, tags={"export"})
+
+
 CASES = distinct(
     *_measured(),
     *published(DecodeAttentionCase, (1, 6)),
     *small(DecodeAttentionCase, _SMALL, _SMALL_EVERYDAY),
     *_real(),
     *_compiled(),
+    *_exported(),
 )

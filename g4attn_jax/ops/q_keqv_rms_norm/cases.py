@@ -85,4 +85,5 @@ CASES = distinct(
     QKeqvRmsNormCase(15, 3, 96, 33, dtype="float16", scale_dtype="bfloat16", tags={"compile"}),
     QKeqvRmsNormCase(7, 1, 320, 257, dtype="float32", tags={"compile"}),
     QKeqvRmsNormCase(32, 4, 512, 2**17, tags={"compile", "large"}),
+    QKeqvRmsNormCase(32, 4, 512, 8, tags={"export"}),
 )

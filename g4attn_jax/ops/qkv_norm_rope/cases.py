@@ -111,4 +111,5 @@ CASES = distinct(
         QkvNormRopeCase(mode, 32, 4, 512, 128, 300, tags={"compile", "everyday"})
         for mode in ProjectionMode
     ),
+    QkvNormRopeCase(ProjectionMode.QK_ONLY, 32, 4, 512, 128, 8, tags={"export"}),
 )

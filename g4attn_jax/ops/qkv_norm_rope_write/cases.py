@@ -177,4 +177,12 @@ def _measured():
         yield QkvNormRopeWriteCase(mode, form, *sizes, tokens, **pages, tags={"bench"})
 
 
-CASES = distinct(*_measured(), *_published(), *_real(), *_odd(), *_compiled())
+def _exported():
+    for mode, form, tags in (
+        (ProjectionMode.QK_ONLY, CompactKVCache, {"export"}),
+        (ProjectionMode.QKV_FULL, KVCache, {"export", "everyday"}),
+    ):
+        yield QkvNormRopeWriteCase(mode, form, 32, 4, 512, 128, 8, tags=tags)
+
+
+CASES = distinct(*_measured(), *_published(), *_real(), *_odd(), *_compiled(), *_exported())

@@ -138,4 +138,11 @@ def _measured():
         yield QkvRmsNormCase(mode, nq, nkv, d, tokens, tags={"bench"})
 
 
-CASES = distinct(*_measured(), *_published(), *_real(), *_odd(), *_compiled())
+CASES = distinct(
+    *_measured(),
+    *_published(),
+    *_real(),
+    *_odd(),
+    *_compiled(),
+    *(QkvRmsNormCase(mode, 32, 4, 512, 8, tags={"export"}) for mode in ProjectionMode),
+)
