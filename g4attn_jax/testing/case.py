@@ -64,7 +64,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What it is about, or its sizes; no two cases of an op share it."""
+        """Purpose of the case, or its sizes; no two cases of an op share it."""
         if self.about:
             return self.about
         sizes, further = [], []
@@ -102,11 +102,11 @@ class Case:
         raise NotImplementedError
 
     def run(self, arguments, implementation: str | None = None) -> Any:
-        """What the op returns."""
+        """Outputs of the op."""
         raise NotImplementedError
 
     def result(self, outputs) -> Any:
-        """What of the outputs of `run` is compared with `exact`."""
+        """Outputs of `run` that are compared with `exact`."""
         return outputs
 
     def exact(self, arguments) -> Any:

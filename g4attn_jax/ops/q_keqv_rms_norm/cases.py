@@ -41,7 +41,7 @@ class QKeqvRmsNormCase(Case):
         return [*buffers, *[struct(self.head_dim, dtype=self.scale_dtype or dtype)] * 2]
 
     def arguments(self, dtype=None, seed=0) -> list:
-        """Of `structs`."""
+        """Random arrays of `structs`."""
         draw = Draw(seed)
         q, kv, *scales = self.structs(dtype)
         # Up to 1.25, so that no result reaches 8, where half an ulp of bfloat16 is above 2e-2.

@@ -81,7 +81,7 @@ class QkvNormRopeWriteCase(Case):
         return [*heads(self, dtype), struct(self.tokens, dtype="int32"), cache]
 
     def arguments(self, dtype=None, seed=0) -> list:
-        """Of `structs`, at positions to 262143 and in random slots."""
+        """Random arrays of `structs`, at positions to 262143 and in random slots."""
         dtype, draw = dtype or self.dtype, Draw(seed)
         qkv, q_norm, k_norm, cos, sin = drawn_heads(self, draw, dtype)
         *_, cache = self.structs(dtype)
