@@ -79,7 +79,7 @@ def test_is_one_launch(gpu, case):
     ids=str,
 )
 def test_attention_of_several_tokens_is_on_tensor_cores(case):
-    """Of Hopper; on others of its units the result is as right, many times slower."""
+    """Hopper's: on other units the result is as right, many times slower."""
     ptx = gpu_target.assembly("9.0", lambda *a: case.run(a, "triton"), *case.structs())
     assert "wgmma.mma_async" in ptx
 

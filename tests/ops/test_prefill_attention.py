@@ -363,7 +363,7 @@ def test_when_cudnn_is_chosen(positions, poison, by_cudnn, window, monkeypatch):
 
 
 class TestBadInput:
-    """What `decode_attention` does not refuse as well is in its tests."""
+    """Refusals that `decode_attention` does not have too, which are in its tests."""
 
     @pytest.mark.parametrize(
         ("change", "message"),
