@@ -9,8 +9,9 @@
 NAME may be "all". `run` compares variants of an op or of a step, `tune` the launches that an op's
 heuristic chooses from. Results are NAME.json and tune_NAME.json in DIR, by default
 bench/results/h200.
-`compare` has the exit status 1 if something became slower. `memory` prints which model fits on
-which card.
+`list` also prints the committed rows that miss a bar. `compare` has the exit status 1 if something
+became slower, `run` and `tune` of several names if one of them failed. `memory` prints which model
+fits on which card.
 """
 
 import argparse
@@ -79,7 +80,15 @@ def _list():
             print(f"  {name:<20} {benchmark.about} ({len(benchmark.points())} points)")
             for variant, what in benchmark.variants.items():
                 print(f"  {'':<20}   {variant}: {what}")
+            for miss in _committed_misses(benchmark, name if title == "run" else f"tune_{name}"):
+                print(f"  {'':<20}   {miss}")
     return 0
+
+
+def _committed_misses(benchmark, file_name):
+    """Lines on committed rows that miss a bar."""
+    path = results.COMMITTED / f"{file_name}.json"
+    return driver.misses(benchmark, results.read(path)[1]) if path.exists() else []
 
 
 def _measure(args):
@@ -89,18 +98,23 @@ def _measure(args):
         names = registry.tuning_names() if tunes else registry.names()
     benchmarks = [registry.tuning(name) if tunes else registry.benchmark(name) for name in names]
     if len(names) > 1:  # a process each, as one that has ended holds no memory of the GPU
-        return max(_in_a_process(args, name) for name in names)
+        statuses = [_in_a_process(args, name) for name in names]
+        return int(any(statuses))  # negative where a signal ended the process
     where = _conditions(args.where)
-    command = shlex.join(["python", "-m", "bench", args.command, *names])
+    command = shlex.join(["python", "-m", "bench", args.command, *names, *_where_words(args)])
     driver.run(benchmarks[0], args.out, command, where)
     return 0
 
 
 def _in_a_process(args, name):
-    where = ["--where", *args.where] if args.where else []
-    command = [sys.executable, "-m", "bench", args.command, name, *where, "--out", str(args.out)]
+    words = [args.command, name, *_where_words(args), "--out", str(args.out)]
+    command = [sys.executable, "-m", "bench", *words]
     print(shlex.join(command), flush=True)
     return subprocess.run(command).returncode
+
+
+def _where_words(args):
+    return ["--where", *args.where] if args.where else []
 
 
 def _conditions(texts):

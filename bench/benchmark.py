@@ -21,7 +21,7 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bar:
-    """A bound on a measured value, and why it is asked for.
+    """Aim for a measured value, and its reason; rows that miss it are printed, nothing fails.
 
     The value is the field `of`, divided by the field `over` where there is one. Fields of nested
     objects are separated by dots.
@@ -55,7 +55,7 @@ class Bar:
         return {name.split(".")[0] for name in names}
 
     def missed(self, row: Row, rows: Sequence[Row], identity: Sequence[str]) -> str | None:
-        """How a row misses the bar, or None: it is kept or does not apply.
+        """A line on how a row misses the bar, or None: it is reached or does not apply.
 
         Args:
             row: one of a benchmark's rows.
@@ -103,9 +103,9 @@ class Benchmark:
         measure: yields rows of the points it is given, with the memory rate of this run in GB/s
             (None without `rate`).
         watched: the fields that `compare` judges; smaller is better. A field's spread is the
-            field that holds its 10th and 90th percentile, a pair of fields, or None.
+            field that holds both of its ends, a pair of fields, or None.
         rate: "copy_gbps" or "read_gbps", the memory rate that limits are computed from.
-        bars: bounds on the fields.
+        bars: aims for the fields.
         head: makes what else the head of the results says; needs a GPU.
         plot: draws (rows, head, path).
         memory_fraction: share of the GPU's memory that JAX reserves.

@@ -1,8 +1,9 @@
 """Comparison of two files of results of one benchmark: what became slower or faster.
 
-Rows are matched by the benchmark's identity fields. A time has changed if the 10th to 90th
-percentiles of the two runs do not overlap, or, where a run has none, if it differs by more than
-`TOLERANCE`. A count of launches has changed if it differs.
+Rows are matched by the benchmark's identity fields. A time has changed if the spreads of the two
+runs do not overlap (10th to 90th percentile of a kernel, shortest to longest repeat of a step), or,
+where a run has none, if it differs by more than `TOLERANCE`. A count of launches has changed if it
+differs.
 """
 
 from pathlib import Path
@@ -93,22 +94,20 @@ def changes(benchmark: Benchmark, old: Row, new: Row) -> list[Change]:
         if name.endswith("launches"):
             has_changed = before != after
         else:
-            has_changed = _differs(
-                before, after, _percentiles(old, spread), _percentiles(new, spread)
-            )
+            has_changed = _differs(before, after, _ends(old, spread), _ends(new, spread))
         if has_changed:
             found.append(Change(identified(benchmark, new), name, before, after))
     return found
 
 
-def _differs(before, after, old_percentiles, new_percentiles):
-    if old_percentiles is None or new_percentiles is None:
+def _differs(before, after, old_ends, new_ends):
+    if old_ends is None or new_ends is None:
         return max(before, after) > (1 + TOLERANCE) * min(before, after)
-    return new_percentiles[0] > old_percentiles[1] or new_percentiles[1] < old_percentiles[0]
+    return new_ends[0] > old_ends[1] or new_ends[1] < old_ends[0]
 
 
-def _percentiles(row: Row, spread: Any) -> list[float] | None:
-    """The 10th and the 90th percentile of a time, or None where a row does not have them."""
+def _ends(row: Row, spread: Any) -> list[float] | None:
+    """Both ends of a time's spread, or None where a row does not have them."""
     if spread is None:
         return None
     values = [field(row, name) for name in spread] if isinstance(spread, tuple) else row.get(spread)

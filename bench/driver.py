@@ -1,4 +1,4 @@
-"""What `python -m bench run` does with a benchmark: select, measure, write, judge, draw."""
+"""Run of a benchmark, for `python -m bench run`: select, measure, write, judge, draw."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ def run(
     """Measures a benchmark, prints rows and missed bars, writes NAME.json and NAME.png.
 
     Rows of a file that is there already stay if they are not measured now and are of this machine.
+    If all points are measured none stays, and those that are of no point are counted in print.
 
     Args:
         benchmark: of the registry.
@@ -22,7 +23,8 @@ def run(
         where: values of identity fields, as text; points that have others are left out.
 
     Raises:
-        ValueError: no point is left, or the rows that would stay are of another machine.
+        ValueError: no point is left, or the rows that would stay are of another machine or of no
+            point of the benchmark.
     """
     points = benchmark.points()
     chosen = select(points, where)
@@ -50,11 +52,18 @@ def run(
 
 def judge(benchmark: Benchmark, rows: Sequence[Row]) -> None:
     """Prints the rows that miss a bar, how, and why the bar is there."""
-    missed = benchmark.missed_bars(rows)
-    for row, bar, how in missed:
-        print(f"bar missed, {identified(benchmark, row)}: {how} ({bar.why})")
-    num_rows = len({id(row) for row, _, _ in missed})
+    for miss in misses(benchmark, rows):
+        print(miss)
+    num_rows = len({id(row) for row, _, _ in benchmark.missed_bars(rows)})
     print(f"{benchmark.name}: {len(rows)} rows, {num_rows} miss a bar")
+
+
+def misses(benchmark: Benchmark, rows: Sequence[Row]) -> list[str]:
+    """A line for each row and bar that it misses."""
+    return [
+        f"bar missed, {identified(benchmark, row)}: {how} ({bar.why})"
+        for row, bar, how in benchmark.missed_bars(rows)
+    ]
 
 
 def identified(benchmark: Benchmark, row: Row) -> str:
@@ -74,10 +83,18 @@ def described(benchmark: Benchmark, row: Row) -> str:
 
 def _kept(path, chosen, points, head):
     """Rows of points that are not measured now, of an earlier file of the same machine."""
-    left = [point for point in points if point not in chosen]
-    if not left or not path.exists():
+    if not path.exists():
         return []
     old, rows = results.read(path)
+    left = [point for point in points if point not in chosen]
+    unknown = [row for row in rows if not any(matches(row, point.fields) for point in points)]
+    if unknown and left:
+        raise ValueError(
+            f"{path} has {len(unknown)} rows of no point of the benchmark, which would be lost; "
+            "accepted: all points (no --where), or another folder (--out)"
+        )
+    if unknown:
+        print(f"{path}: {len(unknown)} rows of no point of the benchmark are dropped")
     kept = [row for row in rows if any(matches(row, point.fields) for point in left)]
     different = [name for name, value in head.items() if old.get(name) != value]
     if kept and different:

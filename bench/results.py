@@ -14,10 +14,11 @@ COMMITTED = Path(__file__).parent / "results" / "h200"
 
 
 def machine() -> dict[str, str]:
-    """GPU, driver and JAX of this process."""
+    """GPU, driver and JAX of this process; where it has no GPU "cpu" and "none"."""
+    device = jax.devices()[0]
     return {
-        "gpu": jax.devices()[0].device_kind,
-        "driver": _driver_version(),
+        "gpu": device.device_kind,
+        "driver": _driver_version() if device.platform == "gpu" else "none",
         "jax": jax.__version__,
     }
 

@@ -1,4 +1,4 @@
-"""From a text config as Hugging Face writes it, in its old form and its new, to resolved fields.
+"""Resolved fields of a text config as Hugging Face writes it, in its old form or its new.
 
 Releases of transformers before 5.15 write `global_head_dim` and `num_global_key_value_heads`, which
 are of all full-attention layers. Later ones write `per_layer_config`, from a layer's number to what

@@ -1,4 +1,4 @@
-"""Which tests run every day, and which share of the others a run of CI takes.
+"""Choice of the tests that run every day, and of the share of the others that a run of CI takes.
 
 A test is one of every day unless `@everyday` says otherwise:
 

@@ -72,7 +72,7 @@ def layouts_of(kind, window):
 
 
 def sizes_of(layouts):
-    """What a plan looks at of a cache."""
+    """Sizes of a cache, which a plan looks at."""
     return ModelCache((), {key: layout.sizes() for key, layout in layouts.items()})
 
 

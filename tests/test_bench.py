@@ -1,6 +1,8 @@
 """`python -m bench` without a GPU: what is registered, bars, comparison, which rows stay."""
 
 import json
+import shlex
+import subprocess
 
 import jax
 import pytest
@@ -102,6 +104,9 @@ def test_list(capsys):
     listed = capsys.readouterr().out
     for benchmark in BENCHMARKS:
         assert benchmark.about in listed
+    # The number is in bench/README.md too.
+    readme = (results.COMMITTED.parents[1] / "README.md").read_text()
+    assert f"Of\n  the committed rows {listed.count('bar missed')} do" in readme
 
 
 @pytest.mark.parametrize(
@@ -149,7 +154,7 @@ def made(bars=(), times=None):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """What is said of the machine, which tests may change."""
+    """Description of the machine, which tests may change."""
     said = {"gpu": "a GPU", "driver": "1", "jax": "0"}
     monkeypatch.setattr(results, "machine", lambda: dict(said))
     monkeypatch.setitem(measure.RATES, "read_gbps", lambda: 1234.56)
@@ -183,6 +188,43 @@ def test_rows_that_are_not_measured_stay(machine, tmp_path):
         driver.run(made(), tmp_path, "third", {"form": ["a"], "tokens": ["1"]})
     driver.run(made(), tmp_path, "fourth", {})
     assert results.read(path)[0]["driver"] == "2"
+
+
+def test_rows_of_no_point_are_not_lost_silently(machine, tmp_path, capsys):
+    path = tmp_path / "made.json"
+    others = [{"tokens": 2, "form": "a"}, {"size": 1}]
+    results.write(path, machine, others)
+    with pytest.raises(ValueError, match=r"made\.json has 2 rows of no point.*--out"):
+        driver.run(made(), tmp_path, "", {"form": ["a"]})
+    assert results.read(path)[1] == others
+    driver.run(made(), tmp_path, "", {})
+    assert len(results.read(path)[1]) == len(ROWS)
+    assert "2 rows of no point" in capsys.readouterr().out
+
+
+def test_the_head_says_what_was_selected(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(command.registry, "benchmark", lambda name: made())
+    arguments = ["run", "made", "--where", "form=a,b", "tokens=1"]
+    assert command.main([*arguments, "--out", str(tmp_path)]) == 0
+    head, rows = results.read(tmp_path / "made.json")
+    assert head["command"] == shlex.join(["python", "-m", "bench", *arguments])
+    assert [row["tokens"] for row in rows] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"), [([0, 0], 0), ([0, 2], 1), ([-9, 0], 1), ([0, -9], 1)]
+)
+def test_a_process_that_fails_is_told(statuses, status, monkeypatch):
+    left = list(statuses)
+    ended = lambda words: subprocess.CompletedProcess(words, left.pop(0))  # noqa: E731
+    monkeypatch.setattr(subprocess, "run", ended)
+    assert command.main(["run", "linear", "decode_step"]) == status
+    assert not left  # all have run
+
+
+def test_machine_without_a_gpu():
+    if jax.devices()[0].platform == "cpu":
+        assert results.machine() == {"gpu": "cpu", "driver": "none", "jax": jax.__version__}
 
 
 def test_where_selects_by_text():
@@ -246,7 +288,7 @@ def test_compare_nothing_changed(compared):
         ({"ours_us": 11.5, "ours_p10_p90_us": [10.9, 12]}, 0, ["0 times slower"]),
         ({"ours_us": 11.5, "ours_p10_p90_us": [11.1, 12]}, 1, ["slower", "ours_us 10 -> 11.5"]),
         ({"ours_us": 8.5, "ours_p10_p90_us": [8, 8.9]}, 0, ["faster", "ours_us 10 -> 8.5"]),
-        # No percentiles: 3 %.
+        # No spread: 3 %.
         ({"ours_us": 10.2, "ours_p10_p90_us": None}, 0, ["0 times slower"]),
         ({"ours_us": 10.4, "ours_p10_p90_us": None}, 1, ["slower", "ours_us 10 -> 10.4"]),
         ({"xla_us": 41.1}, 0, ["0 times slower"]),
@@ -308,7 +350,7 @@ def test_memory_of_a_card():
 @everyday("gemma-4-e4b")
 @pytest.mark.parametrize("model", decode_step.MODELS)
 def test_bytes_of_a_step(model):
-    """They are what the limits of the committed results were computed from."""
+    """Limits of the committed results were computed from these bytes."""
     _, rows = results.read(COMMITTED["decode_step"])
     for row in rows:
         if row["model"] == model and row["variant"] in "af" and row["batch"] != 8:
@@ -322,7 +364,7 @@ def test_bytes_of_a_step(model):
     "name", ["decode_attention", "qkv_rms_norm", "qkv_norm_rope_write", "grouped_matmul", "linear"]
 )
 def test_bytes_of_cases(name):
-    """They are what the limits of the committed results were computed from."""
+    """Limits of the committed results were computed from these bytes."""
     benchmark = registry.benchmark(name)
     head, rows = results.read(COMMITTED[name])
     for row, point in zip(rows, benchmark.points(), strict=True):

@@ -102,7 +102,7 @@ def test_float32_rows_are_rounded_once(dtype):
 
 
 def test_derivative_of_a_write():
-    """What is written has the gradient of its slot, what is overwritten none."""
+    """Rows that are written have the gradient of their slot, overwritten ones none."""
     cache = poisoned(KVCache)
     k, v = rows(2, 2)
     slots = np.array([[1, 7], [-1, 0]])
@@ -146,7 +146,7 @@ def test_a_donated_write_is_in_place(form, dtype):
 
 
 def k_eq_v_heads(tokens, heads, dim, rotary_dim, seed=0):
-    """Of a K = V layer in float64: (k_norm, v, k), k rotated to a position of its own."""
+    """Heads of a K = V layer in float64: (k_norm, v, k), k rotated to a position of its own."""
     rng = np.random.default_rng(seed)
     k_norm = rng.normal(size=dim) * 0.5
     x = rng.normal(size=(tokens, heads, dim)) * rng.uniform(0.1, 10, size=(tokens, heads, 1))

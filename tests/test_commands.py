@@ -264,7 +264,7 @@ def test_ctrl_c_ends_with_a_line(monkeypatch, capsys):
 
 
 def test_want_of_memory_ends_with_a_line(monkeypatch, capsys):
-    """What XLA raises, and how much there is; any other error keeps its traceback."""
+    """XLA's reason is printed, and how much there is; any other error keeps its traceback."""
     reason = "RESOURCE_EXHAUSTED: Out of memory allocating 80 bytes."
 
     def exhausted(*arguments):
@@ -369,7 +369,7 @@ def test_a_cache_that_cannot_be_made_is_a_warning(has_home, tmp_path, monkeypatc
 
 
 def test_ctrl_c_does_not_wait_for_the_device():
-    """What is to run at the exit of a process does not; what was printed is not lost."""
+    """Functions for the exit of a process do not run; no printed text is lost."""
     code = (
         "import atexit, os, signal, sys, time\n"
         "from g4attn_jax import __main__ as command\n"

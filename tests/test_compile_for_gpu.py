@@ -11,11 +11,7 @@ from flax import nnx
 from g4attn_jax import Gemma4Attention, Gemma4Config, ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8, CompactKVCache, KVCache, bytes_per_token, zeros
 from g4attn_jax.layout import Contiguous, Paged, Ring, plan_step
-from g4attn_jax.ops.decode_attention.cases import DecodeAttentionCase
-from g4attn_jax.ops.q_keqv_rms_norm.cases import QKeqvRmsNormCase
-from g4attn_jax.ops.qkv_norm_rope.cases import QkvNormRopeCase
 from g4attn_jax.ops.qkv_norm_rope_write import cases as prologue
-from g4attn_jax.ops.qkv_norm_rope_write.cases import QkvNormRopeWriteCase
 from g4attn_jax.ops.qkv_rms_norm.cases import QkvRmsNormCase
 from g4attn_jax.testing import gpu_target
 from g4attn_jax.testing.case import nbytes, struct
@@ -83,7 +79,7 @@ def test_is_one_launch(gpu, case):
     ids=str,
 )
 def test_attention_of_several_tokens_is_on_tensor_cores(case):
-    """Of Hopper; on others of its units the result is as right, many times slower."""
+    """Hopper's: on other units the result is as right, many times slower."""
     ptx = gpu_target.assembly("9.0", lambda *a: case.run(a, "triton"), *case.structs())
     assert "wgmma.mma_async" in ptx
 
@@ -234,20 +230,8 @@ def test_decode_step_of_a_layer(model, layer, layout, form, tokens):
         assert cache_bytes == 8 * layout.capacity * bytes_per_token(spec, form)
 
 
-EXPORTED = [
-    *(QkvRmsNormCase(mode, 32, 4, 512, 8) for mode in ProjectionMode),
-    QKeqvRmsNormCase(32, 4, 512, 8),
-    QkvNormRopeCase(ProjectionMode.QK_ONLY, 32, 4, 512, 128, 8),
-    QkvNormRopeWriteCase(ProjectionMode.QK_ONLY, CompactKVCache, 32, 4, 512, 128, 8),
-    QkvNormRopeWriteCase(ProjectionMode.QKV_FULL, KVCache, 32, 4, 512, 128, 8),
-    # One split, so one kernel, as the other ops have.
-    DecodeAttentionCase(KVCache, 32, 4, 512, 1, (8191,) * 8, 8192, page_size=64, num_splits=1),
-    DecodeAttentionCase(CompactKVCache, 32, 4, 512, 1, (99,) * 8, 128, page_size=64, num_splits=1),
-]
-
-
-@everyday("qkv_norm_rope_write-QKV_FULL-KVCache-32-4-512-128-8")
-@pytest.mark.parametrize("case", EXPORTED, ids=str)
+@everyday_cases
+@pytest.mark.parametrize("case", all_cases("export"), ids=str)
 def test_export_for_cuda(case):
     """Exported where there is no GPU, the program holds the kernel, with no choice left open."""
     with jax.sharding.use_abstract_mesh(gpu_target.mesh("9.0").abstract_mesh):

@@ -39,7 +39,7 @@ PER_LAYER = {"linear": 3, "geglu": 1, "norm_rope": 1, "decode_attention": 1, "ad
 
 
 def generator_and_cache():
-    """Of models whose weights are not there."""
+    """Generator and cache of models without weights."""
     decoder, assistant = nnx.eval_shape(
         lambda: (
             Gemma4Decoder(TARGET, rngs=nnx.Rngs(0)),

@@ -62,7 +62,7 @@ def prompts_of(*lengths, name="gemma-4-e2b"):
 
 
 def follows(*lengths, end=LENGTH, name="gemma-4-e2b"):
-    """What the fixture has after `prompts_of`, from PROMPT on made greedily."""
+    """Tokens of the fixture after `prompts_of`, from PROMPT on made greedily."""
     tokens = model_of(name)[1]
     return [tokens[row % 2, length:end].tolist() for row, length in enumerate(lengths)]
 
@@ -151,7 +151,7 @@ def test_unequal_prompts_are_alone_and_draw_from_their_keys():
 
 
 def logits_of_one(decoder, token):
-    """Of a prompt of one token."""
+    """Logits of a prompt of one token."""
     graph, params = nnx.split(decoder)
     layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(1, 1))
 
@@ -286,7 +286,7 @@ def test_tokens_are_handed_out_as_they_are_made():
 
 @pytest.fixture
 def compiled():
-    """What is compiled meanwhile, by the names of JAX's events; small programs count too."""
+    """Programs compiled meanwhile, by the names of JAX's events; small ones count too."""
     events = []
 
     def listen(event, duration, **_):

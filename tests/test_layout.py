@@ -29,7 +29,7 @@ FAR = [INT32_MIN, -300, -2, INT32_MAX - 1, INT32_MAX]
 
 
 def slot_of(position, pages, *, page_size, num_pages, wraps=False):
-    """Where a token lies, by the rule of layout.py: `pages` is its sequence's row of the table."""
+    """Slot of a token by the rule of layout.py: `pages` is its sequence's row of the table."""
     capacity = len(pages) * page_size
     if position < 0 or position == INT32_MAX or (position >= capacity and not wraps):
         return -1

@@ -75,7 +75,7 @@ def log_softmax():
 
 
 def expected(sequences):
-    """Of each token but the first of each sequence."""
+    """Log-probabilities of each token but the first of each sequence."""
     return [
         row[np.arange(len(tokens) - 1), tokens[1:]]
         for row, tokens in zip(log_softmax()(sequences), sequences, strict=True)
@@ -104,7 +104,7 @@ def test_prompts_of_one_token_have_no_scores():
 
 
 def test_scores_never_hold_the_logits_of_a_chunk():
-    """Of 1024 tokens 128 at a time, in float32: what else there is in it is small."""
+    """Logits of 1024 tokens are made 128 at a time, in float32: other temporaries are small."""
     config = Gemma4Config.from_hf(GOLDEN / "gemma-4-12b" / "config.json").truncated(2)
     vocab = 1 << 14
     model = nnx.eval_shape(
@@ -123,7 +123,7 @@ def test_scores_never_hold_the_logits_of_a_chunk():
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("drafts", [None, 4])
 def test_log_probs_of_new_tokens(sampling, drafts):
-    """Of the model's own distribution, whatever they were drawn from; with drafts too."""
+    """Log-probabilities are the model's own, whatever tokens were drawn from; with drafts too."""
     options = {} if drafts is None else {"assistant": assistant(), "draft_tokens": drafts}
     prompts, key = prompts_of(24, 3, 17), jax.random.key(1)
     made = generator(**options)(prompts, 40, sampling=sampling, key=key, log_probs=True)

@@ -13,7 +13,7 @@ import g4attn_jax
 
 
 def test_names_for_type_checkers_are_those_of_the_package():
-    """What is imported at run time is what a type checker reads, each from the same module."""
+    """Names imported at run time are those a type checker reads, each from the same module."""
     tree = ast.parse(Path(g4attn_jax.__file__).read_text())
     [typed] = [node.body for node in tree.body if isinstance(node, ast.If)]
     modules = {name.name: node.module for node in typed for name in node.names}

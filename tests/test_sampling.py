@@ -19,7 +19,7 @@ LOGITS = np.asarray([2.0, -1.0, 0.5, 1.9, -4.0, 0.4, 1.0, -0.2, 0.3, -6.0], np.f
 
 
 def distribution(logits, temperature, top_k=None, top_p=None):
-    """Of one sequence [V]: temperature, then top-k, then top-p, each over what the last left."""
+    """Distribution of one sequence [V]: temperature, top-k, top-p, each over what the last left."""
     scores = logits.astype(np.float64) / temperature
     if top_k is not None:
         scores[scores < np.sort(scores)[::-1][:top_k][-1]] = -np.inf
@@ -88,7 +88,7 @@ def test_statistics(temperature, top_k, top_p):
 
 @pytest.mark.parametrize("same", ["position", "key"])
 def test_draws_are_independent(same):
-    """Of sequences at one position, and of the positions of one sequence."""
+    """Draws of sequences at one position, and of the positions of one sequence."""
     keys, position = keys_of(DRAWS), np.full(DRAWS, 7, np.int32)
     if same == "key":
         keys, position = jnp.repeat(keys[::2], 2), position + np.arange(DRAWS, dtype=np.int32) % 2

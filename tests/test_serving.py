@@ -49,7 +49,7 @@ def streams():
 
 @functools.cache
 def outputs(layer):
-    """What the oracle makes of `streams`."""
+    """Outputs of the oracle for `streams`."""
     attention = layer_of(K_EQ_V, layer)
     return oracle.attention(attention.spec, weights_of(attention), streams())[0]
 
@@ -158,7 +158,7 @@ class Server:
                 self.allocator.truncate(sequence[0], length)
 
     def _make_room(self, place, n):
-        """How many of n tokens a place can take."""
+        """Number of n tokens that a place can take."""
         if self.sequences[place] is None:
             return 0
         n = min(n, LENGTH - self.lengths[place], max(WIDTHS[self.kind]))

@@ -141,7 +141,7 @@ def runs_of(kinds, begin, new_tokens, k=K):
 
 
 def assert_all_is_told(generator, name, monkeypatch):
-    """The same tokens as plain decoding, whatever the drafts are, and every run of them counted."""
+    """Asserts tokens of plain decoding, whatever the drafts are, and that each run is counted."""
     prompts, answers = prompts_of(name), plain_of(name)
     rng = np.random.default_rng(0)
     seen = []
@@ -568,7 +568,7 @@ def test_suppressed_tokens_are_suppressed_with_an_assistant_too():
 
 
 def test_more_room_than_drafts():
-    """Of three drafts all are read if there is room for five."""
+    """All of three drafts are read if there is room for five."""
     target = target_of("gemma-4-e4b")
     layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(2, 16))
     last = LastTokens(jnp.array([3, 5]), jnp.zeros(2, jnp.int32))

@@ -1,4 +1,4 @@
-"""Where JAX has no Triton: the CPU path and Mosaic kernels work, and Triton is refused by name."""
+"""JAX without Triton: the CPU path and Mosaic kernels work, and Triton is refused by name."""
 
 import ast
 import subprocess

@@ -138,7 +138,7 @@ BENCHMARK = Benchmark(
     ),
     points=points,
     measure=rows,
-    watched={"step_ms": None, "launches": None},
+    watched={"step_ms": "min_max_ms", "launches": None},
     rate="read_gbps",
     head=lambda: {"variants": {variant.letter: variant.value for variant in Variant}},
     plot=plot,

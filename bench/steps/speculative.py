@@ -232,7 +232,7 @@ def _measure(compiled, stays, state, program):
 
 
 def plot(rows, head, path):
-    """What a group's time goes to, beside a plain step; and tokens/s by acceptance."""
+    """Bars of the parts of a group's time, beside a plain step; lines of tokens/s by acceptance."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
@@ -280,7 +280,7 @@ BENCHMARK = Benchmark(
     ),
     points=points,
     measure=rows,
-    watched={"ms": None, "launches": None},
+    watched={"ms": "min_max_ms", "launches": None},
     rate="read_gbps",
     head=lambda: {"model": MODEL, "drafts": DRAFTS},
     plot=plot,

@@ -1,4 +1,4 @@
-"""What tunings have in common: a row for each launch, and the chosen one beside the best."""
+"""Parts that tunings share: a row for each launch, and the chosen one beside the best."""
 
 from bench.benchmark import Row
 

@@ -16,7 +16,7 @@ from g4attn_jax.ops.flash_attention.launch import AttentionLaunch
 
 
 def points():
-    """Those of the benchmark with contiguous caches."""
+    """Points of the benchmark with contiguous caches."""
     return [
         Point({k: v for k, v in fields.items() if k != "layout"}, case)
         for fields, case in decode_attention.points()

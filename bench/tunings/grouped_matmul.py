@@ -51,7 +51,7 @@ _MANY_ROWS = (
 
 
 def launches(sizes, chosen):
-    """Those of the lists for so many rows, and the chosen one."""
+    """Launches of the lists for so many rows, and the chosen one."""
     listed = _FEW_ROWS if sizes.rows <= 8 * sizes.groups else _MANY_ROWS
     of_matrices = {
         GroupedMatmulLaunch(rows, width // sizes.matrices, *rest) for rows, width, *rest in listed

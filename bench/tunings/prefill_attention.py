@@ -15,7 +15,7 @@ TOKENS = 8192
 
 
 def points():
-    """Those of the benchmark with 8192 tokens, compact caches only contiguous."""
+    """Points of the benchmark with 8192 tokens, compact caches only contiguous."""
     return [
         point
         for point in prefill_attention.points()
@@ -25,7 +25,7 @@ def points():
 
 
 def launches(case, form):
-    """Those that an H200 has the registers for; `kernel_times` leaves out what does not fit."""
+    """Launches that an H200 has registers for; `kernel_times` leaves out what does not fit."""
     if case.head_dim == 256:
         tiles = [*itertools.product((64, 128), (32, 64), (1,), (8,), (2, 3)), (64, 64, 1, 4, 3)]
     else:

@@ -18,7 +18,7 @@ LAUNCHES = tuple(
 
 
 def points():
-    """Those of the benchmark, without the rotary width, which the mode and the heads decide."""
+    """Points of the benchmark without the rotary width, which the mode and the heads decide."""
     return [
         Point({k: v for k, v in fields.items() if k != "rotary_dim"}, case)
         for fields, case in qkv_norm_rope_write.points()

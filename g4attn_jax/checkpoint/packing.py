@@ -44,7 +44,7 @@ class Packed:
     axes: tuple[str, ...] | None = None
 
     def under(self, prefix: str) -> Self:
-        """This parameter with a prefix before the names of its tensors."""
+        """The parameter with a prefix before the names of its tensors."""
         tensors = {prefix + name: axes for name, axes in self.tensors.items()}
         return dataclasses.replace(self, tensors=tensors)
 

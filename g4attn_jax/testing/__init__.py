@@ -1,1 +1,1 @@
-"""What tests, benchmarks and `check` judge kernels by."""
+"""Judges of kernels, for tests, benchmarks and `check`: cases, oracle, launches, absent GPUs."""

@@ -1,13 +1,15 @@
 """A case of an op: its sizes, a name and tags, arguments for it, and what NumPy says of them.
 
-Every `g4attn_jax/ops/<op>/cases.py` lists the cases of its op, `CASES`. Nothing else lists shapes:
-tests, compile tests, tests on a GPU, `check`, benchmarks and tuning take the cases with their tag.
+Every `g4attn_jax/ops/<op>/cases.py` lists the cases of its op, `CASES`. Tests, compile tests, tests
+on a GPU, `check`, benchmarks and tuning take those with their tag. A test of one property (a
+derivative, a refusal, `vmap`) may make a case of its own where it stands.
 
     everyday    few and small, of every kind of argument: run with every change
     published   the equivalence sweep of the original kernel (SGLang PR 25461), which `check` runs
     real        layers of the published models
     odd         sizes that no tile or block divides
     compile     one of each launch configuration and dtype, compiled for GPUs that are not there
+    export      exported for CUDA by `jax.export` on a machine without a GPU
     large       of 2^31 elements and more: compiled, never run
     bench       what the benchmarks measure
 """
@@ -27,7 +29,7 @@ from g4attn_jax.cache import FLOAT8, Cache, zeros
 from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
 from g4attn_jax.testing import oracle
 
-TAGS = frozenset({"everyday", "published", "real", "odd", "compile", "large", "bench"})
+TAGS = frozenset({"everyday", "published", "real", "odd", "compile", "export", "large", "bench"})
 # Above, NumPy takes seconds for an array, and JAX compiles a program that does not.
 _MAX_NUMPY_ELEMENTS = 2**24
 
@@ -62,7 +64,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What it is about, or its sizes; no two cases of an op share it."""
+        """Purpose of the case, or its sizes; no two cases of an op share it."""
         if self.about:
             return self.about
         sizes, further = [], []
@@ -100,11 +102,11 @@ class Case:
         raise NotImplementedError
 
     def run(self, arguments, implementation: str | None = None) -> Any:
-        """What the op returns."""
+        """Outputs of the op."""
         raise NotImplementedError
 
     def result(self, outputs) -> Any:
-        """What of the outputs of `run` is compared with `exact`."""
+        """Outputs of `run` that are compared with `exact`."""
         return outputs
 
     def exact(self, arguments) -> Any:

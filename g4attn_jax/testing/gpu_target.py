@@ -70,7 +70,7 @@ def mesh(compute_capability: str) -> jax.sharding.Mesh:
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why nothing can be compiled for a GPU here, or None."""
+    """Reason why nothing can be compiled for a GPU here, or None."""
     try:
         mesh("9.0")
     except Exception as error:

@@ -19,7 +19,7 @@ def count_launches(compiled_text: str, kernel: str) -> int:
 
 
 def entry_opcodes(compiled: jax.stages.Compiled) -> collections.Counter:
-    """How often every opcode occurs in the entry computation, each but the free ones a launch."""
+    """Count of every opcode in the entry computation; each but the free ones is a launch."""
     text = compiled.as_text()
     entry = text[text.index("\nENTRY ") :]
     return collections.Counter(

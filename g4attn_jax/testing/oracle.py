@@ -22,8 +22,10 @@ def rms_norm(x, scale=None, *, eps, scale_offset=0.0):
 
 
 def usual_rms_norm(x, scale=None, *, eps, scale_offset=0.0):
-    """The same with the roundings of `Gemma4RMSNorm` in Hugging Face transformers: float32
-    inside, then rounded to x's dtype. Our error must not exceed this one's."""
+    """RMSNorm with the roundings of `Gemma4RMSNorm` in Hugging Face transformers.
+
+    It computes in float32 and rounds to x's dtype. Our error must not exceed this one's.
+    """
     dtype = np.asarray(x).dtype
     x = np.asarray(x).astype(np.float32)
     mean_square = np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32) + np.float32(eps)
@@ -82,8 +84,10 @@ def rotate(x, cos, sin):
 
 
 def usual_rotate(x, cos, sin):
-    """The same with the roundings of Hugging Face transformers: cos and sin in x's dtype, and a
-    rounding after each product and sum."""
+    """Rotation with the roundings of Hugging Face transformers.
+
+    cos and sin are in x's dtype, and each product and sum is rounded.
+    """
     x = np.array(x)
     cos, sin = (np.asarray(a).astype(x.dtype)[..., None, :] for a in (cos, sin))
     pairs, half = cos.shape[-1], x.shape[-1] // 2
@@ -216,7 +220,7 @@ def attention(spec: AttentionSpec, weights, x, kv=None):
 def cached_attention(
     q, cache, page_table, positions, *, sliding_window=None, scale=1.0, rounded=lambda x: x
 ):
-    """What `ops.decode_attention` and `ops.prefill_attention` compute, token by token.
+    """Attention of `ops.decode_attention` and `ops.prefill_attention`, token by token.
 
     Args:
         q, cache, page_table, positions, sliding_window, scale: as the ops have them.
@@ -249,7 +253,7 @@ def cached_attention(
 
 
 def usual_cached_attention(q, *arguments, **constants):
-    """The same with the roundings of Hugging Face's eager attention."""
+    """`cached_attention` with the roundings of Hugging Face's eager attention."""
 
     def rounded(x):
         return x.astype(np.asarray(q).dtype).astype(np.float64)
@@ -276,7 +280,7 @@ def grouped_gated_matmul(x, w, group_sizes, rows=None, *, rounded=lambda y: y):
 
 
 def usual_grouped_gated_matmul(x, w, group_sizes, rows=None):
-    """The same with the roundings of Hugging Face's experts: both products are."""
+    """`grouped_gated_matmul` with the roundings of Hugging Face's experts: of both products."""
     dtype = np.asarray(x).dtype
 
     def rounded(y):
@@ -286,7 +290,7 @@ def usual_grouped_gated_matmul(x, w, group_sizes, rows=None):
 
 
 def gelu(x):
-    """Its tanh form, in float64."""
+    """GELU in its tanh form, in float64."""
     x = np.asarray(x).astype(np.float64)
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 

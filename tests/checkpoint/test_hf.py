@@ -93,7 +93,7 @@ def test_attention_as_its_own_loader_packs_it(name):
 
 
 def test_the_rest_by_its_formula():
-    """What neither Gemma4Attention nor a symmetric mistake of load and save would show."""
+    """Mistakes that neither Gemma4Attention nor a round trip of load and save would show."""
     model, _ = load_fixture("gemma-4-26b-a4b")
     tensors = read_tensors(FIXTURES / "gemma-4-26b-a4b")
     layer, at = values(model.layers[1]), "model.layers.1."

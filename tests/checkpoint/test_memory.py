@@ -1,4 +1,4 @@
-"""How much host memory loading takes, and where the parameters lie after it."""
+"""Host memory that loading takes, and the places of the parameters after it."""
 
 import json
 import os

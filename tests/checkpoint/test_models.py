@@ -1,4 +1,4 @@
-"""From a checkpoint to a model in one call."""
+"""Models of checkpoints in one call."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What files have beside the model's tensors, or under other names, and heads of their own."""
+"""Files with more than the model's tensors, with other names, and with heads of their own."""
 
 import dataclasses
 import re

@@ -139,7 +139,7 @@ def sample(config, target, fixture):
 
 
 def draft(model, target, tokens, margins):
-    """What one sequence has in golden.npz."""
+    """Arrays of one sequence in golden.npz."""
     length = tokens.shape[1] - 1
     cache = DynamicCache()  # without a config it drops nothing that left the window
     passed = target(tokens[:, :-1], past_key_values=cache, output_hidden_states=True)

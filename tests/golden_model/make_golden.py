@@ -155,7 +155,7 @@ def sample(config):
 
 
 def random_weight(key, shape):
-    """What keeps activations near 1 and makes every term matter, as trained weights do."""
+    """Weight that keeps activations near 1 and makes every term matter, as trained weights do."""
     normal = torch.randn(shape)
     if key == "model.norm.weight":
         return 4 + normal  # logits of a few units, where the soft cap bends them

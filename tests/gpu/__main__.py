@@ -32,7 +32,7 @@ MAX_PROCESSES = 14
 
 
 class Results:
-    """What pytest reports of each test: outcome, ops and what the test measured."""
+    """Reports of pytest on each test: outcome, ops and what the test measured."""
 
     def __init__(self):
         self.collected, self.outcomes, self.properties = set(), {}, {}

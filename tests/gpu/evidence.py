@@ -1,4 +1,4 @@
-"""What passed on which GPU, and whether the kernels are still those that passed.
+"""Record of what passed on which GPU, and whether the kernels are still those that passed.
 
     python -m tests.gpu.evidence       says which ops are stale; exit status 1 if any is
 
@@ -48,7 +48,7 @@ def modules_of(op: str) -> dict[str, str]:
 
 
 def digest(tree: ast.AST) -> str:
-    """Of a module without comments, docstrings and formatting; the same on every Python."""
+    """Digest of a module without comments, docstrings and formatting; equal on every Python."""
     return hashlib.sha256(repr(_essence(tree)).encode()).hexdigest()[:16]
 
 
@@ -91,7 +91,7 @@ def _file_of(name) -> list[str]:
 
 
 def read() -> dict:
-    """What the file has; nothing if there is none."""
+    """Contents of the file; empty if there is none."""
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 

@@ -27,7 +27,7 @@ from tests.pairwise import pairwise
 
 
 def made_on_the_cpu(make):
-    """What `make` returns, on the device: many small programs that the sanitizer need not load."""
+    """Results of `make`, moved to the device: its many small programs are not for the sanitizer."""
 
     @functools.wraps(make)
     def wrapped(*arguments):
@@ -39,7 +39,7 @@ def made_on_the_cpu(make):
 
 @made_on_the_cpu
 def case_arguments(case):
-    """Those of the case and, where it writes a cache, of the same with a cache of float8."""
+    """Arguments of the case and, where it writes a cache, of one whose cache is float8."""
     arguments = case.arguments()
     if not isinstance(case, QkvNormRopeWriteCase):
         return [arguments]
@@ -208,7 +208,7 @@ def verification():
 
 
 class Program(NamedTuple):
-    """What runs in a process of its own."""
+    """Program for a process of its own."""
 
     run: Callable[[], int]
     launches: int

@@ -111,7 +111,7 @@ def judge(name, prompts, answers):
 
 
 def pytest_generate_tests(metafunc):
-    """Of each size one or three sequences and two numbers of drafts; with `--whole-tables` all."""
+    """Gives each size one or three sequences, two numbers of drafts; with `--whole-tables` all."""
     some = [
         ("gemma-4-e2b", 1, (1, 5)),
         ("gemma-4-e4b", 3, (2, 6)),

@@ -40,7 +40,7 @@ def test_published_sweep(case):
 
 
 def heads_cases(tag):
-    """Those with a tag, of the ops between matmul and attention."""
+    """Cases with a tag, of the ops between matmul and attention."""
     return tagged((*qkv_rms_norm.CASES, *qkv_norm_rope_write.CASES), tag)
 
 
@@ -53,7 +53,7 @@ def test_real_model_shapes(case):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @of_cases(heads_cases("odd"))
 def test_odd_shapes_and_dtypes(case, dtype):
-    """Of the prologue whole arrays are compared: other slots of the cache keep their poison."""
+    """Whole arrays of the prologue are compared: other slots of the cache keep their poison."""
     arguments = case.arguments(dtype)
     outputs = case.run(arguments, "triton"), case.exact(arguments), case.usual(arguments)
     for ours, exact, usual in zip(*map(jax.tree.leaves, outputs), strict=True):

@@ -174,7 +174,7 @@ def test_each_of_a_batch_chooses_under_vmap():
 
 
 def test_derivative_where_cudnn_runs():
-    """That of the formula."""
+    """Derivatives are those of the formula."""
     q, cache, _ = arguments(1, TOKENS, TOKENS, 2, 2, 64)
     positions = jnp.asarray(positions_of(TOKENS))
 

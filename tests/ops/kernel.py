@@ -1,4 +1,4 @@
-"""How tests say that they run a kernel."""
+"""Marks of tests that run a kernel."""
 
 import pytest
 

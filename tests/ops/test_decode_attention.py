@@ -208,7 +208,7 @@ def test_the_last_positions_of_int32(num_splits, sizes, implementation):
 @pytest.mark.parametrize("page_size", [16, 24, 64])
 @pytest.mark.parametrize("page", [None, 1])
 def test_no_slot_is_outside_the_cache(page, page_size):
-    """Of positions past the largest of int32 too, which a tile may have and no token sees."""
+    """Positions past the largest of int32 too, which a tile may have, have slots inside."""
     sizes = AttentionShape(
         tokens=1,
         num_kv_heads=1,

@@ -57,7 +57,7 @@ def step(last, tokens=6, group=8, **sizes):
 
 
 def error(o, arguments):
-    """Of the output against the formula in float64, by norms."""
+    """Error of the output against the formula in float64, by norms."""
     exact = formula(*arguments)
     return np.linalg.norm(np.asarray(o, np.float64) - exact) / np.linalg.norm(exact)
 

@@ -1,4 +1,4 @@
-"""Which GPU a program is compiled for: the process' own, those of a mesh, a described one."""
+"""GPU that a program is compiled for: the process' own, those of a mesh, a described one."""
 
 from types import SimpleNamespace
 
@@ -26,7 +26,7 @@ RTX_4090 = Gpu(8.9, 128, 99 * 1024)
 
 
 def mesh_of(name, num_sms):
-    """What a mesh of such devices leaves for a trace to see."""
+    """Mesh of such devices, as a trace sees it."""
     described = jax.sharding.AbstractDevice(name, num_sms, "gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=described)
     return jax.sharding.use_abstract_mesh(mesh)

@@ -73,7 +73,7 @@ def test_rows_are_read_where_they_are(implementation):
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(sizes=st.lists(st.integers(0, 40), min_size=6, max_size=6))
 def test_any_sizes(implementation, sizes):
-    """Of one compiled program; those that do not fit the rows are cut off."""
+    """One compiled program takes all; sizes that do not fit the rows are cut off."""
     x, w, *_ = case([100], num_rows=100)
     w = jnp.concatenate([w * (i + 1) for i in range(6)])
     ends = np.minimum(np.cumsum(sizes), 100)
@@ -107,7 +107,7 @@ def test_half_precision(dtype, implementation):
 
 @on_the_kernel
 def test_nan_does_not_leave_its_group(implementation):
-    """Of groups without rows, of other rows, or of rows that no group has."""
+    """Other rows, empty groups and rows that no group has are NaN."""
     x, w, sizes, w2, _ = case([5, 0, 20, 3], num_rows=40, tokens=40, dtype=jnp.bfloat16)
     x = x.at[30:].set(jnp.nan).at[2].set(jnp.nan)
     w, w2 = (a.at[1].set(jnp.nan).at[3].set(jnp.inf) for a in (w, w2))
@@ -246,7 +246,7 @@ def test_launches_are_ones_that_fit(gpu):
 
 
 def test_enough_is_on_its_way():
-    """Of the 8 experts of a token of 26B-A4B: 40 KiB for every multiprocessor, in whole lines.
+    """Loads for a token's 8 experts of 26B-A4B: 40 KiB a multiprocessor, in whole lines.
 
     Many rows are tiles for the tensor cores.
     """

@@ -1,4 +1,4 @@
-"""What the interpreter does not show: which rows the kernel's programs read and write."""
+"""Properties that the interpreter does not show: rows that the kernel's programs read and write."""
 
 from types import SimpleNamespace
 

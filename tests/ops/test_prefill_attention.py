@@ -378,7 +378,7 @@ def test_what_runs_where_cudnn_does_not(gpu, kernels, monkeypatch):
 
 
 class TestBadInput:
-    """What `decode_attention` does not refuse as well is in its tests."""
+    """Refusals that `decode_attention` does not have too, which are in its tests."""
 
     @pytest.mark.parametrize(
         ("change", "message"),

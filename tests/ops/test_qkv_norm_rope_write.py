@@ -62,7 +62,7 @@ def test_any_number_of_tokens(mode, form, tokens, head_dim, rotary_dim, implemen
 
 
 def random_bits(shape, dtype):
-    """Of finite numbers: XLA's CPU backend of JAX 0.10 sets a bit of some bfloat16 NaNs."""
+    """Bits of finite numbers: XLA's CPU backend of JAX 0.10 sets a bit of some bfloat16 NaNs."""
     width = 8 * jnp.dtype(dtype).itemsize
     bits = np.random.default_rng(3).integers(0, 2**width, shape, dtype=f"uint{width}")
     return jnp.asarray((bits & ~np.array(1 << width - 2, bits.dtype)).view(dtype))

@@ -37,7 +37,7 @@ class AddRmsNormCase(Case):
         return [x, y, scale, [scale] * self.norms, struct(dtype=dtype)]
 
     def arguments(self, dtype=None, seed=0) -> list:
-        """Of `structs`."""
+        """Random arrays of `structs`."""
         draw, (x, y, scale, next_scales, factor) = Draw(seed), self.structs(dtype)
         scale, *next_scales = (draw.uniform(s, 0.5, 1.25) for s in (scale, *next_scales))
         return [

@@ -70,7 +70,7 @@ class AttentionCase(Case):
 
     @property
     def layout(self) -> str:
-        """Of the cache, in words."""
+        """Layout of the cache, in words."""
         return "contiguous" if self.page_size is None else f"paged({self.page_size})"
 
     @property
@@ -80,7 +80,7 @@ class AttentionCase(Case):
 
     @property
     def positions(self) -> np.ndarray:
-        """Of the new tokens, int32 [B, T], -1 for padding."""
+        """Positions of the new tokens, int32 [B, T], -1 for padding."""
         last = np.array(self.last, np.int32)[:, None]
         return np.maximum(last + np.arange(1 - self.tokens, 1, dtype=np.int32), -1)
 
@@ -110,7 +110,7 @@ class AttentionCase(Case):
         ]
 
     def arguments(self, dtype=None, seed=0, poison=NAN) -> list:
-        """Of `structs`, with scores of deviation 1; slots that no sequence holds have the poison.
+        """Random arrays of `structs`: scores of deviation 1, poison in slots of no sequence.
 
         Args:
             dtype: of the query.
@@ -158,7 +158,7 @@ class AttentionCase(Case):
         return slots * nbytes(cache._replace(scale=None)) // num_slots + nbytes([q, output])
 
     def flops(self) -> int:
-        """Of both products, of what a token sees: nothing masked, no absorbed query."""
+        """Operations of both products over what a token sees: nothing masked, no absorbed query."""
         seen = self.positions.astype(np.int64) + 1
         if self.sliding_window is not None:
             seen = np.minimum(seen, self.sliding_window)
@@ -378,10 +378,18 @@ def _measured():
             )
 
 
+def _exported():
+    # One split, so one kernel, as the other ops have.
+    for form, length, context in ((KVCache, 8192, 8192), (CompactKVCache, 100, 128)):
+        sizes = 32, 4, 512, 1, (length - 1,) * 8, context
+        yield DecodeAttentionCase(form, *sizes, page_size=64, num_splits=1, tags={"export"})
+
+
 CASES = distinct(
     *_measured(),
     *published(DecodeAttentionCase, (1, 6)),
     *small(DecodeAttentionCase, _SMALL, _SMALL_EVERYDAY),
     *_real(),
     *_compiled(),
+    *_exported(),
 )

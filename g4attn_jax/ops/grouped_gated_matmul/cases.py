@@ -34,7 +34,7 @@ class GroupedGatedMatmulCase(GroupedMatmulCase):
         ]
 
     def arguments(self, dtype=None, seed=0) -> list:
-        """Of `structs`; the weights are the same for every seed, and kept."""
+        """Random arrays of `structs`; the weights are the same for every seed, and kept."""
         x, w, *_ = self.structs(dtype)
         routing = (jnp.asarray(array) for array in self.routing(seed))
         return [Draw(seed).normal(x), matrices(w.shape, w.dtype), *routing]

@@ -54,7 +54,7 @@ class GroupedMatmulCase(Case):
         ]
 
     def arguments(self, dtype=None, seed=0) -> list:
-        """Of `structs`; the weights are the same for every seed, and kept."""
+        """Random arrays of `structs`; the weights are the same for every seed, and kept."""
         x, w, _ = self.structs(dtype)
         sizes, _ = self.routing(seed)
         return [Draw(seed).normal(x), matrices(w.shape, w.dtype), jnp.asarray(sizes)]
@@ -90,7 +90,7 @@ class GroupedMatmulCase(Case):
         return int(moved) * x.dtype.itemsize
 
     def flops(self) -> int:
-        """Of the products, no padding counted."""
+        """Operations of the products, no padding counted."""
         return 2 * self.num_rows * math.prod(self.structs()[1].shape[1:])
 
     error = relative_error = staticmethod(norm_error)

@@ -51,7 +51,7 @@ class LinearCase(Case):
         ]
 
     def arguments(self, dtype=None, seed=0) -> list:
-        """Of `structs`, with results of deviation 1."""
+        """Random arrays of `structs`, with results of deviation 1."""
         draw, (x, w) = Draw(seed), self.structs(dtype)
         return [draw.normal(x), draw.normal(w, self.depth**-0.5)]
 

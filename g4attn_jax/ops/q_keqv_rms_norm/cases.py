@@ -41,7 +41,7 @@ class QKeqvRmsNormCase(Case):
         return [*buffers, *[struct(self.head_dim, dtype=self.scale_dtype or dtype)] * 2]
 
     def arguments(self, dtype=None, seed=0) -> list:
-        """Of `structs`."""
+        """Random arrays of `structs`."""
         draw = Draw(seed)
         q, kv, *scales = self.structs(dtype)
         # Up to 1.25, so that no result reaches 8, where half an ulp of bfloat16 is above 2e-2.
@@ -85,4 +85,5 @@ CASES = distinct(
     QKeqvRmsNormCase(15, 3, 96, 33, dtype="float16", scale_dtype="bfloat16", tags={"compile"}),
     QKeqvRmsNormCase(7, 1, 320, 257, dtype="float32", tags={"compile"}),
     QKeqvRmsNormCase(32, 4, 512, 2**17, tags={"compile", "large"}),
+    QKeqvRmsNormCase(32, 4, 512, 8, tags={"export"}),
 )

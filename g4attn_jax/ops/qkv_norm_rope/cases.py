@@ -39,7 +39,7 @@ class QkvNormRopeCase(Case):
         return [qkv, q_norm, None if self.mode is ProjectionMode.Q_ONLY else k_norm, cos, sin]
 
     def arguments(self, dtype=None, seed=0) -> list:
-        """Of `structs`, at positions to 262143."""
+        """Random arrays of `structs`, at positions to 262143."""
         qkv, q_norm, k_norm, cos, sin = drawn_heads(self, Draw(seed), dtype or self.dtype)
         return [qkv, q_norm, None if self.mode is ProjectionMode.Q_ONLY else k_norm, cos, sin]
 
@@ -111,4 +111,5 @@ CASES = distinct(
         QkvNormRopeCase(mode, 32, 4, 512, 128, 300, tags={"compile", "everyday"})
         for mode in ProjectionMode
     ),
+    QkvNormRopeCase(ProjectionMode.QK_ONLY, 32, 4, 512, 128, 8, tags={"export"}),
 )

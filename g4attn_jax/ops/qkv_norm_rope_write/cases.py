@@ -80,7 +80,7 @@ class QkvNormRopeWriteCase(Case):
         return [*heads(self, dtype), struct(self.tokens, dtype="int32"), cache]
 
     def arguments(self, dtype=None, seed=0) -> list:
-        """Of `structs`, at positions to 262143 and in random slots."""
+        """Random arrays of `structs`, at positions to 262143 and in random slots."""
         dtype, draw = dtype or self.dtype, Draw(seed)
         qkv, q_norm, k_norm, cos, sin = drawn_heads(self, draw, dtype)
         *_, cache = self.structs(dtype)
@@ -176,4 +176,12 @@ def _measured():
         yield QkvNormRopeWriteCase(mode, form, *sizes, tokens, **pages, tags={"bench"})
 
 
-CASES = distinct(*_measured(), *_published(), *_real(), *_odd(), *_compiled())
+def _exported():
+    for mode, form, tags in (
+        (ProjectionMode.QK_ONLY, CompactKVCache, {"export"}),
+        (ProjectionMode.QKV_FULL, KVCache, {"export", "everyday"}),
+    ):
+        yield QkvNormRopeWriteCase(mode, form, 32, 4, 512, 128, 8, tags=tags)
+
+
+CASES = distinct(*_measured(), *_published(), *_real(), *_odd(), *_compiled(), *_exported())

@@ -56,7 +56,7 @@ class QkvRmsNormCase(Case):
         return [qkv, *[scale] * (1 if self.mode is ProjectionMode.Q_ONLY else 2)]
 
     def arguments(self, dtype=None, seed=0) -> list:
-        """Of `structs`."""
+        """Random arrays of `structs`."""
         draw = Draw(seed)
         qkv, *scales = self.structs(dtype)
         # Up to 1.25, so that no result reaches 8, where half an ulp of bfloat16 is above 2e-2.
@@ -138,4 +138,11 @@ def _measured():
         yield QkvRmsNormCase(mode, nq, nkv, d, tokens, tags={"bench"})
 
 
-CASES = distinct(*_measured(), *_published(), *_real(), *_odd(), *_compiled())
+CASES = distinct(
+    *_measured(),
+    *_published(),
+    *_real(),
+    *_odd(),
+    *_compiled(),
+    *(QkvRmsNormCase(mode, 32, 4, 512, 8, tags={"export"}) for mode in ProjectionMode),
+)
