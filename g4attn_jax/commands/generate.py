@@ -187,7 +187,7 @@ def _drafts(statistics: DraftStatistics) -> str:
 
 
 class _Clock:
-    """When tokens came."""
+    """Times at which tokens came."""
 
     def __init__(self):
         self._start = time.perf_counter()
