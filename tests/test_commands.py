@@ -75,6 +75,14 @@ def test_decode_of_a_shared_layer_runs_its_producer(tiny_config, capsys):
     assert [row[1] for row in rows_of(capsys.readouterr().out)] == ["3", "3"]
 
 
+def test_decode_with_a_kernel_that_cannot_run_a_layer_ends_with_a_line(tiny_config, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["decode", "--config", tiny_config, "--implementation", "mosaic_gpu_interpret"])
+    assert exit_info.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("g4attn-jax decode: error: implementation 'mosaic_gpu_interpret'")
+
+
 @everyday()
 def test_decode_fails_where_a_step_is_wrong(tiny_config, capsys, monkeypatch):
     """A step that is 10 % off the float32 reference path must show as a failed layer."""
