@@ -55,6 +55,7 @@ def command() -> NoReturn:
 def _run(parser: argparse.ArgumentParser, run: Callable[[], int]) -> int:
     # It imports JAX, as everything does that has come this far.
     from g4attn_jax.checkpoint import CheckpointError
+    from g4attn_jax.ops.op import KernelRefusal
 
     try:
         with explained():
@@ -66,7 +67,7 @@ def _run(parser: argparse.ArgumentParser, run: Callable[[], int]) -> int:
         # Who reads the output has had enough; Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, KernelRefusal, OSError) as error:
         _refuse(parser, error)
 
 
@@ -89,13 +90,14 @@ def _parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Na
     )
     _add_decode_arguments(decoding)
     checking = commands.add_parser(
-        "check", help="compare every kernel with a float64 oracle, on this device"
+        "check",
+        help="compare kernels with a float64 oracle, on this device; without a GPU in interpreters",
     )
     checking.add_argument(
         "--all",
         action="store_true",
         help="the whole equivalence sweep published with the original kernel; if left out, one "
-        "case of every op, mode, form of cache and head dim",
+        "case of every op, mode, form of cache and head dim, and of interpreters Triton's alone",
     )
     for command in (generating, decoding):
         command.add_argument(
@@ -200,26 +202,38 @@ def _add_decode_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    weights = parser.add_mutually_exclusive_group(required=True)
+    _add_weight_arguments(parser)
+    _add_prompt_arguments(parser)
+    _add_sampling_arguments(parser)
+    _add_draft_arguments(parser)
+
+
+def _add_weight_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("weights")
+    weights = group.add_mutually_exclusive_group(required=True)
     weights.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="a directory of Hugging Face's format"
     )
     weights.add_argument(
         "--random-weights", action="store_true", help="of a model's shapes, see --config"
     )
-    parser.add_argument(
+    group.add_argument(
         "--config",
         metavar="PATH_OR_PRESET",
         help="with random weights: a config.json, its directory, or the name of a published model: "
         f"{', '.join(Gemma4Config.preset_names())}",
     )
-    parser.add_argument(
+    group.add_argument(
         "--layers",
         type=_positive,
         metavar="N",
         help="with random weights: the first N layers of the model alone",
     )
-    parser.add_argument(
+
+
+def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts")
+    group.add_argument(
         "--prompt",
         dest="prompts",
         type=prompt_type("--prompt", str),
@@ -228,7 +242,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="as it is unless --chat is given; needs tokenizer.json; may be repeated",
     )
-    parser.add_argument(
+    group.add_argument(
         "--prompt-file",
         dest="prompts",
         type=prompt_type("--prompt-file", read_text),
@@ -237,7 +251,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a prompt in a text file, without the line break at its end; may be repeated",
     )
-    parser.add_argument(
+    group.add_argument(
         "--messages",
         dest="prompts",
         type=prompt_type("--messages", read_messages),
@@ -247,15 +261,15 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="a chat through the checkpoint's template: a list of messages with role and content, "
         "or an object with messages, tools and other variables of the template; may be repeated",
     )
-    parser.add_argument(
+    group.add_argument(
         "--chat",
         action="store_true",
         help="prompts in text are what a user says, put through the checkpoint's chat template",
     )
-    parser.add_argument(
+    group.add_argument(
         "--system", metavar="TEXT", help="with --chat: what the model is told before each prompt"
     )
-    parser.add_argument(
+    group.add_argument(
         "--token-ids",
         dest="prompts",
         type=prompt_type("--token-ids", _token_list),
@@ -264,69 +278,77 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="I,J,...",
         help="a prompt in tokens; may be repeated",
     )
-    parser.add_argument(
+    group.add_argument(
         "--prompt-len",
         type=_positive,
         metavar="N",
         help="with random weights and without --token-ids: tokens of a random prompt (default: 16)",
     )
-    parser.add_argument(
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling and length")
+    group.add_argument(
         "--max-new-tokens",
         type=_positive,
         default=64,
         metavar="N",
         help="the most tokens that follow a prompt (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--temperature",
         type=float,
         help="0 takes the most likely token, more draws one; if this, --top-k, --top-p or "
         "--suppress-token-ids is left out, it is that of the checkpoint's generation_config.json, "
         "else 0 or none",
     )
-    parser.add_argument(
+    group.add_argument(
         "--top-k",
         type=int,
         metavar="K",
         help="with a temperature above 0: draw among the K most likely tokens alone",
     )
-    parser.add_argument(
+    group.add_argument(
         "--top-p",
         type=float,
         metavar="P",
         help="with a temperature above 0: draw among the most likely tokens alone, as many as "
         "have a probability of P together",
     )
-    parser.add_argument(
-        "--assistant",
-        type=Path,
-        metavar="DIR",
-        help="drafts tokens; of Hugging Face's format, with random weights its config.json alone",
-    )
-    parser.add_argument(
-        "--draft-tokens",
-        type=_positive,
-        metavar="K",
-        help="with --assistant: the most drafts in a step, 1 to 8 (default: 4)",
-    )
-    parser.add_argument(
+    group.add_argument(
         "--seed",
         type=_seed,
         default=0,
         help="of random weights, a random prompt and sampling, below 2^32 (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--suppress-token-ids",
         type=_stop_list,
         metavar="I,J,...",
         help="tokens that are never chosen; '' is none",
     )
-    parser.add_argument(
+    group.add_argument(
         "--stop-token-ids",
         type=_stop_list,
         metavar="I,J,...",
         help="tokens that end what follows a prompt; '' is none; if left out, eos_token_id of the "
         "checkpoint's generation_config.json or config.json",
+    )
+
+
+def _add_draft_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("drafts")
+    group.add_argument(
+        "--assistant",
+        type=Path,
+        metavar="DIR",
+        help="drafts tokens; of Hugging Face's format, with random weights its config.json alone",
+    )
+    group.add_argument(
+        "--draft-tokens",
+        type=_positive,
+        metavar="K",
+        help="with --assistant: the most drafts in a step, 1 to 8 (default: 4)",
     )
 
 

@@ -1,4 +1,4 @@
-"""From the `config.json` of a Gemma 4 assistant to what its modules need to know."""
+"""Config of a Gemma 4 assistant: from `config.json` to sizes of its modules."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class AssistantTextConfig(Gemma4Config):
     """
 
     def attention_spec(self, layer: int) -> AttentionSpec:
-        """What layer `layer` of this model needs to know; its `sliding_window` is that of keys."""
+        """Attention of layer `layer`; its `sliding_window` is that of keys."""
         spec = dataclasses.replace(
             Gemma4Config.attention_spec(self, layer), mode=ProjectionMode.Q_ONLY, kv_layer=None
         )
@@ -53,7 +53,7 @@ class AssistantTextConfig(Gemma4Config):
         return dataclasses.replace(spec, sliding_window=spec.sliding_window + 1)
 
     def _last_producer(self, layer_type, first_shared, layer):
-        """There is none here: the target's."""
+        """None: the target has the keys and values."""
 
 
 @dataclasses.dataclass(frozen=True)

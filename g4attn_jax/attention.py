@@ -73,7 +73,7 @@ class Gemma4Attention(nnx.Module):
         Raises:
             ValueError: the model has no such layer, a dtype is not bfloat16, float16 or float32, or
                 there is no such implementation.
-            NotImplementedError: "triton" was demanded and there is no supported GPU.
+            NotImplementedError: a kernel was demanded that cannot run here.
         """
         options = ModuleOptions(rngs, dtype, param_dtype, implementation)
         spec = config.attention_spec(layer)
@@ -271,21 +271,14 @@ class Gemma4Attention(nnx.Module):
             return positions
         if not isinstance(positions, jax.Array):
             positions = np.asarray(positions)
-        if positions.shape != x.shape[:2]:
-            raise ValueError(
-                f"positions has shape {positions.shape}; with x of shape {x.shape} it must be "
-                f"{x.shape[:2]}"
-            )
+        check_array("positions", positions, x.shape[:2], "integer")
         plan = plan_step(self.spec, positions, self._contiguous(x, cache))
         self._check_plan(plan, x, cache)
         return plan
 
     def _check_plan(self, plan, x, cache):
         """Refuses a plan of other tokens, of another layer type or of another cache."""
-        if plan.positions.shape != x.shape[:2]:
-            raise ValueError(
-                f"the plan is for [B, T] = {plan.positions.shape}; x has shape {x.shape}"
-            )
+        check_array("plan.positions", plan.positions, x.shape[:2], "integer")
         if plan.layer_type != LayerType.of(self.spec):
             raise ValueError(
                 f"the plan is for layers of {plan.layer_type}; layer {self.layer} is of "

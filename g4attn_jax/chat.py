@@ -223,7 +223,7 @@ def _compiled(source):
 
 
 def _environment():
-    """What transformers gives a template: whitespace, tags, filters and functions."""
+    """Environment that transformers gives a template: whitespace, tags, filters, functions."""
     try:
         import jinja2
         from jinja2.ext import loopcontrols

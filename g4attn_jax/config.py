@@ -1,4 +1,4 @@
-"""From a Gemma 4 `config.json` to what one attention layer needs to know."""
+"""Config of a Gemma 4 model, from its `config.json`, and the attention of each layer."""
 
 import dataclasses
 import enum
@@ -16,7 +16,7 @@ _CONFIGS = resources.files("g4attn_jax") / "configs"
 
 
 class ProjectionMode(enum.Enum):
-    """Which of Q, K and V a layer projects; the value counts its K and V projections (P)."""
+    """Projections of a layer, of Q, K and V; the value counts those of K and V (P)."""
 
     # KV-shared layers (the last `num_kv_shared_layers`): K and V are an earlier layer's.
     Q_ONLY = 0
@@ -366,7 +366,7 @@ class Gemma4Config:
         return "num_global_key_value_heads"
 
     def attention_spec(self, layer: int) -> AttentionSpec:
-        """What layer `layer` (0 to num_hidden_layers - 1) of this model needs to know.
+        """Attention of layer `layer`, 0 to num_hidden_layers - 1: heads, window, rotation.
 
         Raises:
             ValueError: there is no such layer.

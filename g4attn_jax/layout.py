@@ -257,7 +257,7 @@ class LayerType(NamedTuple):
 
 
 class SegmentIds(NamedTuple):
-    """Which of several sequences in one row a token is of: it sees keys of its own id alone.
+    """Ids of several sequences in one row: a token sees keys of its own id alone.
 
     Attributes:
         query: int32 [B, T], of the new tokens.

@@ -1,4 +1,4 @@
-"""Which pages of a paged KV cache hold the tokens of which sequence."""
+"""Allocation of the pages of a paged KV cache to sequences."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -50,7 +50,7 @@ class PageAllocator:
 
     @property
     def num_free_pages(self) -> int:
-        """How many pages no sequence owns."""
+        """Number of pages that no sequence owns."""
         return len(self._free)
 
     @property
@@ -59,7 +59,7 @@ class PageAllocator:
         return tuple(self._pages)
 
     def length(self, sequence: Hashable) -> int:
-        """How many tokens a sequence has."""
+        """Number of tokens of a sequence."""
         self._find("sequence", sequence)
         return self._lengths[sequence]
 

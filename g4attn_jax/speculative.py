@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from g4attn_jax.checks import check_array, check_integer
+from g4attn_jax.checks import check_array, check_integer, check_type
 from g4attn_jax.model.acceptance import Rule
 from g4attn_jax.model.assistant import Gemma4Assistant
 from g4attn_jax.model.decoder import Gemma4Decoder
@@ -161,6 +161,7 @@ def draft(
     check_integer("draft_tokens", draft_tokens, most=MAX_DRAFT_TOKENS)
     batch = _check_last(last)
     check_array("last.hidden", last.hidden, (batch, "E"), "floating")
+    check_type("cache", cache, ModelCache)
     step = assistant.plan(last.position[:, None], cache, page_tables)
     readable = decoder.readable(cache)
 

@@ -1,3 +1,4 @@
+import collections
 import json
 import os
 import re
@@ -74,6 +75,14 @@ def test_decode_of_a_shared_layer_runs_its_producer(tiny_config, capsys):
     assert [row[1] for row in rows_of(capsys.readouterr().out)] == ["3", "3"]
 
 
+def test_decode_with_a_kernel_that_cannot_run_a_layer_ends_with_a_line(tiny_config, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["decode", "--config", tiny_config, "--implementation", "mosaic_gpu_interpret"])
+    assert exit_info.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("g4attn-jax decode: error: implementation 'mosaic_gpu_interpret'")
+
+
 @everyday()
 def test_decode_fails_where_a_step_is_wrong(tiny_config, capsys, monkeypatch):
     """A step that is 10 % off the float32 reference path must show as a failed layer."""
@@ -129,7 +138,7 @@ def test_a_preset_is_one_beside_a_directory_of_its_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("command", "defaults"),
-    [("decode", [2, 32, 16]), ("generate", [16, 64, 4, 0])],
+    [("decode", [2, 32, 16]), ("generate", [16, 64, 0, 4])],
 )
 def test_help_says_the_defaults_that_there_are(command, defaults, capsys):
     with pytest.raises(SystemExit):
@@ -320,6 +329,46 @@ def test_check_runs_the_whole_sweep_on_demand(monkeypatch, capsys):
     assert {row[3] for row in rows_of(capsys.readouterr().out)} == {"1"}
     assert main(["check", "--all"]) == 0
     assert {row[3] for row in rows_of(capsys.readouterr().out)} == {"1", "3"}
+
+
+@pytest.mark.parametrize("whole_sweep", [False, True])
+def test_check_runs_every_kernel_of_an_op(whole_sweep, monkeypatch):
+    attention = DecodeAttentionCase(KVCache, 4, 2, 128, 6, (39,), 40, rotary_dim=32)
+    prefill = PrefillAttentionCase(KVCache, 4, 2, 128, 17, (39,), 40, rotary_dim=32)
+    mosaic = ["mosaic_gpu_interpret"] if whole_sweep else []
+    names = check.implementations(attention, whole_sweep)
+    assert names == [*mosaic, "triton_interpret", "xla"]
+    assert check.implementations(prefill, whole_sweep) == ["triton_interpret", "xla"]
+    monkeypatch.setattr(check, "gpu_refusal", lambda: None)
+    names = check.implementations(attention, whole_sweep)
+    assert names == ["mosaic_gpu", "triton", "xla"]
+    assert check.implementations(prefill, whole_sweep) == ["cudnn", "triton", "xla"]
+
+
+def test_check_skips_what_a_kernel_refuses(monkeypatch, capsys):
+    case = DecodeAttentionCase(KVCache, 4, 2, 128, 6, (39,), 40, rotary_dim=32)
+    monkeypatch.setattr(check, "sweep", lambda: [case])
+    assert main(["check", "--all"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [skipped] = [line for line in lines if "skipped: " in line]
+    assert " mosaic_gpu_interpret " in skipped
+    assert len(rows_of("\n".join(lines))) == 2
+
+
+@pytest.mark.parametrize(
+    ("prologue", "attention", "demanded", "ran", "launches"),
+    [
+        ({"triton": 1}, {"triton": 2}, None, "triton", "1 + 2"),
+        ({"triton": 1}, {"mosaic_gpu": 1, "triton": 1}, None, "triton and mosaic_gpu", "1 + 2"),
+        ({}, {}, "triton_interpret", "triton_interpret", "interpreted"),
+        ({}, {}, None, "xla", "fused by XLA"),
+        ({}, {}, "triton", "xla", "fused by XLA"),
+    ],
+)
+def test_a_row_of_decode_says_what_ran(prologue, attention, demanded, ran, launches):
+    counters = collections.Counter(prologue), collections.Counter(attention)
+    row = decode.Row(0, None, KVCache, demanded, *counters, 0.0, 0.0, 1.0)
+    assert (row.implementation, row.launches) == (ran, launches)
 
 
 @everyday()

@@ -39,6 +39,7 @@ def compiled_step(model, layers, tokens):
         "sliding_attention": Ring(BATCH, config.sliding_window, tokens),
     }
     forms = {"full_attention": CompactKVCache if config.attention_k_eq_v else KVCache}
+    layouts, forms = ({t: of[t] for t in of if t in config.layer_types} for of in (layouts, forms))
     cache = jax.eval_shape(lambda weights: merge(weights).init_cache(layouts, forms), weights)
 
     def step(weights, tokens, positions, cache):

@@ -411,6 +411,15 @@ def test_bad_arguments_are_explained(arguments, message, capsys):
     assert message in refusal(capsys, *arguments)
 
 
+def test_a_kernel_that_cannot_run_the_model_is_explained(capsys, monkeypatch):
+    monkeypatch.setattr(generation, "generate", None)  # it is not begun
+    config = GOLDEN / "gemma-4-12b" / "config.json"
+    message = refusal(
+        capsys, "--random-weights", "--config", config, "--implementation", "mosaic_gpu_interpret"
+    )
+    assert "error: implementation 'mosaic_gpu_interpret' does not run" in message
+
+
 def test_bad_checkpoints_are_explained(checkpoint, tmp_path, capsys, monkeypatch):
     given = ("--token-ids", "1,2")
     assert "--checkpoint needs --prompt, --prompt-file, --messages or --token-ids" in refusal(

@@ -261,6 +261,26 @@ def test_a_directory_is_read_as_load_hf_reads_it(tmp_path):
         Generator.from_hf(config, capacity=LENGTH)
 
 
+def test_a_kernel_that_cannot_run_the_model_is_refused_before_weights_are_read(tmp_path):
+    name, message = "mosaic_gpu_interpret", "implementation 'mosaic_gpu_interpret' does not run"
+    shutil.copy(GOLDEN / "gemma-4-12b" / "config.json", tmp_path)
+    with pytest.raises(NotImplementedError, match=message):
+        Generator.from_hf(tmp_path, capacity=LENGTH, implementation=name)
+    config = Gemma4Config.from_hf(tmp_path / "config.json").truncated(2)
+    with pytest.raises(NotImplementedError, match=message):
+        Generator(
+            nnx.eval_shape(lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0), implementation=name)),
+            capacity=LENGTH,
+        )
+
+
+def test_a_kernel_that_can_run_the_model_is_not_refused():
+    config = Gemma4Config.from_hf(GOLDEN / "gemma-4-12b" / "config.json").truncated(2)
+    name = "triton_interpret"
+    decoder = nnx.eval_shape(lambda: Gemma4Decoder(config, rngs=nnx.Rngs(0), implementation=name))
+    assert Generator(decoder, capacity=LENGTH).capacity == LENGTH
+
+
 def test_nothing_is_done_after_all_have_stopped():
     first, second = follows(PROMPT, PROMPT)
     assert first[1] not in (first[0], second[0]) and second[1] not in (first[0], second[0])

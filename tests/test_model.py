@@ -319,7 +319,7 @@ def test_the_parameter_tree_can_be_known_without_arrays(name):
 def test_a_truncated_model_runs(layers):
     config = Gemma4Config.from_hf(GOLDEN / "gemma-4-e2b" / "config.json").truncated(layers)
     decoder = Gemma4Decoder(config, rngs=nnx.Rngs(0))
-    layouts = layouts_of("contiguous", config)
+    layouts = dict.fromkeys(config.layer_types, Contiguous(2, LENGTH))
     tokens = np.zeros((2, 3), np.int32)
     cache = decoder.init_cache(layouts)
     logits, _ = decoder(tokens, decoder.plan(positions_to(3), cache), cache)
@@ -404,6 +404,17 @@ def test_caches_that_make_no_sense():
         decoder.init_cache(layouts, {"full": CompactKVCache})
     with pytest.raises(ValueError, match="CompactKVCache holds one projection as K and V"):
         decoder.init_cache(layouts, {"sliding_attention": CompactKVCache})
+    sliding = nnx.eval_shape(lambda: Gemma4Decoder(decoder.config.truncated(1), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="layouts has 'full_attention'; accepted: sliding"):
+        sliding.init_cache(layouts)
+
+
+@pytest.mark.parametrize("method", ["plan", "readable"])
+def test_a_cache_that_is_none(method):
+    decoder, _ = model_of("gemma-4-12b")
+    arguments = {"positions": positions_to(3)} if method == "plan" else {}
+    with pytest.raises(ValueError, match="cache is a tuple; accepted: ModelCache"):
+        getattr(decoder, method)(**arguments, cache=())
 
 
 @pytest.mark.parametrize(

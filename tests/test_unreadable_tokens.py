@@ -35,8 +35,8 @@ def generator():
 
 
 def step(tokens, positions, model=None):
-    layouts = dict.fromkeys(("sliding_attention", "full_attention"), Contiguous(1, 64))
     model = decoder() if model is None else model
+    layouts = dict.fromkeys(model.config.layer_types, Contiguous(1, 64))
     cache = model.init_cache(layouts)
     return model(tokens, model.plan(positions, cache), cache)[0]
 

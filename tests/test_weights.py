@@ -12,6 +12,7 @@ from flax import nnx
 
 from g4attn_jax import AssistantConfig, Gemma4Assistant
 from g4attn_jax.checkpoint.loading import parameters
+from g4attn_jax.layout import Contiguous
 from g4attn_jax.model.linear import (
     Embedding,
     GatedGroupedLinear,
@@ -29,7 +30,7 @@ OF_EVERY_LAYER = {"qkv_proj", "qkv_norm_rope", "attention", "o_proj", "norms"}
 SCOPES = {
     "gemma-4-31b": OF_EVERY_LAYER | {"embed", "mlp/gate_up", "mlp/down", "logits"},
     "gemma-4-26b-a4b": {"moe/router", "moe/experts"},
-    "gemma-4-e4b": {"per_layer_input"},
+    "gemma-4-e4b": {"per_layer_inputs", "layer_0/per_layer_input"},
 }
 
 
@@ -142,6 +143,33 @@ def test_a_profile_reads_like_the_model(name):
     lowered = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens)).lower(
         params, jax.ShapeDtypeStruct((1, 4), jnp.int32)
     )
+    assert_scopes(lowered, SCOPES[name])
+
+
+def test_a_profile_reads_like_the_assistant():
+    config = AssistantConfig.from_hf(ASSISTANTS / "gemma-4-e4b" / "config.json")
+    target = abstract(read_config(FIXTURES / "gemma-4-e4b"))
+    assistant = nnx.eval_shape(
+        lambda: Gemma4Assistant(
+            config, rngs=nnx.Rngs(0), dtype=target.dtype, param_dtype=target.dtype
+        )
+    )
+    graph, params = nnx.split((target, assistant))
+
+    def draft(params, embeddings, hidden, position):
+        target, assistant = nnx.merge(graph, params)
+        layouts = dict.fromkeys(target.config.layer_types, Contiguous(1, 8))
+        cache = target.init_cache(layouts)
+        step = assistant.plan(position, cache)
+        return assistant(embeddings, hidden, step, target.readable(cache))
+
+    width = jax.ShapeDtypeStruct((1, 1, config.backbone_hidden_size), target.dtype)
+    position = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    lowered = jax.jit(draft).lower(params, width, width, position)
+    assert_scopes(lowered, {"pre_projection", "post_projection", "logits/centroids", "layer_0"})
+
+
+def assert_scopes(lowered, wanted):
     scopes = " ".join(re.findall(r'loc\("([^"]+)"', lowered.as_text(debug_info=True)))
-    for scope in SCOPES[name]:
+    for scope in wanted:
         assert f"/{scope}/" in scopes, scope

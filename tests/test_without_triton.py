@@ -101,6 +101,20 @@ assert "jax.experimental.pallas.mosaic_gpu" not in sys.modules
 """)
 
 
+def test_check_skips_its_kernels():
+    without_triton("""
+import contextlib, io
+from g4attn_jax.commands import check
+from g4attn_jax.ops.qkv_rms_norm.cases import QkvRmsNormCase
+check.sweep = lambda: [QkvRmsNormCase(ProjectionMode.QKV_FULL, 4, 2, 128, 3)]
+with contextlib.redirect_stdout(io.StringIO()) as output:
+    assert check.check() == 0
+by_kernel, by_xla = output.getvalue().splitlines()[-3:-1]
+assert " triton_interpret " in by_kernel and "skipped: this JAX lacks" in by_kernel, by_kernel
+assert " xla " in by_xla and by_xla.endswith("pass"), by_xla
+""")
+
+
 @everyday()
 @pytest.mark.skipif(gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable()))
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU of JAX 0.10 is another")

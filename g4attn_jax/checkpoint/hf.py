@@ -23,6 +23,7 @@ from g4attn_jax.checkpoint.loading import Model, Progress, check, load, paramete
 from g4attn_jax.checkpoint.packing import Packed
 from g4attn_jax.checkpoint.quantised import check_not_quantised
 from g4attn_jax.checkpoint.report import LoadReport, terminal_bar
+from g4attn_jax.checks import check_integer
 from g4attn_jax.config import AttentionSpec, Gemma4Config
 from g4attn_jax.hf_config import text_config_of
 
@@ -287,11 +288,10 @@ def check_config(given, model_config, config_class, fields=vars):
 
 
 def _check_limit(max_shard_bytes):
-    is_int = isinstance(max_shard_bytes, int) and not isinstance(max_shard_bytes, bool)
-    if not is_int or max_shard_bytes < 1:
-        raise CheckpointError(
-            f"max_shard_bytes must be an integer of at least 1, not {max_shard_bytes!r}"
-        )
+    try:
+        check_integer("max_shard_bytes", max_shard_bytes)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _check_values(model):

@@ -57,7 +57,7 @@ def load_hf(
     """
     _check_alone("load_hf(directory, dtype=...)", surplus)
     config = config_of(directory, Gemma4Config)
-    model = _abstract(Gemma4Decoder, config, dtype, implementation)
+    model = abstract_model(Gemma4Decoder, config, dtype, implementation)
     return _reported(load_hf_into(directory, model, progress=progress), on_report)
 
 
@@ -75,7 +75,7 @@ def load_assistant(
     """
     _check_alone("load_assistant(directory, dtype=...)", surplus)
     config = config_of(directory, AssistantConfig)
-    model = _abstract(Gemma4Assistant, config, dtype, implementation)
+    model = abstract_model(Gemma4Assistant, config, dtype, implementation)
     return _reported(load_assistant_into(directory, model, progress=progress), on_report)
 
 
@@ -104,7 +104,7 @@ def load_deepmind(
     _check_alone("load_deepmind(params, config, dtype=...)", surplus)
     if not isinstance(config, Gemma4Config):
         raise ValueError(f"config is a {type(config).__name__}; accepted: Gemma4Config")
-    model = _abstract(Gemma4Decoder, config, dtype, implementation)
+    model = abstract_model(Gemma4Decoder, config, dtype, implementation)
     return _reported(load_deepmind_into(params, model, progress=progress), on_report)
 
 
@@ -137,8 +137,13 @@ def config_of(directory: str | PathLike, config_class: type[Config]) -> Config:
         raise CheckpointError(f"config.json: {error}") from error
 
 
-def _abstract(model_class, config, dtype, implementation):
-    """Structure of a model, without weights."""
+def abstract_model(model_class, config, dtype, implementation):
+    """Structure of a model, without weights.
+
+    Raises:
+        ValueError: the dtype is none that is accepted, or as the model's class raises.
+        NotImplementedError: as the model's class raises.
+    """
     try:
         dtype = jnp.dtype(dtype)
     except TypeError as error:

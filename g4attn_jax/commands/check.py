@@ -1,4 +1,4 @@
-"""`check`: every kernel over the published equivalence sweep, on the device at hand."""
+"""`check`: the kernels of the published equivalence sweep, on the device at hand."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import numpy as np
 
 from g4attn_jax.commands.progress import Progress
 from g4attn_jax.ops.gpu import gpu_refusal
+from g4attn_jax.ops.op import XLA, KernelRefusal, kernels_of
 from g4attn_jax.testing import oracle
 from g4attn_jax.testing.case import Case
 from g4attn_jax.testing.cases import all_cases
@@ -23,6 +24,7 @@ _INTERPRETER_OPTIONS = {
 # The limits of the original kernel's tests (SGLang PR 25461).
 MAX_ABSOLUTE_ERROR = 2e-2
 MAX_RELATIVE_ERROR = 1e-2
+_LAYOUT = "{:<43} {:>6} {:>4} {:>5} {:<20} {:>9} {:>9} {:>9} {}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +38,15 @@ class Result:
 
 
 def judge(case: Case, arguments, implementation) -> Result:
-    """Runs a case and holds it against the oracle and the usual path."""
+    """Runs a case and holds it against the oracle and the usual path.
+
+    Raises:
+        KernelRefusal: the kernel does not take this case.
+    """
     absolute = relative = usual = 0.0
     passed = True
     run = functools.partial(case.run, implementation=implementation)
-    if implementation == "triton_interpret":
+    if _is_interpreted(implementation):
         run = jax.jit(run, compiler_options=_INTERPRETER_OPTIONS)
     outputs = run(arguments), case.exact(arguments), case.usual(arguments)
     for actual, exact, usual_path in zip(*map(jax.tree.leaves, outputs), strict=True):
@@ -81,8 +87,22 @@ def sample(cases: Iterable[Case]) -> list[Case]:
     ]
 
 
+def implementations(case: Case, whole_sweep: bool) -> list[str]:
+    """Names of the kernels of a case's op, then of its reference.
+
+    Without a GPU they are interpreters. That of Mosaic GPU is slow, and for the whole sweep alone.
+    """
+    kernels = kernels_of(case.op)
+    if gpu_refusal() is None:
+        return [*(kernel.name for kernel in kernels), XLA]
+    interpreters = [name for kernel in kernels for name in kernel.names if _is_interpreted(name)]
+    return [*(name for name in interpreters if whole_sweep or "mosaic" not in name), XLA]
+
+
 def check(whole_sweep: bool = False) -> int:
-    """Runs cases with every implementation that runs here; prints a table.
+    """Runs cases with each kernel of their op and with XLA; prints a table.
+
+    A kernel that refuses a case has a row with its reason.
 
     Args:
         whole_sweep: rather than a sample of it.
@@ -90,7 +110,32 @@ def check(whole_sweep: bool = False) -> int:
     Returns:
         The number of failed cases.
     """
-    kernel = "triton_interpret" if gpu_refusal() else "triton"
+    _print_head(whole_sweep)
+    cases, failures = sweep() if whole_sweep else sample(sweep()), 0
+    progress = Progress("checking", len(cases))
+    for done, case in enumerate(cases):
+        progress.draw(done)
+        arguments = case.arguments()
+        for implementation in implementations(case, whole_sweep):
+            if _is_interpreted(implementation) and case.tokens > MAX_INTERPRETED_TOKENS:
+                continue
+            try:
+                result = judge(case, arguments, implementation)
+            except KernelRefusal as error:
+                outcome = ("", "", "", f"skipped: {error.reason}")
+            else:
+                failures += not result.passed
+                outcome = _outcome(result)
+            progress.clear()
+            print(_LAYOUT.format(*_sizes(case), implementation, *outcome), flush=True)
+            progress.draw(done)
+    progress.clear()
+    print(f"{failures} failed" if failures else "all passed")
+    return failures
+
+
+def _print_head(whole_sweep):
+    """Prints the device, the limits, how kernels run, and the names of the columns."""
     device = jax.devices()[0]
     print(f"bfloat16 on {device.device_kind} ({device.platform}), JAX {jax.__version__}")
     print(
@@ -98,40 +143,28 @@ def check(whole_sweep: bool = False) -> int:
         "norm-wise after a rotation and for attention), and no worse than Hugging Face's roundings "
         "(by the largest error; attention norm-wise); all against float64"
     )
-    if kernel == "triton_interpret":
+    if gpu_refusal() is not None:
+        mosaic = "" if whole_sweep else "; Mosaic GPU's with --all alone"
         print(
-            "no supported GPU: the kernels run in Pallas' interpreter, up to "
-            f"{MAX_INTERPRETED_TOKENS} tokens"
+            f"no supported GPU: kernels run in interpreters, up to {MAX_INTERPRETED_TOKENS} "
+            f"tokens{mosaic}"
         )
-    header = ("op", "Nq/Nkv", "D", "M", "implementation", "max abs", "usual", "relative", "")
-    layout = "{:<43} {:>6} {:>4} {:>5} {:<17} {:>9} {:>9} {:>9} {}"
-    print(layout.format(*header))
-    cases, failures = sweep() if whole_sweep else sample(sweep()), 0
-    progress = Progress("checking", len(cases))
-    for done, case in enumerate(cases):
-        progress.draw(done)
-        arguments = case.arguments()
-        for implementation in (kernel, "xla"):
-            if implementation == "triton_interpret" and case.tokens > MAX_INTERPRETED_TOKENS:
-                continue
-            result = judge(case, arguments, implementation)
-            failures += not result.passed
-            progress.clear()
-            print(
-                layout.format(
-                    case.label,
-                    f"{case.num_q_heads}/{case.num_kv_heads}",
-                    case.head_dim,
-                    case.tokens,
-                    implementation,
-                    f"{result.max_absolute:.2e}",
-                    f"{result.usual_absolute:.2e}",
-                    f"{result.max_relative:.2e}",
-                    "pass" if result.passed else "FAIL",
-                ),
-                flush=True,
-            )
-            progress.draw(done)
-    progress.clear()
-    print(f"{failures} failed" if failures else "all passed")
-    return failures
+    print(
+        _LAYOUT.format(
+            *("op", "Nq/Nkv", "D", "M", "implementation", "max abs", "usual", "relative", "")
+        )
+    )
+
+
+def _sizes(case):
+    heads = f"{case.num_q_heads}/{case.num_kv_heads}"
+    return case.label, heads, case.head_dim, case.tokens
+
+
+def _outcome(result):
+    errors = result.max_absolute, result.usual_absolute, result.max_relative
+    return *(f"{error:.2e}" for error in errors), "pass" if result.passed else "FAIL"
+
+
+def _is_interpreted(implementation):
+    return implementation.endswith("_interpret")

@@ -1,5 +1,6 @@
 """`decode`: real layers at real shapes, prefill and jitted decode steps, checked and timed."""
 
+import collections
 import dataclasses
 import statistics
 import time
@@ -15,36 +16,59 @@ from g4attn_jax.cache import Cache, CompactKVCache, KVCache, ReadableCache, byte
 from g4attn_jax.commands.layers import Job
 from g4attn_jax.config import AttentionSpec, Gemma4Config, ProjectionMode
 from g4attn_jax.layout import Contiguous
-from g4attn_jax.testing.launches import count_launches
+from g4attn_jax.testing.launches import launches_by_backend
 
 # Norm-wise, over one step: bfloat16 operands give 1e-3 to 1e-2.
 MAX_RELATIVE_ERROR = 2e-2
+_COLUMNS = (
+    *("model", "layer", "mode", "Nq/Nkv", "head_dim", "cache", "bytes/token"),
+    *("launches", "max difference", "median ms", "ran"),
+)
+_LAYOUT = "{:<17} {:>5} {:<8} {:>7} {:>8} {:<14} {:>11} {:>13} {:>14} {:>9}  {}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Result of one layer's decode steps with one form of cache."""
+    """Result of one layer's decode steps with one form of cache.
+
+    Attributes:
+        demanded: implementation asked for, or None.
+        prologue_launches: of kernels before attention in a compiled step, by backend.
+        attention_launches: of attention's kernels.
+    """
 
     layer: int
     spec: AttentionSpec
     form: type[Cache]
-    prologue_launches: int
-    attention_launches: int
+    demanded: str | None
+    prologue_launches: collections.Counter[str]
+    attention_launches: collections.Counter[str]
     max_difference: float
     max_relative_error: float
     median_step_ms: float
 
     @property
     def implementation(self) -> str:
-        """Implementation that the compiled step holds, rather than the one asked for."""
-        return "triton" if self.prologue_launches else "xla"
+        """Backends of the kernels that the compiled step launches.
+
+        Interpreters launch none and are known by their name alone.
+        """
+        backends = self.prologue_launches + self.attention_launches
+        if backends:
+            return " and ".join(backends)
+        return self.demanded if self._is_interpreted else "xla"
 
     @property
     def launches(self) -> str:
         """Launches of kernels in a compiled step: the prologue's and attention's."""
-        if self.implementation == "xla":
-            return "fused by XLA"
-        return f"{self.prologue_launches} + {self.attention_launches}"
+        prologue, attention = self.prologue_launches.total(), self.attention_launches.total()
+        if prologue or attention:
+            return f"{prologue} + {attention}"
+        return "interpreted" if self._is_interpreted else "fused by XLA"
+
+    @property
+    def _is_interpreted(self):
+        return self.demanded is not None and self.demanded.endswith("_interpret")
 
     @property
     def passed(self) -> bool:
@@ -140,9 +164,10 @@ class _LayerRun:
             layer=self.layer,
             spec=self.attention.spec,
             form=form,
-            prologue_launches=count_launches(text, "norm_rope"),
-            attention_launches=count_launches(text, "decode_attention")
-            + count_launches(text, "combine_splits"),
+            demanded=self.attention.implementation,
+            prologue_launches=launches_by_backend(text, "norm_rope"),
+            attention_launches=launches_by_backend(text, "decode_attention")
+            + launches_by_backend(text, "combine_splits"),
             max_difference=float(difference.max()),
             max_relative_error=float(per_step.max()),
             median_step_ms=1e3 * statistics.median(times),
@@ -198,18 +223,11 @@ def decode(
     Returns:
         The number of layers that did not match the reference path.
     """
-    device = jax.devices()[0].device_kind
     print(
         f"JAX {jax.__version__}; batch {batch}, prompt {prompt_len}, {steps} decode steps, "
         "bfloat16, random weights"
     )
-    layout = "{:<17} {:>5} {:<8} {:>7} {:>8} {:<14} {:>11} {:>13} {:>14} {:>9}  {}"
-    print(
-        layout.format(
-            *("model", "layer", "mode", "Nq/Nkv", "head_dim", "cache", "bytes/token"),
-            *("launches", "max difference", "median ms", "ran"),
-        )
-    )
+    print(_LAYOUT.format(*_COLUMNS))
     failures = 0
     for job in jobs:
         rows = decode_layers(
@@ -222,22 +240,7 @@ def decode(
         )
         for row in rows:
             failures += not row.passed
-            print(
-                layout.format(
-                    job.name,
-                    row.layer,
-                    row.spec.mode.name,
-                    f"{row.spec.num_q_heads}/{row.spec.num_kv_heads}",
-                    row.spec.head_dim,
-                    row.form.__name__,
-                    bytes_per_token(row.spec, row.form),
-                    row.launches,
-                    f"{row.max_difference:.2e}",
-                    f"{row.median_step_ms:.3f}",
-                    f"{row.implementation} on {device}: {'pass' if row.passed else 'FAIL'}",
-                ),
-                flush=True,
-            )
+            print(_LAYOUT.format(*_cells(job.name, row)), flush=True)
     print("launches: of the kernels in a step, before attention and of it")
     print(
         "max difference: largest |y - reference| over the decode steps, the reference being the "
@@ -245,3 +248,21 @@ def decode(
     )
     print(f"{failures} failed" if failures else "all passed")
     return failures
+
+
+def _cells(model, row):
+    """Text of a row, by column."""
+    spec, device = row.spec, jax.devices()[0].device_kind
+    return (
+        model,
+        row.layer,
+        spec.mode.name,
+        f"{spec.num_q_heads}/{spec.num_kv_heads}",
+        spec.head_dim,
+        row.form.__name__,
+        bytes_per_token(spec, row.form),
+        row.launches,
+        f"{row.max_difference:.2e}",
+        f"{row.median_step_ms:.3f}",
+        f"{row.implementation} on {device}: {'pass' if row.passed else 'FAIL'}",
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -17,6 +18,7 @@ from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import model_bytes
 from g4attn_jax.chat import ChatTemplate
 from g4attn_jax.checkpoint import CheckpointError, load_assistant, load_hf
+from g4attn_jax.checkpoint.models import abstract_model
 from g4attn_jax.checks import check_integer
 from g4attn_jax.commands import memory
 from g4attn_jax.commands.answers import Answers
@@ -29,7 +31,7 @@ from g4attn_jax.generation.settings import GenerationSettings
 from g4attn_jax.model import Gemma4Assistant, Gemma4Decoder
 from g4attn_jax.model.embedding import num_embedded_tokens
 from g4attn_jax.model.sampling import Sampling
-from g4attn_jax.ops.op import check_implementation
+from g4attn_jax.ops.op import XLA, check_implementation
 from g4attn_jax.speculative import MAX_DRAFT_TOKENS, DraftStatistics
 
 # The kernels read caches in whole tiles.
@@ -80,7 +82,7 @@ def job_of(args: argparse.Namespace, config: Gemma4Config) -> Job:
     Raises:
         ValueError: arguments contradict each other, or what they name is not there or none that is
             accepted.
-        NotImplementedError: the implementation cannot run here.
+        NotImplementedError: the implementation cannot run here, or not this model.
     """
     check_implementation(args.implementation)
     tokenizer = None if args.checkpoint is None else _tokenizer(args)
@@ -105,6 +107,7 @@ def job_of(args: argparse.Namespace, config: Gemma4Config) -> Job:
         implementation=args.implementation,
     )
     _check_assistant(job)
+    _check_kernels(job)
     return job
 
 
@@ -187,7 +190,7 @@ def _drafts(statistics: DraftStatistics) -> str:
 
 
 class _Clock:
-    """When tokens came."""
+    """Times at which tokens came."""
 
     def __init__(self):
         self._start = time.perf_counter()
@@ -244,6 +247,18 @@ def _check_assistant(job):
         _assistant_config(job.assistant).check_target(job.config)
     except ValueError as error:
         raise ValueError(f"--assistant: {error}") from error
+
+
+def _check_kernels(job):
+    """Refuses a demanded kernel that cannot run this model, before its weights are loaded."""
+    if job.implementation in (None, XLA):
+        return
+    options = jnp.bfloat16, job.implementation
+    assistant = None
+    if job.assistant is not None:
+        assistant = abstract_model(Gemma4Assistant, _assistant_config(job.assistant), *options)
+    decoder = abstract_model(Gemma4Decoder, job.config, *options)
+    Generator(decoder, capacity=job.capacity, assistant=assistant, draft_tokens=job.draft_tokens)
 
 
 def _assistant_config(directory):

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, PRNGKeyArray
 
+from g4attn_jax.assistant_config import AssistantConfig
 from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache
 from g4attn_jax.checkpoint import load_assistant, load_hf, terminal_bar
 from g4attn_jax.checkpoint.loading import Progress
-from g4attn_jax.checkpoint.models import config_of
+from g4attn_jax.checkpoint.models import abstract_model, config_of
 from g4attn_jax.checks import check_dtype, check_integer, check_type
 from g4attn_jax.config import Gemma4Config, ProjectionMode
 from g4attn_jax.generation.checks import check_assistant, check_choices, check_weights
@@ -34,6 +35,7 @@ from g4attn_jax.model.decoder import Gemma4Decoder
 from g4attn_jax.model.embedding import num_embedded_tokens
 from g4attn_jax.model.flat_weights import split_weights
 from g4attn_jax.model.sampling import Sampling
+from g4attn_jax.ops.op import XLA
 from g4attn_jax.speculative import DraftStatistics, LastTokens
 
 _GREEDY = Sampling()
@@ -108,6 +110,8 @@ class Generator:
             ValueError: an argument is none that is accepted, the assistant is not one for this
                 decoder or has another dtype, or as `Gemma4Decoder.init_cache` raises. The message
                 names it.
+            NotImplementedError: a kernel was demanded that cannot run a chunk or a step of these
+                models here.
         """
         check_type("decoder", decoder, Gemma4Decoder)
         check_type("forms", forms, Mapping, none=True)
@@ -138,6 +142,9 @@ class Generator:
         self._decode = jax.jit(
             programs.decode, static_argnames="with_log_probs", donate_argnames="cache"
         )
+        models = [decoder] if assistant is None else [decoder, assistant]
+        if any(model.layers[0].implementation not in (None, XLA) for model in models):
+            self._check_kernels()
 
     @classmethod
     def from_hf(
@@ -171,6 +178,7 @@ class Generator:
         Raises:
             ValueError: as `load_hf`, `load_assistant`, `GenerationSettings.from_hf` and the
                 constructor raise.
+            NotImplementedError: as the constructor raises; no weight has been read.
 
         Warns:
             UserWarning: the directory asks for what is not followed here; the fields are named.
@@ -178,6 +186,7 @@ class Generator:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # loading says it again
             config = config_of(directory, Gemma4Config)
+            drafts_config = assistant and config_of(assistant, AssistantConfig)
         # Before the weights: what is wrong with it is said soon.
         settings = GenerationSettings.from_hf(directory, config.vocab_size)
         if settings.not_followed:
@@ -186,11 +195,18 @@ class Generator:
                 + ", ".join(f"{name} {value!r}" for name, value in settings.not_followed.items()),
                 stacklevel=2,
             )
-        loading = {"dtype": dtype, "implementation": implementation, "progress": progress}
-        drafts = None if assistant is None else load_assistant(assistant, **loading)
-        decoder = load_hf(directory, **loading)
         defaults = {"sampling": settings.sampling, "stop_tokens": settings.stop_tokens}
-        return cls(decoder, capacity=capacity, assistant=drafts, **defaults | options)
+        options = {"capacity": capacity} | defaults | options
+        loading = {"dtype": dtype, "implementation": implementation}
+        if implementation not in (None, XLA):
+            # Without weights: what a demanded kernel refuses is said before they are read.
+            drafts = None
+            if drafts_config is not None:
+                drafts = abstract_model(Gemma4Assistant, drafts_config, **loading)
+            cls(abstract_model(Gemma4Decoder, config, **loading), assistant=drafts, **options)
+        loading["progress"] = progress
+        drafts = None if assistant is None else load_assistant(assistant, **loading)
+        return cls(load_hf(directory, **loading), assistant=drafts, **options)
 
     @overload
     def __call__(
@@ -334,6 +350,18 @@ class Generator:
             steps = min(2 * steps, MAX_STEPS)
         if on_drafts is not None:
             on_drafts(sequences.statistics)
+
+    def _check_kernels(self):
+        """Traces a chunk and a step of one sequence: a demanded kernel refuses them, or neither."""
+        cache = jax.eval_shape(functools.partial(self._empty_cache, batch=1), self._weights)
+        size = min(1 << (self.capacity - 1).bit_length(), self.chunk_tokens)
+        chunk = jax.ShapeDtypeStruct((1, size), jnp.int32)
+        jax.eval_shape(self._prefill, self._weights, chunk, chunk, cache)
+        zero = np.zeros(1, np.int32)
+        limits = Limits(zero, zero, np.zeros(self._config.vocab_size, bool))
+        decode = functools.partial(self._decode, with_log_probs=False)
+        arguments = self._sequences([zero], zero), cache, limits, np.int32(1), Greedy(None)
+        jax.eval_shape(decode, self._weights, *arguments)
 
     def _check_callbacks(self, on_tokens, on_drafts):
         for name, called in (("on_tokens", on_tokens), ("on_drafts", on_drafts)):

@@ -113,7 +113,9 @@ class Programs:
     def empty_cache(self, weights: Weights, batch: int) -> ModelCache:
         """The cache of `batch` sequences."""
         decoder, _ = self.merge(weights)
-        return decoder.init_cache(self._layouts(batch), self.forms, dtype=self.cache_dtype)
+        layouts = self._layouts(batch)
+        layouts = {layer_type: layouts[layer_type] for layer_type in decoder.config.layer_types}
+        return decoder.init_cache(layouts, self.forms, dtype=self.cache_dtype)
 
     def prefill(
         self,

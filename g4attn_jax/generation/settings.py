@@ -1,4 +1,4 @@
-"""How a checkpoint's directory says that tokens are to be chosen, and which end a sequence."""
+"""Sampling and stop tokens that a checkpoint's directory asks for."""
 
 import dataclasses
 from collections.abc import Mapping

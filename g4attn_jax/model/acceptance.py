@@ -1,4 +1,4 @@
-"""How the tokens of a step are chosen, and which of the drafts before them stay.
+"""Rules that choose the tokens of a step and accept drafts.
 
 A rule has two methods. `draft` chooses a token from the assistant's logits, `accept` compares all
 drafts of a step with the target's logits and chooses the token after the last one that stays.
@@ -21,7 +21,7 @@ _OF_DRAFTS, _OF_ACCEPTANCE = 2**32 - 1, 2**32 - 2
 
 
 class Rule(Protocol):
-    """How a step's tokens are chosen."""
+    """Choice of a step's tokens."""
 
     def draft(
         self, logits: Float[Array, "B V"], position: Int[Array, " B"]
@@ -45,7 +45,7 @@ class Rule(Protocol):
         num_drafts: Int[Array, " B"],
         position: Int[Array, " B"],
     ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-        """How many drafts stay, and the token after them.
+        """Counts the drafts that stay, and chooses the token after them.
 
         Args:
             logits: float32 [B, k + 1, V], the target's: row i is of what follows position + i.
@@ -164,7 +164,7 @@ def _draw(keys: PRNGKeyArray, logits: Float[Array, "B V"]) -> Int[Array, " B"]:
 
 
 def _count_first(stays: Bool[Array, "B k"], num_drafts: Int[Array, " B"]) -> Int[Array, " B"]:
-    """How many stay before the first that does not, of the first `num_drafts`."""
+    """Number of drafts before the first that is refused, of the first `num_drafts`."""
     stays &= jnp.arange(stays.shape[1]) < num_drafts[:, None]
     stays = jnp.cumprod(stays.astype(jnp.int32), axis=1)
     return jnp.sum(stays, axis=1, dtype=jnp.int32)

@@ -74,7 +74,7 @@ class Gemma4Assistant(nnx.Module):
 
         Raises:
             ValueError: as `Gemma4Attention` raises.
-            NotImplementedError: "triton" was demanded and there is no supported GPU.
+            NotImplementedError: a kernel was demanded that cannot run here.
         """
         options = ModuleOptions(rngs, dtype, param_dtype, implementation)
         self.config = config
@@ -114,6 +114,7 @@ class Gemma4Assistant(nnx.Module):
             ValueError: a layer type has no cache, a page table is missing or surplus, or as
                 `plan_step` raises.
         """
+        check_type("cache", cache, ModelCache)
         self._check_layer_types("cache.layouts", cache.layouts)
         positions = positions if hasattr(positions, "shape") else np.asarray(positions)
         text = self.config.text
@@ -145,7 +146,7 @@ class Gemma4Assistant(nnx.Module):
 
         Args:
             embeddings: [B, T, A], of the newest token, which the target has not read yet, or of the
-                one drafted last: `embed` of the target's table.
+                one drafted last: `decoder.embed_tokens(token)` of the target.
             hidden: [B, T, A], the target's final hidden state of the token before the newest, as
                 `Gemma4Decoder.hidden` returns it; from then on what this returned last.
             step: from `plan`.
@@ -160,7 +161,8 @@ class Gemma4Assistant(nnx.Module):
         """
         self._check(embeddings, hidden, step, readable)
         inputs = jnp.concatenate([embeddings, hidden], axis=-1)
-        x = self.pre_projection(inputs)
+        with jax.named_scope("pre_projection"):
+            x = self.pre_projection(inputs)
         h = self.layers[0].first_norm(x)
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for index, (layer, layer_type, norm) in enumerate(
@@ -168,7 +170,9 @@ class Gemma4Assistant(nnx.Module):
         ):
             with jax.named_scope(f"layer_{index}"):
                 x, h, _ = layer(x, h, step.plans[layer_type], readable[layer_type], norm[...])
-        return self.logits(h), self.post_projection(h)
+        with jax.named_scope("post_projection"):
+            hidden = self.post_projection(h)
+        return self.logits(h), hidden
 
     def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
         """Float32 logits of final hidden states before `post_projection`."""
@@ -179,9 +183,9 @@ class Gemma4Assistant(nnx.Module):
 
     def _logits_of_best_groups(self, hidden):
         """Logits of tokens whose group is one of the best k, minus infinity for the others."""
-        _, best = jax.lax.top_k(
-            self.centroids.float32(hidden), self.config.centroid_intermediate_top_k
-        )
+        with jax.named_scope("centroids"):
+            scores = self.centroids.float32(hidden)
+            _, best = jax.lax.top_k(scores, self.config.centroid_intermediate_top_k)
         groups = self.token_ordering[...].reshape(self.config.num_centroids, -1)
         tokens = groups[best].reshape(*hidden.shape[:2], -1)
         logits = self.embed_tokens.logits(hidden, tokens)

@@ -62,7 +62,7 @@ class Gemma4Decoder(nnx.Module):
 
         Raises:
             ValueError: the config lacks a field, or as `Gemma4Attention` raises.
-            NotImplementedError: "triton" was demanded and there is no supported GPU.
+            NotImplementedError: a kernel was demanded that cannot run here.
         """
         config.check_decoder()
         options = ModuleOptions(rngs, dtype, param_dtype, implementation)
@@ -96,7 +96,7 @@ class Gemma4Decoder(nnx.Module):
             dtype: of the storage, see `Gemma4Attention.init_cache`.
 
         Raises:
-            ValueError: a layer type has no layout, there is no such layer type, or as
+            ValueError: a layer type has no layout, the model has no layers of a type, or as
                 `Gemma4Attention.init_cache` raises.
         """
         forms = {} if forms is None else forms
@@ -130,11 +130,13 @@ class Gemma4Decoder(nnx.Module):
         Raises:
             ValueError: a page table is missing or surplus, or as `plan_step` raises.
         """
+        check_type("cache", cache, ModelCache)
         with jax.named_scope("plan"):
             return Step.plan(self._specs(), positions, cache.layouts, page_tables)
 
     def readable(self, cache: ModelCache) -> dict[str, ReadableCache]:
         """The last cache of each layer type, which KV-shared layers and an assistant read."""
+        check_type("cache", cache, ModelCache)
         return self._readable(cache.layers)
 
     @overload
@@ -325,11 +327,11 @@ class Gemma4Decoder(nnx.Module):
             )
 
     def _check_layer_types(self, name, given, *, all_needed=True):
-        """Refuses a dict by layer type that lacks one or has what is none."""
+        """Refuses a dict by layer type that lacks one of the model's, or has another."""
         types = sorted(set(self.config.layer_types))
         missing = [layer_type for layer_type in types if layer_type not in given]
         if all_needed and missing:
             raise ValueError(f"{name} lacks {', '.join(missing)}; the model has such layers")
-        surplus = [key for key in given if key not in ("sliding_attention", "full_attention")]
+        surplus = [key for key in given if key not in types]
         if surplus:
             raise ValueError(f"{name} has {surplus[0]!r}; accepted: {', '.join(types)}")

@@ -66,7 +66,7 @@ class PerLayerInputs(nnx.Module):
         Returns:
             [B, T, L, P] in x's dtype.
         """
-        with jax.named_scope("per_layer_input"):
+        with jax.named_scope("per_layer_inputs"):
             of_tokens = self.embed_tokens(tokens)
             projected = self.projection.float32(x) / math.sqrt(x.shape[-1])
             projected = rms_norm(projected, self.norm[...], eps=self.eps)

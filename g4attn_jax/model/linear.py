@@ -31,7 +31,7 @@ class ModuleOptions:
 
     Raises:
         ValueError: a dtype is not bfloat16, float16 or float32, or there is no such implementation.
-        NotImplementedError: "triton" was demanded and there is no supported GPU.
+        NotImplementedError: a kernel was demanded that cannot run here.
     """
 
     rngs: nnx.Rngs

@@ -23,7 +23,7 @@ _PARAMETERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. As it is, the most likely one is taken.
+    """Temperature and filters of drawing tokens; by default the most likely token is taken.
 
         p = softmax(logits / temperature), of tokens that are not suppressed
         p = p of the tokens that fewer than top_k others exceed, over their sum
@@ -127,7 +127,7 @@ def _exceeded_by_less_than(
     logits: Float[Array, "*batch V"],
     weights: Float[Array, "*batch V"],
 ) -> Shaped[Array, "*batch V"]:
-    """Which tokens have less than `limit` of weight in tokens of larger logits.
+    """Mask of tokens with less than `limit` of weight in tokens of larger logits.
 
     That weight falls as logits rise, so they are all from some logit on, which is found by its
     bits: 32 passes over the logits, where sorting them would move all of them many times.

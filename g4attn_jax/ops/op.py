@@ -31,6 +31,18 @@ XLA = "xla"
 _INTERPRET = "_interpret"
 
 
+class KernelRefusal(NotImplementedError):
+    """Refusal of a demanded implementation.
+
+    Attributes:
+        reason: without the name and what is accepted instead.
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 def _refuses_nothing(*arrays, **static):
     return None
 
@@ -208,7 +220,8 @@ class Op:
 
         Raises:
             ValueError: no op has such an implementation.
-            NotImplementedError: a kernel was demanded that cannot take these arguments here.
+            KernelRefusal: a kernel was demanded that cannot take these arguments here; it is a
+                NotImplementedError.
         """
         choice = self._choose(implementation, arrays, static)
         return self._jitted(*arrays, choice=choice, static=tuple(static.items()))
@@ -245,9 +258,10 @@ class Op:
             for name in other.names:
                 if other.refusal_here(arrays, static, interpret=name != other.name) is None:
                     accepted.append(name)
-        raise NotImplementedError(
+        raise KernelRefusal(
             f"implementation {implementation!r} does not run {self.name} here: {reason}. Accepted "
-            f"here: {', '.join(map(repr, accepted))}"
+            f"here: {', '.join(map(repr, accepted))}",
+            reason,
         )
 
     def _first_without_refusal(self, arrays, static):
@@ -301,12 +315,17 @@ def implementations() -> tuple[Implementation, ...]:
     return (XLA, *dict.fromkeys(sorted(names, key=lambda name: name.endswith(_INTERPRET))))
 
 
+def kernels_of(op: str) -> tuple[Kernel, ...]:
+    """Kernels of an op, the preferred one first."""
+    return _OPS[op].kernels
+
+
 def check_implementation(implementation: Implementation | None) -> None:
     """Refuses an implementation that no op has, or that can run for none here.
 
     Raises:
         ValueError: no op has it.
-        NotImplementedError: its kernels need another GPU, or another JAX.
+        KernelRefusal: its kernels need another GPU, or another JAX.
     """
     names = implementations()
     check_choice("implementation", implementation, (None, *names))
@@ -315,9 +334,10 @@ def check_implementation(implementation: Implementation | None) -> None:
     refusals = _machine_refusals(implementation)
     if all(refusals):
         accepted = None, XLA, *(n for n in names[1:] if not all(_machine_refusals(n)))
-        raise NotImplementedError(
+        raise KernelRefusal(
             f"implementation {implementation!r} does not run here: {refusals[0]}. Accepted here: "
-            f"{', '.join(map(repr, accepted))}"
+            f"{', '.join(map(repr, accepted))}",
+            refusals[0],
         )
 
 

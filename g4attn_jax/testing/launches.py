@@ -9,13 +9,18 @@ import jax
 FREE_OPCODES = {"parameter", "bitcast", "get-tuple-element", "tuple", "constant"}
 
 
+def launches_by_backend(compiled_text: str, kernel: str) -> collections.Counter[str]:
+    """Launches of a kernel, under "triton" and "mosaic_gpu"."""
+    counts = collections.Counter()
+    for line in compiled_text.splitlines():
+        counts["triton"] += "__gpu$xla.gpu.triton" in line and f'name = "{kernel}"' in line
+        counts["mosaic_gpu"] += '"mosaic_gpu' in line and f"/{kernel}/mpmd_map" in line
+    return +counts
+
+
 def count_launches(compiled_text: str, kernel: str) -> int:
     """Launches of a kernel, by Triton or by Mosaic GPU."""
-    return sum(
-        ("__gpu$xla.gpu.triton" in line and f'name = "{kernel}"' in line)
-        or ('"mosaic_gpu' in line and f"/{kernel}/mpmd_map" in line)
-        for line in compiled_text.splitlines()
-    )
+    return launches_by_backend(compiled_text, kernel).total()
 
 
 def entry_opcodes(compiled: jax.stages.Compiled) -> collections.Counter:

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 import warnings
 
 import jax
@@ -279,7 +280,7 @@ def test_save_does_not_mix_checkpoints(tmp_path):
 def test_a_size_of_shards_that_is_none(limit, tmp_path):
     model, _ = load_fixture("gemma-4-e4b")
     config = read_config(FIXTURES / "gemma-4-e4b")
-    message = f"max_shard_bytes must be an integer of at least 1, not {limit!r}"
+    message = f"^max_shard_bytes is {re.escape(repr(limit))}; accepted: "
     with pytest.raises(CheckpointError, match=message):
         save_hf(tmp_path / "saved", model, config, max_shard_bytes=limit)
     assert not (tmp_path / "saved").exists()
