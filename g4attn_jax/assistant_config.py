@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Self
 
+from g4attn_jax.checks import check_integer
 from g4attn_jax.config import (
     ASSISTANT_MODEL_TYPES,
     AttentionSpec,
@@ -124,9 +125,7 @@ class AssistantConfig:
         if self.use_ordered_embeddings:
             counts += ["num_centroids", "centroid_intermediate_top_k"]
         for field in counts:
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field} must be an integer of at least 1, not {value!r}")
+            check_integer(field, getattr(self, field))
         if not self.use_ordered_embeddings:
             return
         if self.text.vocab_size % self.num_centroids:

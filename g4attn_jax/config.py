@@ -8,6 +8,7 @@ from importlib import resources
 from os import PathLike
 from typing import Any, Self
 
+from g4attn_jax.checks import check_integer
 from g4attn_jax.hf_config import FULL, LAYER_TYPES, SLIDING, resolved_fields, text_config_of
 from g4attn_jax.json_file import parse_object, read_object
 
@@ -188,10 +189,10 @@ class Gemma4Config:
             "global_head_dim",
             "sliding_window",
         ):
-            _check_int(field, getattr(self, field), minimum=1)
+            check_integer(field, getattr(self, field), least=1)
         if self.num_global_key_value_heads is not None:
-            _check_int("num_global_key_value_heads", self.num_global_key_value_heads, minimum=1)
-        _check_int("num_kv_shared_layers", self.num_kv_shared_layers, minimum=0)
+            check_integer("num_global_key_value_heads", self.num_global_key_value_heads, least=1)
+        check_integer("num_kv_shared_layers", self.num_kv_shared_layers, least=0)
         if not isinstance(self.attention_k_eq_v, bool):
             raise ValueError(
                 f"attention_k_eq_v must be true or false, not {self.attention_k_eq_v!r}"
@@ -273,7 +274,7 @@ class Gemma4Config:
             ("moe_intermediate_size", 1),
         ):
             if getattr(self, field) is not None:
-                _check_int(field, getattr(self, field), minimum=minimum)
+                check_integer(field, getattr(self, field), least=minimum)
         for field, accepted in (
             ("tie_word_embeddings", (True, False)),
             ("hidden_activation", ("gelu_pytorch_tanh",)),
@@ -334,9 +335,7 @@ class Gemma4Config:
         Raises:
             ValueError: there are not as many.
         """
-        is_int = isinstance(layers, int) and not isinstance(layers, bool)
-        if not is_int or not 1 <= layers <= self.num_hidden_layers:
-            raise ValueError(f"layers is {layers!r}; accepted: 1 to {self.num_hidden_layers}")
+        layers = check_integer("layers", layers, most=self.num_hidden_layers)
         types = self.layer_types[:layers]
         shared = self.num_kv_shared_layers * layers // self.num_hidden_layers
         while not set(types[layers - shared :]) <= set(types[: layers - shared]):
@@ -371,11 +370,7 @@ class Gemma4Config:
         Raises:
             ValueError: there is no such layer.
         """
-        is_index = isinstance(layer, int) and not isinstance(layer, bool)
-        if not is_index or not 0 <= layer < self.num_hidden_layers:
-            raise ValueError(
-                f"layer is {layer!r}; this model has layers 0 to {self.num_hidden_layers - 1}"
-            )
+        layer = check_integer("layer", layer, least=0, most=self.num_hidden_layers - 1)
         layer_type = self.layer_types[layer]
         full = layer_type == FULL
         first_shared = self.num_hidden_layers - self.num_kv_shared_layers
@@ -418,8 +413,3 @@ class Gemma4Config:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_int(field: str, value: Any, *, minimum: int):
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{field} must be an integer of at least {minimum}, not {value!r}")

@@ -327,10 +327,10 @@ def test_the_new_form_of_a_config_says_the_same():
     [
         ({"model_type": "gemma4"}, "model_type is 'gemma4'; an assistant's config has one of"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings = False is not supported"),
-        ({"backbone_hidden_size": 0}, "backbone_hidden_size must be an integer of at least 1"),
+        ({"backbone_hidden_size": 0}, "backbone_hidden_size is 0; accepted: an integer of 1"),
         ({"use_ordered_embeddings": 1}, "use_ordered_embeddings must be true or false, not 1"),
         ({"num_centroids": 12}, "num_centroids = 12 does not divide vocab_size = 128"),
-        ({"num_centroids": True}, "num_centroids must be an integer of at least 1"),
+        ({"num_centroids": True}, "num_centroids is True; accepted: an integer of 1"),
         ({"centroid_intermediate_top_k": 17}, "_top_k = 17 exceeds num_centroids = 16"),
         ({"text_config": None}, "text_config must be an object"),
     ],

@@ -15,6 +15,7 @@ from g4attn_jax.commands import check, compilation_cache, decode
 from g4attn_jax.commands.layers import first_of_each_kind
 from g4attn_jax.commands.model_config import load_config
 from g4attn_jax.config import _CONFIGS, Gemma4Config, ProjectionMode
+from g4attn_jax.ops.decode_attention import mosaic_limits
 from g4attn_jax.ops.decode_attention.cases import DecodeAttentionCase
 from g4attn_jax.ops.prefill_attention.cases import PrefillAttentionCase
 from g4attn_jax.ops.q_keqv_rms_norm.cases import QKeqvRmsNormCase
@@ -325,6 +326,7 @@ def test_check_takes_a_case_of_every_op_mode_form_and_head_dim():
 def test_check_runs_the_whole_sweep_on_demand(monkeypatch, capsys):
     norms = [QKeqvRmsNormCase(4, 2, 128, tokens) for tokens in (1, 3)]
     monkeypatch.setattr(check, "sweep", lambda: norms)
+    monkeypatch.setattr(check, "mosaic_cases", lambda: [])
     assert main(["check"]) == 0
     assert {row[3] for row in rows_of(capsys.readouterr().out)} == {"1"}
     assert main(["check", "--all"]) == 0
@@ -345,9 +347,18 @@ def test_check_runs_every_kernel_of_an_op(whole_sweep, monkeypatch):
     assert check.implementations(prefill, whole_sweep) == ["cudnn", "triton", "xla"]
 
 
+def test_check_has_cases_that_mosaic_takes():
+    cases = check.mosaic_cases()
+    assert {case.form for case in cases} == {KVCache, CompactKVCache}
+    for case in cases:
+        options = {"sliding_window": None, "interpret": True}
+        assert mosaic_limits.refusal(*case.structs(), **options) is None
+
+
 def test_check_skips_what_a_kernel_refuses(monkeypatch, capsys):
     case = DecodeAttentionCase(KVCache, 4, 2, 128, 6, (39,), 40, rotary_dim=32)
     monkeypatch.setattr(check, "sweep", lambda: [case])
+    monkeypatch.setattr(check, "mosaic_cases", lambda: [])
     assert main(["check", "--all"]) == 0
     lines = capsys.readouterr().out.splitlines()
     [skipped] = [line for line in lines if "skipped: " in line]
