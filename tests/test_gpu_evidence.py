@@ -196,6 +196,15 @@ def test_gpus_of_several_kinds_are_refused(monkeypatch):
         command.machine()
 
 
+def test_ops_run_again_whose_tests_were_mended(copy):
+    evidence.FILE.unlink()
+    evidence.record("linear", RUN)
+    evidence.record("qkv_rms_norm", RUN | {"mended_since": {"a": "its criterion"}})
+    assert evidence.unfinished() == ["qkv_rms_norm"]
+    evidence.record("qkv_rms_norm", RUN)
+    assert evidence.unfinished() == []
+
+
 def test_runs_of_other_modules_are_forgotten(copy):
     evidence.FILE.unlink()
     evidence.record("linear", RUN)

@@ -165,7 +165,8 @@ def main(argv: list[str]) -> int:
         tests = ["tests/gpu/test_tables.py", "tests/gpu/test_generator.py"]
         arguments = [*tests, "--whole-tables", *further]
         return report(run(arguments, MAX_SECONDS_OF_TABLES, processes))
-    ops = evidence.op_names() if options.all else list(evidence.stale())
+    changed = dict.fromkeys([*evidence.stale(), *evidence.unfinished()])
+    ops = evidence.op_names() if options.all else list(changed)
     if not ops:
         print("every kernel is as it passed on a GPU")
         return 0

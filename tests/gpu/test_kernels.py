@@ -103,7 +103,8 @@ def test_float8_storage(case):
             np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
             # float32 results that differ in the last bit may round apart, few of them.
             assert np.mean(~np.isnan(a) & (a != b)) < 1e-4
-            np.testing.assert_allclose(a, b, rtol=0.13)  # neighbours differ by up to an eighth
+            # Neighbours differ by up to an eighth, subnormal numbers by 2^-9.
+            np.testing.assert_allclose(a, b, rtol=0.13, atol=2**-9)
         if factor == 1:
             assert not any(bool(jnp.isnan(x).any()) for x in jax.tree.leaves(ours))
 
@@ -227,8 +228,8 @@ def test_decode_of_real_layers_uses_the_kernel(preset, layer):
     config = Gemma4Config.preset(preset)
     for row in decode.decode_layers(config, [layer], batch=4, prompt_len=64, steps=8):
         assert row.passed, row
-        assert row.prologue_launches == 1
-        assert row.attention_launches in (1, 2)
+        assert row.prologue_launches.total() == 1
+        assert row.attention_launches.total() in (1, 2)
 
 
 @on_a_gpu("qkv_norm_rope_write", "decode_attention", slow=True)
