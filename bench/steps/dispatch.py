@@ -1,7 +1,8 @@
 """Time that the host needs to dispatch a jitted decode step with as many arrays as 31B has.
 
-Sizes are tiny but layers are 31B's 60, so that weights and caches have 31B's leaves. A call is
-timed until it returns, which is before the device has finished; the device is idle when it comes.
+Sizes are tiny but layers are 31B's 60, so that weights and caches have 31B's leaves. The program
+has nothing to do: what is timed is JAX going through arguments and results. To put a step's kernels
+into the GPU's queue is XLA's own work, and comes on top.
 """
 
 import dataclasses
@@ -68,21 +69,16 @@ def rows(points, _):
 
 
 def program(case, variant):
-    """(jitted step, weights) of a variant."""
+    """(jitted program that returns its state and does nothing, weights) of a variant."""
     weights = random_like(case.weights)
-    if variant == "tuple":
-        return jax.jit(
-            lambda weights, state: case.next_state(case.merge(weights), state), donate_argnums=1
-        ), weights
-    graph, weights = nnx.split(case.merge(weights))
-    return jax.jit(
-        lambda weights, state: case.next_state(nnx.merge(graph, weights), state), donate_argnums=1
-    ), weights
+    if variant == "state":
+        weights = nnx.split(case.merge(weights))[1]
+    return jax.jit(lambda weights, state: state, donate_argnums=1, keep_unused=True), weights
 
 
 BENCHMARK = Benchmark(
     name="dispatch",
-    about="host time of one call of a jitted decode step with 31B's number of arrays",
+    about="host time of one call of a jitted program with the arrays of a decode step of 31B",
     variants=VARIANTS,
     identity=("model", "variant"),
     fields=("call_us", "call_p10_p90_us", "leaves"),
