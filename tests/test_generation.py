@@ -98,7 +98,7 @@ def test_unequal_prompts_in_chunks():
     assert answers == [tokens[:20] for tokens in follows(PROMPT + 20, PROMPT)]
 
 
-@everyday("8")
+@everyday()
 # Smaller than the window, as large, larger, and such that a ring would exceed the capacity.
 @pytest.mark.parametrize("chunk_tokens", [3, 8, 17, 100])
 def test_chunks_fill_caches_as_a_whole_prompt_does(chunk_tokens):

@@ -21,6 +21,7 @@ from g4attn_jax import (
     Gemma4Decoder,
     Generator,
     KVCache,
+    ModelCache,
     Paged,
     Ring,
     Sampling,
@@ -360,6 +361,7 @@ def test_fewest_and_most_drafts(draft_tokens):
     assert (seen[0].drafted >= (steps - 1 - draft_tokens) * draft_tokens).all()
 
 
+@everyday()
 def test_a_stop_token_in_a_run_of_drafts_ends_the_sequence(monkeypatch):
     """Steps of 1, 5, 5 ... tokens: as the first, a middle one and the last of a run."""
     name = "gemma-4-e4b"
@@ -425,6 +427,9 @@ def distribution(logits, sampling):
     return np.stack(rows)
 
 
+NO_CACHE = ModelCache((), {})  # chains remember nothing
+
+
 @functools.cache
 def drawn_from_chains(sampling, same_chain=False):
     """(tokens [DRAWN_SEQUENCES, 3] after token 0, share of accepted drafts), K drafts a group.
@@ -457,9 +462,9 @@ def drawn_from_chains(sampling, same_chain=False):
     @jax.jit
     def group(token, position, num_drafts, rule):
         last = LastTokens(token, position, jnp.zeros((DRAWN_SEQUENCES, 1)))
-        drafts = draft(decoder, Reader(), last, (), rule, draft_tokens=K)
-        verified = verify(decoder, last, drafts.at_most(num_drafts), (), rule)
-        return verified._replace(hidden=None), drafts.tokens
+        drafts = draft(decoder, Reader(), last, NO_CACHE, rule, draft_tokens=K)
+        verified = verify(decoder, last, drafts.at_most(num_drafts), NO_CACHE, rule)
+        return verified._replace(hidden=None, cache=None), drafts.tokens
 
     made = np.full((DRAWN_SEQUENCES, 3 + K), -1)
     token, position = np.zeros((2, DRAWN_SEQUENCES), np.int32)

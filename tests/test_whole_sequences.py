@@ -70,7 +70,7 @@ def loss(decoder, tokens, segment_ids=None):
     return -jnp.sum(jnp.where(counts, likelihood, 0)) / jnp.sum(counts)
 
 
-@everyday("True-gemma-4-26b-a4b")
+@everyday("True-gemma-4-12b")
 @on_every_model
 @pytest.mark.parametrize("packed", [False, True])
 def test_derivatives(name, packed):
