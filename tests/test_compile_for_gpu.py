@@ -79,9 +79,10 @@ def test_is_one_launch(gpu, case):
     ids=str,
 )
 def test_attention_of_several_tokens_is_on_tensor_cores(case):
-    """Hopper's: on other units the result is as right, many times slower."""
+    """On other units the result is as right, many times slower. Hopper's own take 64 rows, the
+    instructions before them 16, which is what up to 16 query rows of a KV head are padded to."""
     ptx = gpu_target.assembly("9.0", lambda *a: case.run(a, "triton"), *case.structs())
-    assert "wgmma.mma_async" in ptx
+    assert ("wgmma.mma_async" if case.tokens * case.group > 16 else "mma.sync") in ptx
 
 
 @on_every_gpu
