@@ -347,7 +347,7 @@ def test_memory_of_a_card():
     assert memory.sequences("31b", 48, 8192) == 0
 
 
-@everyday("gemma-4-e4b")
+@everyday()
 @pytest.mark.parametrize("model", decode_step.MODELS)
 def test_bytes_of_a_step(model):
     """Limits of the committed results were computed from these bytes."""

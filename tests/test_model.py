@@ -184,7 +184,7 @@ def test_unequal_prompts_in_chunks_with_padding_anywhere(name):
     assert begun == [25, 29] and seen.sum() == 54
 
 
-@everyday("12b-ring")
+@everyday()
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(MODELS[0], "contiguous"), (MODELS[0], "paged"), *((name, "ring") for name in MODELS)],

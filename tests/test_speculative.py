@@ -388,6 +388,7 @@ def test_a_stop_token_in_a_run_of_drafts_ends_the_sequence(monkeypatch):
     assert ends == set(range(K + 1))
 
 
+@everyday()
 @pytest.mark.parametrize("kinds", [WRONG, RIGHT])
 def test_max_new_tokens_is_exact_and_may_fill_the_capacity(kinds, monkeypatch):
     """The last tokens have no room for drafts after them, and those go nowhere."""
