@@ -33,6 +33,14 @@ class Time(NamedTuple):
     launches: float
     kernels: dict[str, float]
 
+    def fields(self, name: str) -> dict[str, Any]:
+        """Fields of a row: time, spread and launches of what has a name in it."""
+        return {
+            f"{name}_us": round(self.us, 3),
+            f"{name}_p10_p90_us": [round(self.p10, 3), round(self.p90, 3)],
+            f"{name}_launches": self.launches,
+        }
+
 
 def kernel_time(
     f: Callable[..., Any], calls: Sequence[tuple], iterations: int = 20, state: Any = None

@@ -79,8 +79,8 @@ def test_is_one_launch(gpu, case):
     ids=str,
 )
 def test_attention_of_several_tokens_is_on_tensor_cores(case):
-    """On other units the result is as right, many times slower. Hopper's own take 64 rows, the
-    instructions before them 16, which is what up to 16 query rows of a KV head are padded to."""
+    """A wgmma instruction takes 64 rows. One of mma.sync takes 16, to which fewer query rows of a
+    KV head are padded. Other units would give the right result, many times slower."""
     ptx = gpu_target.assembly("9.0", lambda *a: case.run(a, "triton"), *case.structs())
     assert ("wgmma.mma_async" if case.tokens * case.group > 16 else "mma.sync") in ptx
 

@@ -100,10 +100,7 @@ def rows(points, gbps):
         row = {**point.fields, "limit_us": round(case.bytes() / gbps / 1e3, 3)}
         arguments, cache = calls(case)
         for name, f in variants(case.mode):
-            time = measure.kernel_time(f, arguments, iterations=10, state=cache)
-            row[f"{name}_us"] = round(time.us, 3)
-            row[f"{name}_p10_p90_us"] = [round(time.p10, 3), round(time.p90, 3)]
-            row[f"{name}_launches"] = time.launches
+            row |= measure.kernel_time(f, arguments, iterations=10, state=cache).fields(name)
         yield row
 
 

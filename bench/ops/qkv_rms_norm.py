@@ -84,10 +84,7 @@ def rows(points, gbps):
         }
         arguments = calls(case)
         for name, f in variants(case.mode):
-            time = measure.kernel_time(f, arguments)
-            row[f"{name}_us"] = round(time.us, 3)
-            row[f"{name}_p10_p90_us"] = [round(time.p10, 3), round(time.p90, 3)]
-            row[f"{name}_launches"] = time.launches
+            row |= measure.kernel_time(f, arguments).fields(name)
         yield row
 
 

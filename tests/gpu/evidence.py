@@ -3,9 +3,9 @@
     python -m tests.gpu.evidence       says which ops are stale; exit status 1 if any is
 
 `tests/gpu_evidence.json` has of every op a digest of each module of `g4attn_jax/ops` that its
-kernels are made of, and the runs in which all GPU tests of the op passed with these modules. A run
-may name tests, under "mended_since", that failed for a fault of their own and not of a kernel, each
-with the fault: they have not passed yet, and `python -m tests.gpu` runs their ops again.
+kernels are made of, and the runs in which all GPU tests of the op passed with these modules. Under
+"mended_since" a run may name tests that failed for a fault of the test, not of a kernel, each with
+its fault. They have not passed yet, so `python -m tests.gpu` runs their ops again.
 """
 
 import ast
