@@ -4,7 +4,7 @@ from g4attn_jax.ops.add_rms_norm import add_rms_norm
 from g4attn_jax.ops.decode_attention import decode_attention
 from g4attn_jax.ops.grouped_gated_matmul import grouped_gated_matmul
 from g4attn_jax.ops.grouped_matmul import grouped_matmul
-from g4attn_jax.ops.linear import add_partial_sums, geglu, linear, linear_partial_sums
+from g4attn_jax.ops.linear import add_partial_sums, geglu, linear, linear_partial_sums, logits
 from g4attn_jax.ops.op import Implementation
 from g4attn_jax.ops.prefill_attention import prefill_attention
 from g4attn_jax.ops.q_keqv_rms_norm import q_keqv_rms_norm
@@ -22,6 +22,7 @@ __all__ = [
     "grouped_matmul",
     "linear",
     "linear_partial_sums",
+    "logits",
     "prefill_attention",
     "q_keqv_rms_norm",
     "qkv_norm_rope",
