@@ -187,6 +187,8 @@ def test_products(fuzz):
         check_sums(y, exact, k, dtype, tokens, k, n)
         partial_sums = ops.linear_partial_sums(x, w, implementation="triton")
         check_sums(ops.add_partial_sums(partial_sums, dtype), exact, k, dtype, tokens, k, n)
+        y = ops.logits(x, jnp.asarray(w.T), implementation="triton")
+        check_sums(y, exact, k, jnp.float32, "logits", tokens, k, n)
         x, w = test_linear.case(tokens, k, 2, n, dtype=dtype)
         gate, up = np.moveaxis(oracle.linear(x, w), 2, 0)
         y = ops.geglu(x, w, implementation="triton")

@@ -15,6 +15,7 @@ from g4attn_jax.ops.linear.launch import (
     choose_launch,
     choose_logits_launch,
     choose_num_partial_sums,
+    has_programs,
 )
 from g4attn_jax.testing import oracle
 from g4attn_jax.testing.case import tagged
@@ -120,8 +121,8 @@ def test_partial_sums(implementation):
     assert (np.abs(partial_sums).max(axis=(1, 2, 3)) > 0).all()
     wide = jnp.zeros((2048, 64 * 132), x.dtype)
     assert len(ops.linear_partial_sums(x, wide, implementation=implementation)) == 1
-    shallow = ops.linear_partial_sums(x[..., :400], w[:400], implementation=implementation)
-    assert len(shallow) == 3
+    shallow = ops.linear_partial_sums(x[..., :600], w[:600], implementation=implementation)
+    assert len(shallow) == 4
 
 
 @on_both
@@ -146,7 +147,7 @@ def test_who_gets_what():
         return "pallas_call" in str(jaxpr)
 
     few, many = jnp.zeros((64, 64)), jnp.zeros((65, 64))
-    narrow, wide = jnp.zeros((64, 640)), jnp.zeros((64, 64 * 96))
+    narrow, wide = jnp.zeros((64, 640)), jnp.zeros((64, 64 * 140))
     for f, w in [
         *itertools.product((ops.linear, ops.linear_partial_sums), (narrow, wide)),
         (ops.geglu, wide.reshape(64, 2, -1)),
@@ -155,6 +156,10 @@ def test_who_gets_what():
         assert runs_kernel(f, few, w)
         assert not runs_kernel(f, few, w, "xla")
         assert not runs_kernel(f, many, w)
+    # Nobody adds partial sums of gate and up: of few columns XLA splits K.
+    few_columns = wide.reshape(64, 2, -1)[..., : 64 * 40]
+    assert runs_kernel(ops.geglu, few, few_columns, "triton_interpret")
+    assert not runs_kernel(ops.geglu, few, few_columns)
 
 
 @pytest.mark.parametrize("f", [ops.linear_partial_sums, ops.logits])
@@ -229,18 +234,19 @@ def test_launches_fit(shared_memory, rows):
 
 @pytest.mark.parametrize("rows", [1, 16, 32, 64])
 def test_programs_fill_the_bus_and_no_more(rows):
-    """Of a weight of a few MB and more: programs for half of the multiprocessors, and 40 to 90 KiB
-    on their way to each."""
+    """40 to 90 KiB are on their way to each multiprocessor, from programs for half of them or more,
+    where the weight has so much."""
     gpu = Gpu(9.0, 132, 227 * 1024)
     for weight in WEIGHTS:
+        if weight.matrices == 2 and not has_programs(gpu, columns=weight.columns):
+            continue
         launch, count = launch_of(gpu, rows, weight, 2)
         programs = count * -(-weight.columns // launch.block_columns)
-        tiles = -(-weight.depth // (launch.block_k * count))
-        buffers = launch.num_stages - (rows < 64)
         tile = launch.block_k * weight.matrices * launch.block_columns * 2
-        if weight.depth * weight.columns > 3e6 and tiles > buffers:
-            assert programs > 64, weight
-            assert 40 <= programs * buffers * tile / 1024 / 132 <= 90, weight
+        tiles = weight.depth / (launch.block_k * count)
+        if tiles >= launch.num_stages:
+            assert programs >= 66, weight
+            assert 40 <= programs * (launch.num_stages - 1) * tile / 1024 / 132 <= 90, weight
         assert count == 1 or programs <= 132, weight
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from g4attn_jax.checks import check_array, check_choice
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.linear import reference
-from g4attn_jax.ops.linear.launch import choose_num_partial_sums
+from g4attn_jax.ops.linear.launch import choose_num_partial_sums, has_programs
 from g4attn_jax.ops.op import XLA, Implementation, Kernel, Op, check_implementation
 
 # Up to this many tokens a step is bound by reading its weights, which the kernels do faster than
@@ -33,7 +33,14 @@ _linear_partial_sums = Op(
 _geglu = Op(
     "geglu",
     reference=reference.geglu,
-    kernels=[Kernel("triton", "g4attn_jax.ops.linear.triton:geglu", refusal=_refuses_large)],
+    kernels=[
+        Kernel(
+            "triton",
+            "g4attn_jax.ops.linear.triton:geglu",
+            refusal=_refuses_large,
+            is_faster=lambda x, w: has_programs(gpu(), columns=w.shape[-1]),
+        )
+    ],
 )
 _logits = Op(
     "logits",
@@ -137,7 +144,8 @@ def geglu(
     Args:
         x: [..., K]. bfloat16, float16 or float32.
         w: Wg and Wu, [K, 2, N], in x's dtype.
-        implementation: see `linear`.
+        implementation: see `linear`; but None is XLA, which splits K, where columns are too few for
+            the kernel's programs to fill the memory bus (4224 on an H200).
 
     Returns:
         [..., N] in x's dtype. Up to 64 tokens both products stay in float32 until the end; above,

@@ -12,13 +12,13 @@ from g4attn_jax.ops.padding import pad
 # one program more than others end later.
 _BYTES_ON_THEIR_WAY = 60 * 1024
 _TILE_BYTES = 16 * 1024
-_COLUMNS = 64  # of a tile: DRAM gives lines of fewer bytes at less than its full rate
-_NARROW = 512  # columns of a weight of which a program owns half a tile's
-_NARROW_COLUMNS = 32
+# Columns that a program owns: DRAM gives lines of fewer bytes at less than its full rate.
+_COLUMNS = 64
+# Of weights of less than that many rows or columns, a launch is all that matters.
+_NARROW = 512
+_BUSY = 0.7  # of the multiprocessors, with which the bus is full
 _MAX_PARTIAL_SUMS = 8  # a reader adds in 0.2 us each, or more of many tokens
 _MAX_BUFFERS = 12
-# Rows from which a product is an instruction that reads tiles where they lie, until it is done.
-_WGMMA_ROWS = 64
 
 
 class MatmulLaunch(NamedTuple):
@@ -31,13 +31,21 @@ class MatmulLaunch(NamedTuple):
 
 
 def choose_num_partial_sums(gpu: Gpu, *, k: int, columns: int) -> int:
-    """Number of programs that share columns: about one program a multiprocessor, and not more.
+    """Number of programs that share columns: such that all are about one a multiprocessor.
 
-    No more than have a tile of the K rows of a weight each.
+    No more than that, and no more than have a tile of the K rows of a weight each. Of the numbers
+    that keep most multiprocessors busy, the one that divides the tiles best.
     """
-    block = _block_columns(gpu, columns, matrices=1)
-    partial_sums = gpu.num_sms // pl.cdiv(columns, block)
-    return max(1, min(partial_sums, k // _block_k(block, 1, itemsize=2), _MAX_PARTIAL_SUMS))
+    block = _block_columns(gpu, k, columns, 1)
+    blocks, tiles = pl.cdiv(columns, block), max(1, k // (_TILE_BYTES // (2 * block)))
+    most = max(1, min(gpu.num_sms // blocks, tiles, _MAX_PARTIAL_SUMS))
+    busy = [n for n in range(1, most + 1) if n * blocks >= _BUSY * gpu.num_sms]
+    return min(busy or [most], key=lambda n: (pl.cdiv(tiles, n) * n, -n))
+
+
+def has_programs(gpu: Gpu, *, columns: int) -> bool:
+    """Whether programs that share no columns fill the bus: one for every two multiprocessors."""
+    return columns >= _COLUMNS * gpu.num_sms / 2
 
 
 def choose_launch(
@@ -52,7 +60,7 @@ def choose_launch(
 ) -> MatmulLaunch:
     """Launch for a product, fitted to `python -m bench tune linear` on an H200.
 
-    A tile is 16 KiB. As many are on their way as all programs together need to fill the bus.
+    As many tiles are on their way as all programs together need to fill the bus.
 
     Args:
         gpu: what it runs on.
@@ -63,15 +71,15 @@ def choose_launch(
         num_partial_sums: programs that share columns.
         itemsize: bytes of a number.
     """
-    block = _block_columns(gpu, columns, matrices)
-    block_k = _block_k(block, matrices, itemsize)
+    block = _block_columns(gpu, k, columns, matrices)
     programs = pl.cdiv(columns, block) * num_partial_sums
-    tile = block * matrices * block_k * itemsize
+    tile = _tile_bytes(gpu, rows, block, programs, matrices)
+    block_k = tile // (block * matrices * itemsize)
     buffers = round(gpu.num_sms * _BYTES_ON_THEIR_WAY / (programs * tile))
-    tiles = pl.cdiv(k, block_k * num_partial_sums)
+    buffers = min(max(2, buffers), pl.cdiv(k, block_k * num_partial_sums), _MAX_BUFFERS)
+    # While a tile is multiplied its buffer is taken.
     most = gpu.shared_memory // (tile + pad(rows) * block_k * itemsize)
-    stages = max(2, min(buffers, tiles, _MAX_BUFFERS)) + (pad(rows) < _WGMMA_ROWS)
-    return MatmulLaunch(block, block_k, 4, max(2, min(stages, most)))
+    return MatmulLaunch(block, block_k, 4, max(2, min(buffers + 1, most)))
 
 
 def choose_logits_launch(gpu: Gpu, *, rows: int, itemsize: int) -> MatmulLaunch:
@@ -87,17 +95,21 @@ def choose_logits_launch(gpu: Gpu, *, rows: int, itemsize: int) -> MatmulLaunch:
     return MatmulLaunch(_COLUMNS, block_k, 4, max(2, min(4, gpu.shared_memory // tile)))
 
 
-def _block_columns(gpu, columns, matrices):
-    """Columns that a program owns."""
-    if matrices == 1:
-        return _NARROW_COLUMNS if columns <= _NARROW else _COLUMNS
-    # Nobody shares them: as many programs as half of the multiprocessors can fill the bus.
-    programs = columns / _COLUMNS / gpu.num_sms
-    if 1 <= programs <= 2:
-        return 2 * _COLUMNS
-    return _COLUMNS if programs >= 0.5 else _NARROW_COLUMNS
+def _block_columns(gpu, k, columns, matrices):
+    """Columns that a program owns: 64, unless that makes too few programs or an unlucky number."""
+    programs = pl.cdiv(columns, _COLUMNS) / gpu.num_sms
+    if matrices > 1:
+        return 2 * _COLUMNS if 1 < programs <= 1.5 else _COLUMNS
+    if min(k, columns) <= _NARROW:
+        return _COLUMNS // 2
+    has_idle = programs <= 1 and programs * (1 // programs) < _BUSY
+    return 2 * _COLUMNS if has_idle or 1 < programs <= 2 else _COLUMNS
 
 
-def _block_k(block, matrices, itemsize):
-    """Rows of a tile of the weight."""
-    return _TILE_BYTES // (block * matrices * itemsize)
+def _tile_bytes(gpu, rows, block, programs, matrices):
+    """Bytes of a tile of the weight."""
+    if block < _COLUMNS:
+        return _TILE_BYTES // 4
+    # Of gate and up few programs take large tiles, where rows leave room for them.
+    has_room = matrices > 1 and programs <= gpu.num_sms and pad(rows) <= 32
+    return _TILE_BYTES * (2 if has_room else 1)
