@@ -174,8 +174,10 @@ def norms():
 
 def prologue():
     cases = [
-        QkvNormRopeWriteCase(mode, form, 12, 3, d, d // 4, tokens)
-        for (mode, form), (tokens, d) in itertools.product(modes_and_forms(FORMS), SIZES)
+        QkvNormRopeWriteCase(mode, form, 12, 3, d, d // 4, tokens, partial_sums=partial_sums)
+        for (mode, form), (tokens, d), partial_sums in itertools.product(
+            modes_and_forms(FORMS), SIZES, (None, 3)
+        )
     ]
     without_cache = [
         QkvNormRopeCase(mode, 12, 3, d, d // 4, tokens)

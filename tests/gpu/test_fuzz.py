@@ -153,7 +153,10 @@ def test_prologue(fuzz):
         rotary_dim = 2 * int(rng.integers(1, d // 2 + 1))
         tokens, page_size = int(rng.integers(1, 400)), int(rng.integers(1, 70))
         sizes = *heads(rng), d, rotary_dim, tokens
-        case = QkvNormRopeWriteCase(mode, form, *sizes, page_size=page_size)
+        partial_sums = pick(rng, (None, 1, 3))
+        case = QkvNormRopeWriteCase(
+            mode, form, *sizes, page_size=page_size, partial_sums=partial_sums
+        )
         check_case(case, pick(rng, DTYPES))
 
     fuzz(try_one)
