@@ -10,7 +10,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.ops.linear.reference import gelu_gate
 from g4attn_jax.ops.padding import pad
-from g4attn_jax.ops.triton_tiles import dot, iota, load_tile, store_tile
+from g4attn_jax.ops.triton_tiles import (
+    dot,
+    first_program_id,
+    iota,
+    load_tile,
+    may_start_next,
+    store_tile,
+)
 
 _BLOCK_COLUMNS, _NUM_WARPS = 32, 4
 
@@ -22,7 +29,9 @@ def gelu_and_mul_linear(gate, up, w, *, interpret=False):
     if rows == 0:
         return jnp.zeros((*batch, columns), w.dtype)
     y = pl.pallas_call(
-        functools.partial(_multiply, block_columns=_BLOCK_COLUMNS),
+        functools.partial(
+            _multiply, block_columns=_BLOCK_COLUMNS, starts_next=may_start_next(interpret)
+        ),
         name="gelu_and_mul_linear",
         out_shape=jax.ShapeDtypeStruct((rows, columns), w.dtype),
         grid=(pl.cdiv(columns, _BLOCK_COLUMNS),),
@@ -34,10 +43,10 @@ def gelu_and_mul_linear(gate, up, w, *, interpret=False):
     return y.reshape(*batch, columns)
 
 
-def _multiply(gate_ref, up_ref, w_ref, y_ref, *, block_columns):
+def _multiply(gate_ref, up_ref, w_ref, y_ref, *, block_columns, starts_next):
     (rows, k), columns = up_ref.shape, w_ref.shape[1]
     row, index = iota(pad(rows)), iota(pad(k))
-    column = pl.program_id(0) * block_columns + iota(block_columns)
+    column = first_program_id(starts_next) * block_columns + iota(block_columns)
     row_mask = None if row.size == rows else row < rows
     mask = None if index.size == k else index < k
     column_mask = None if columns % block_columns == 0 else column < columns

@@ -27,7 +27,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.config import ProjectionMode
 from g4attn_jax.ops.head_norm.triton import MAX_BLOCK_ROWS, NormLaunch, rows_of_program
-from g4attn_jax.ops.triton_tiles import WARP_LOAD_BYTES, both, iota, load
+from g4attn_jax.ops.triton_tiles import (
+    WARP_LOAD_BYTES,
+    both,
+    first_program_id,
+    iota,
+    load,
+    may_start_next,
+)
 
 
 class Kind(NamedTuple):
@@ -147,6 +154,7 @@ def norm_rope(
         width=min(padded_half, WARP_LOAD_BYTES // itemsize),
         eps=eps,
         launch=launch,
+        starts_next=may_start_next(interpret),
     )
     (written,) = pl.pallas_call(
         body,
@@ -195,9 +203,9 @@ def _kinds(mode, rows_per_group):
     return tuple(kinds)
 
 
-def _kernel(inputs, _, outputs, *, kinds, groups, num_kv_heads, width, eps, launch):
+def _kernel(inputs, _, outputs, *, kinds, groups, num_kv_heads, width, eps, launch, starts_next):
     for kind, mine, rows in rows_of_program(
-        pl.program_id(0), kinds, groups=groups, block_rows=launch.block_rows
+        first_program_id(starts_next), kinds, groups=groups, block_rows=launch.block_rows
     ):
 
         @pl.when(mine)
