@@ -5,7 +5,7 @@ from g4attn_jax.ops.decode_attention import decode_attention
 from g4attn_jax.ops.gelu_and_mul_linear import gelu_and_mul_linear
 from g4attn_jax.ops.grouped_gated_matmul import grouped_gated_matmul
 from g4attn_jax.ops.grouped_matmul import grouped_matmul
-from g4attn_jax.ops.linear import add_partial_sums, geglu, linear, linear_partial_sums
+from g4attn_jax.ops.linear import add_partial_sums, geglu, linear, linear_partial_sums, logits
 from g4attn_jax.ops.op import Implementation
 from g4attn_jax.ops.prefill_attention import prefill_attention
 from g4attn_jax.ops.q_keqv_rms_norm import q_keqv_rms_norm
@@ -24,6 +24,7 @@ __all__ = [
     "grouped_matmul",
     "linear",
     "linear_partial_sums",
+    "logits",
     "prefill_attention",
     "q_keqv_rms_norm",
     "qkv_norm_rope",
