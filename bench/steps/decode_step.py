@@ -65,15 +65,15 @@ def _point(model, variant, batch, tokens=1):
 
 
 def rows(points, gbps):
-    """A row for each point; the variants of a model share its weights."""
+    """A row for each point; those of a model share its weights, and their steps are compiled side
+    by side."""
     for model, of_model in itertools.groupby(points, lambda point: point.fields["model"]):
         if model == ASSISTANT:
             yield from drafts(list(of_model), gbps)
             continue
         config = Gemma4Config.preset(model)
         weights = random_like(StepCase(config, Variant.XLA, 1, CONTEXT).weights)
-        for _, of_place in itertools.groupby(of_model, _place_of_point):
-            yield from measured(config, weights, list(of_place), gbps)
+        yield from measured(config, weights, list(of_model), gbps)
         del weights
 
 
@@ -82,13 +82,13 @@ def _place_of_point(point):
 
 
 def measured(config, weights, points, gbps):
-    """Rows of one model and shape of its tokens, whose caches go from variant to variant."""
+    """Rows of one model, whose caches go from one variant to the next of the same form."""
     cases = [_case(config, point) for point in points]
-    cache, forms = None, None
+    cache, kind = None, None
     for point, case, step in zip(points, cases, compile_steps(cases), strict=True):
-        if case.forms != forms:
+        if (case.forms, _place_of_point(point)) != kind:
             cache = None  # before there is another
-            forms, cache = case.forms, random_like(case.cache())
+            kind, cache = (case.forms, _place_of_point(point)), random_like(case.cache())
         fields, state = measured_step(step, weights, (*case.tokens(CONTEXT), cache))
         experts = None
         if config.enable_moe_block:

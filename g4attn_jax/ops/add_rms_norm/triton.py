@@ -10,7 +10,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from g4attn_jax.ops.triton_tiles import WARP_LOAD_BYTES, iota, load
+from g4attn_jax.ops.triton_tiles import (
+    WARP_LOAD_BYTES,
+    first_program_id,
+    iota,
+    load,
+    may_start_next,
+)
 
 _NUM_WARPS = 8
 
@@ -30,7 +36,7 @@ def add_rms_norm(x, y, scale, next_scales, factor, *, eps, interpret=False):
     }
     outputs = [jax.ShapeDtypeStruct((rows, width), x.dtype)] * (1 + len(next_scales))
     total, *h = pl.pallas_call(
-        functools.partial(_add_rms_norm, eps=eps),
+        functools.partial(_add_rms_norm, eps=eps, starts_next=may_start_next(interpret)),
         name="add_rms_norm",
         out_shape=outputs,
         grid=(rows,),
@@ -51,9 +57,9 @@ class _Row(NamedTuple):
     masks: list[jax.Array | None]  # which of them the row has; None: all
 
     @classmethod
-    def of_program(cls, x_ref):
+    def of_program(cls, x_ref, starts_next):
         """Row of this program."""
-        row, width = pl.program_id(0), x_ref.shape[1]
+        row, width = first_program_id(starts_next), x_ref.shape[1]
         piece = _NUM_WARPS * WARP_LOAD_BYTES // x_ref.dtype.itemsize
         piece = min(piece, pl.next_power_of_2(width))
         columns = [start + iota(piece) for start in range(0, width, piece)]
@@ -81,14 +87,14 @@ class _Row(NamedTuple):
         return lax.rsqrt(jnp.sum(squares) * (1 / self.width) + eps)
 
 
-def _add_rms_norm(inputs, total_ref, *h_refs, eps):
+def _add_rms_norm(inputs, total_ref, *h_refs, eps, starts_next):
     """Adds and norms one row.
 
     What is multiplied by a root is multiplied by its scale before the root is known, so that no
     load waits for it. A step's weights pass through the L2 between one launch and the next: the
     stream and the scales are marked as what it should keep, the branch as what nothing reads again.
     """
-    row = _Row.of_program(inputs["x"])
+    row = _Row.of_program(inputs["x"], starts_next)
     x, scale = row.load(inputs["x"], row.index), row.load(inputs["scale"])
     y = _branch(row, inputs["y"], rows=inputs["x"].shape[0])
     next_scales = [row.load(ref) for ref in inputs["next_scales"]]

@@ -20,7 +20,14 @@ from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.linear.launch import choose_launch, choose_logits_launch
 from g4attn_jax.ops.linear.reference import gelu_gate
 from g4attn_jax.ops.padding import pad
-from g4attn_jax.ops.triton_tiles import dot, iota, load_tile, store_tile
+from g4attn_jax.ops.triton_tiles import (
+    dot,
+    first_program_id,
+    iota,
+    load_tile,
+    may_start_next,
+    store_tile,
+)
 
 
 def linear_partial_sums(x, w, *, num_partial_sums, dtype, interpret=False, launch=None):
@@ -41,7 +48,7 @@ def logits(hidden, table, *, interpret=False, launch=None):
         return jnp.zeros((*batch, entries), jnp.float32)
     launch = launch or choose_logits_launch(gpu(), rows=rows, itemsize=table.dtype.itemsize)
     y = pl.pallas_call(
-        functools.partial(_multiply_rows, launch=launch),
+        functools.partial(_multiply_rows, launch=launch, starts_next=may_start_next(interpret)),
         name="logits",
         out_shape=jax.ShapeDtypeStruct((rows, entries), jnp.float32),
         grid=(pl.cdiv(entries, launch.block_columns),),
@@ -84,6 +91,7 @@ def _launch(
             matrices=matrices,
             num_partial_sums=num_partial_sums,
             launch=launch,
+            starts_next=may_start_next(interpret),
         ),
         name=name,
         out_shape=jax.ShapeDtypeStruct((num_partial_sums * rows, columns), dtype),
@@ -98,10 +106,10 @@ def _launch(
     return y.reshape(num_partial_sums, *batch, columns)
 
 
-def _multiply(x_ref, w_ref, y_ref, *, combine, matrices, num_partial_sums, launch):
+def _multiply(x_ref, w_ref, y_ref, *, combine, matrices, num_partial_sums, launch, starts_next):
     (rows, k), columns, split = x_ref.shape, y_ref.shape[1], pl.program_id(1)
     row, row_mask = _rows(rows)
-    column, column_mask = _block(launch.block_columns, columns)
+    column, column_mask = _block(launch.block_columns, columns, starts_next)
 
     def tile(i, sums):
         index, mask = _tile(i * num_partial_sums + split, launch.block_k, k)
@@ -119,10 +127,10 @@ def _multiply(x_ref, w_ref, y_ref, *, combine, matrices, num_partial_sums, launc
     store_tile(y_ref, split * rows + row, column, row_mask, column_mask, combine(*sums))
 
 
-def _multiply_rows(x_ref, table_ref, y_ref, *, launch):
+def _multiply_rows(x_ref, table_ref, y_ref, *, launch, starts_next):
     (rows, k), entries = x_ref.shape, table_ref.shape[0]
     row, row_mask = _rows(rows)
-    entry, entry_mask = _block(launch.block_columns, entries)
+    entry, entry_mask = _block(launch.block_columns, entries, starts_next)
 
     def tile(i, total):
         index, mask = _tile(i, launch.block_k, k)
@@ -140,9 +148,9 @@ def _rows(rows):
     return row, None if row.size == rows else row < rows
 
 
-def _block(size, columns):
+def _block(size, columns, starts_next):
     """(index, mask) of the columns that this program owns."""
-    column = pl.program_id(0) * size + iota(size)
+    column = first_program_id(starts_next) * size + iota(size)
     return column, None if columns % size == 0 else column < columns
 
 
