@@ -21,6 +21,7 @@ from g4attn_jax.ops.linear.launch import (
     choose_launch,
     choose_logits_launch,
     choose_num_partial_sums,
+    geglu_is_faster,
 )
 
 TOKENS = (1, 2, 4, 5, 8, 9, 16, 32, 64)
@@ -59,20 +60,28 @@ def points():
     ]
 
 
-def chosen(case):
+def chosen(case, gpu):
     """(launch, number of partial sums) that the op takes."""
     if isinstance(case, LogitsCase):
-        return choose_logits_launch(gpu(), rows=case.tokens, itemsize=2), 1
+        return choose_logits_launch(gpu, rows=case.tokens, itemsize=2), 1
     count = 1
     if case.num_matrices == 1:
-        count = choose_num_partial_sums(gpu(), k=case.depth, columns=case.columns)
-    return launch_of(case, count), count
+        sizes = {"rows": case.tokens, "k": case.depth, "columns": case.columns}
+        count = choose_num_partial_sums(gpu, **sizes)
+    return _launch_of(case, gpu, count), count
 
 
-def launch_of(case, count):
+def takes_kernel(case, gpu):
+    """Whether the op takes the kernel where none is demanded."""
+    if case.num_matrices == 1:
+        return True
+    return geglu_is_faster(gpu, rows=case.tokens, columns=case.columns)
+
+
+def _launch_of(case, gpu, count):
     """The launch that is chosen for a number of partial sums."""
     return choose_launch(
-        gpu(),
+        gpu,
         rows=case.tokens,
         k=case.depth,
         columns=case.columns,
@@ -82,25 +91,25 @@ def launch_of(case, count):
     )
 
 
-def candidates(case):
+def candidates(case, gpu):
     """The chosen (launch, number of partial sums), and others around it."""
-    launch, count = chosen(case)
+    first = launch, count = chosen(case, gpu)
     counts = [1]
     if case.label == "linear_partial_sums":
         counts = sorted({max(1, count // 2), count, min(2 * count, 16)})
-    found = {}
+    found = {first: None}
     for number in counts:
-        near = launch if isinstance(case, LogitsCase) else launch_of(case, number)
+        near = launch if isinstance(case, LogitsCase) else _launch_of(case, gpu, number)
         for stages, k in itertools.product((-1, 0, 1, 3), (1, 2)):
             block_k, num_stages = near.block_k * k, max(2, (near.num_stages + stages) // k)
             found[near._replace(block_k=block_k, num_stages=num_stages), number] = None
-    return [(launch, count), *(key for key in found if key != (launch, count))]
+    return list(found)
 
 
 def functions(case):
     """Functions by (launch, number of partial sums), the chosen one first; None is XLA's matmul."""
     kernels = {"geglu": triton.geglu, "logits": triton.logits}
-    for launch, count in candidates(case):
+    for launch, count in candidates(case, gpu()):
         kernel = kernels.get(case.label)
         if kernel is None:
             kernel = functools.partial(
@@ -124,7 +133,7 @@ def rows(points, gbps):
     for point in points:
         case = point.subject
         times = measure.kernel_times(dict(functions(case)), measure.calls_from_memory(case), 5)
-        first = chosen(case)
+        first = chosen(case, gpu())
         best = min(times.keys() - {None}, key=lambda key: times[key].us)
         print(
             f"{case.model} {case.weight:<20} M={case.tokens:<3} "

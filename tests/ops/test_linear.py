@@ -15,7 +15,7 @@ from g4attn_jax.ops.linear.launch import (
     choose_launch,
     choose_logits_launch,
     choose_num_partial_sums,
-    has_programs,
+    geglu_is_faster,
 )
 from g4attn_jax.testing import oracle
 from g4attn_jax.testing.case import tagged
@@ -156,10 +156,11 @@ def test_who_gets_what():
         assert runs_kernel(f, few, w)
         assert not runs_kernel(f, few, w, "xla")
         assert not runs_kernel(f, many, w)
-    # Nobody adds partial sums of gate and up: of few columns XLA splits K.
+    # Nobody adds partial sums of gate and up: of few columns and several tokens XLA splits K.
     few_columns = wide.reshape(64, 2, -1)[..., : 64 * 40]
     assert runs_kernel(ops.geglu, few, few_columns, "triton_interpret")
-    assert not runs_kernel(ops.geglu, few, few_columns)
+    assert runs_kernel(ops.geglu, few[:1], few_columns)
+    assert not runs_kernel(ops.geglu, few[:2], few_columns)
 
 
 @pytest.mark.parametrize("f", [ops.linear_partial_sums, ops.logits])
@@ -234,27 +235,28 @@ def test_launches_fit(shared_memory, rows):
 
 @pytest.mark.parametrize("rows", [1, 16, 32, 64])
 def test_programs_fill_the_bus_and_no_more(rows):
-    """40 to 90 KiB are on their way to each multiprocessor, from programs for half of them or more,
-    where the weight has so much."""
+    """Programs for half of the multiprocessors or more, and 40 to 128 KiB on their way to each, if
+    the weight has so much."""
     gpu = Gpu(9.0, 132, 227 * 1024)
     for weight in WEIGHTS:
-        if weight.matrices == 2 and not has_programs(gpu, columns=weight.columns):
+        if weight.matrices == 2 and not geglu_is_faster(gpu, rows=2, columns=weight.columns):
             continue
         launch, count = launch_of(gpu, rows, weight, 2)
         programs = count * -(-weight.columns // launch.block_columns)
         tile = launch.block_k * weight.matrices * launch.block_columns * 2
         tiles = weight.depth / (launch.block_k * count)
         if tiles >= launch.num_stages:
+            buffers = launch.num_stages - (rows < 64)
             assert programs >= 66, weight
-            assert 40 <= programs * (launch.num_stages - 1) * tile / 1024 / 132 <= 90, weight
-        assert count == 1 or programs <= 132, weight
+            assert 40 <= programs * buffers * tile / 1024 / 132 <= 128, weight
+        assert count == 1 or programs <= (132 if rows != 32 else 184), weight
 
 
 def launch_of(gpu, rows, weight, itemsize):
     """(launch, number of partial sums) of a weight."""
     count = 1
     if weight.matrices == 1:
-        count = choose_num_partial_sums(gpu, k=weight.depth, columns=weight.columns)
+        count = choose_num_partial_sums(gpu, rows=rows, k=weight.depth, columns=weight.columns)
     launch = choose_launch(
         gpu,
         rows=rows,

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from g4attn_jax.checks import check_array, check_choice
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.linear import reference
-from g4attn_jax.ops.linear.launch import choose_num_partial_sums, has_programs
+from g4attn_jax.ops.linear.launch import choose_num_partial_sums, geglu_is_faster
 from g4attn_jax.ops.op import XLA, Implementation, Kernel, Op, check_implementation
 
 # Up to this many tokens a step is bound by reading its weights, which the kernels do faster than
@@ -21,6 +21,11 @@ def _refuses_large(x, w, *, interpret, **static):
     if w.size >= _MAX_SIZE:
         return f"the weight has {w.size} numbers; accepted: fewer than 2^31"
     return None
+
+
+def _geglu_is_faster(x, w):
+    rows, columns = x.size // x.shape[-1], w.shape[-1]
+    return geglu_is_faster(gpu(), rows=rows, columns=columns)
 
 
 _linear_partial_sums = Op(
@@ -38,7 +43,7 @@ _geglu = Op(
             "triton",
             "g4attn_jax.ops.linear.triton:geglu",
             refusal=_refuses_large,
-            is_faster=lambda x, w: has_programs(gpu(), columns=w.shape[-1]),
+            is_faster=_geglu_is_faster,
         )
     ],
 )
@@ -109,7 +114,8 @@ def linear_partial_sums(
     check_choice("dtype", dtype, (x.dtype, jnp.dtype(jnp.float32)))
     implementation, count = _for_tokens(_linear_partial_sums, x, implementation), 1
     if implementation != XLA:
-        count = choose_num_partial_sums(gpu(), k=w.shape[0], columns=w.shape[1])
+        rows = x.size // x.shape[-1]
+        count = choose_num_partial_sums(gpu(), rows=rows, k=w.shape[0], columns=w.shape[1])
     if count > 1:
         dtype = jnp.dtype(jnp.float32)
     return _linear_partial_sums(
@@ -144,8 +150,8 @@ def geglu(
     Args:
         x: [..., K]. bfloat16, float16 or float32.
         w: Wg and Wu, [K, 2, N], in x's dtype.
-        implementation: see `linear`; but None is XLA, which splits K, where columns are too few for
-            the kernel's programs to fill the memory bus (4224 on an H200).
+        implementation: see `linear`; but of several tokens None is XLA, which splits K, where
+            columns are too few for programs to fill the memory bus (4224 on an H200).
 
     Returns:
         [..., N] in x's dtype. Up to 64 tokens both products stay in float32 until the end; above,

@@ -18,7 +18,10 @@ _COLUMNS = 64
 _NARROW = 512
 _BUSY = 0.7  # of the multiprocessors, with which the bus is full
 _MAX_PARTIAL_SUMS = 8  # a reader adds in 0.2 us each, or more of many tokens
-_MAX_BUFFERS = 12
+_MIN_STAGES, _MAX_BUFFERS = 3, 12
+# Up to 16 rows, and up to 32, tiles go through registers to instructions of 16 rows. An instruction
+# of 64 rows reads them where they lie.
+_FEW_ROWS, _ROWS_OF_WGMMA = 16, 64
 
 
 class MatmulLaunch(NamedTuple):
@@ -30,22 +33,35 @@ class MatmulLaunch(NamedTuple):
     num_stages: int
 
 
-def choose_num_partial_sums(gpu: Gpu, *, k: int, columns: int) -> int:
+def choose_num_partial_sums(gpu: Gpu, *, rows: int, k: int, columns: int) -> int:
     """Number of programs that share columns: such that all are about one a multiprocessor.
 
     No more than that, and no more than have a tile of the K rows of a weight each. Of the numbers
     that keep most multiprocessors busy, the one that divides the tiles best.
+
+    Args:
+        gpu: what it runs on.
+        rows: tokens.
+        k: K.
+        columns: N.
     """
-    block = _block_columns(gpu, k, columns, 1)
+    block = _block_columns(gpu, rows, k, columns, matrices=1)
     blocks, tiles = pl.cdiv(columns, block), max(1, k // (_TILE_BYTES // (2 * block)))
-    most = max(1, min(gpu.num_sms // blocks, tiles, _MAX_PARTIAL_SUMS))
+    most = gpu.num_sms // blocks
+    if most == 1 and _is_slow(rows) and blocks < _BUSY * gpu.num_sms:
+        most = 2
+    most = max(1, min(most, tiles, _MAX_PARTIAL_SUMS))
     busy = [n for n in range(1, most + 1) if n * blocks >= _BUSY * gpu.num_sms]
     return min(busy or [most], key=lambda n: (pl.cdiv(tiles, n) * n, -n))
 
 
-def has_programs(gpu: Gpu, *, columns: int) -> bool:
-    """Whether programs that share no columns fill the bus: one for every two multiprocessors."""
-    return columns >= _COLUMNS * gpu.num_sms / 2
+def geglu_is_faster(gpu: Gpu, *, rows: int, columns: int) -> bool:
+    """Whether programs that share no columns take less time than XLA, which splits K.
+
+    They do where they fill the memory bus, one for every two multiprocessors. Of fewer columns
+    XLA's three kernels for one token take as long, its two for several less.
+    """
+    return rows == 1 or columns >= _COLUMNS * gpu.num_sms / 2
 
 
 def choose_launch(
@@ -71,15 +87,17 @@ def choose_launch(
         num_partial_sums: programs that share columns.
         itemsize: bytes of a number.
     """
-    block = _block_columns(gpu, k, columns, matrices)
+    block = _block_columns(gpu, rows, k, columns, matrices)
     programs = pl.cdiv(columns, block) * num_partial_sums
     tile = _tile_bytes(gpu, rows, block, programs, matrices)
     block_k = tile // (block * matrices * itemsize)
     buffers = round(gpu.num_sms * _BYTES_ON_THEIR_WAY / (programs * tile))
-    buffers = min(max(2, buffers), pl.cdiv(k, block_k * num_partial_sums), _MAX_BUFFERS)
-    # While a tile is multiplied its buffer is taken.
+    # While a tile goes through registers the buffers for those on their way are all free.
+    stages = min(max(2, buffers), _MAX_BUFFERS) + (pad(rows) < _ROWS_OF_WGMMA)
+    stages = max(_MIN_STAGES, min(stages, pl.cdiv(k, block_k * num_partial_sums) + 1))
     most = gpu.shared_memory // (tile + pad(rows) * block_k * itemsize)
-    return MatmulLaunch(block, block_k, 4, max(2, min(buffers + 1, most)))
+    num_warps = 8 if block > 2 * _COLUMNS else 4
+    return MatmulLaunch(block, block_k, num_warps, max(2, min(stages, most)))
 
 
 def choose_logits_launch(gpu: Gpu, *, rows: int, itemsize: int) -> MatmulLaunch:
@@ -90,26 +108,37 @@ def choose_logits_launch(gpu: Gpu, *, rows: int, itemsize: int) -> MatmulLaunch:
         rows: tokens.
         itemsize: bytes of a number.
     """
-    block_k = 2 * _TILE_BYTES // (_COLUMNS * itemsize) // 2
+    block_k = _TILE_BYTES // (_COLUMNS * itemsize)
     tile = _TILE_BYTES + pad(rows) * block_k * itemsize
-    return MatmulLaunch(_COLUMNS, block_k, 4, max(2, min(4, gpu.shared_memory // tile)))
+    return MatmulLaunch(_COLUMNS, block_k, 4, max(2, min(3, gpu.shared_memory // tile)))
 
 
-def _block_columns(gpu, k, columns, matrices):
+def _is_slow(rows):
+    """Whether products take so long that loads may wait for them."""
+    return _FEW_ROWS < pad(rows) < _ROWS_OF_WGMMA
+
+
+def _block_columns(gpu, rows, k, columns, matrices):
     """Columns that a program owns: 64, unless that makes too few programs or an unlucky number."""
     programs = pl.cdiv(columns, _COLUMNS) / gpu.num_sms
     if matrices > 1:
-        return 2 * _COLUMNS if 1 < programs <= 1.5 else _COLUMNS
+        if 1 < programs <= 1.5:
+            return 2 * _COLUMNS
+        return _COLUMNS if programs >= 0.5 else _COLUMNS // 2
     if min(k, columns) <= _NARROW:
         return _COLUMNS // 2
+    if programs > 2:
+        return 4 * _COLUMNS if pad(rows) >= _ROWS_OF_WGMMA else _COLUMNS
     has_idle = programs <= 1 and programs * (1 // programs) < _BUSY
-    return 2 * _COLUMNS if has_idle or 1 < programs <= 2 else _COLUMNS
+    # Products of a tile of 128 columns and half the K are chains of half the length.
+    is_late = _is_slow(rows) and programs > 1 / 3
+    return 2 * _COLUMNS if programs > 1 or has_idle or is_late else _COLUMNS
 
 
 def _tile_bytes(gpu, rows, block, programs, matrices):
     """Bytes of a tile of the weight."""
-    if block < _COLUMNS:
-        return _TILE_BYTES // 4
+    if matrices == 1:
+        return _TILE_BYTES // (4 if block < _COLUMNS else 1)
     # Of gate and up few programs take large tiles, where rows leave room for them.
-    has_room = matrices > 1 and programs <= gpu.num_sms and pad(rows) <= 32
+    has_room = block >= _COLUMNS and programs <= gpu.num_sms and pad(rows) < _ROWS_OF_WGMMA
     return _TILE_BYTES * (2 if has_room else 1)
