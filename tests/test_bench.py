@@ -387,6 +387,12 @@ def small(model, layers=2):
         "num_hidden_layers": layers,
         "layer_types": config.layer_types[-layers:],
     }
+    if config.hidden_size_per_layer_input:
+        sizes |= {
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 512,
+            "num_kv_shared_layers": 0,
+        }
     if config.enable_moe_block:
         sizes |= {"num_experts": 16, "top_k_experts": 4, "moe_intermediate_size": 32}
     return dataclasses.replace(config, **sizes)
@@ -404,6 +410,19 @@ def test_experts_that_are_chosen():
     chex.assert_trees_all_close(state, expected, atol=1e-6)
     assert counts.shape == (2, 16) and (counts.sum(axis=1) == 3 * 2 * 4).all()
     assert (counts <= 6).all() and ((counts > 0).sum(axis=1) >= 4).all()
+
+
+@pytest.mark.parametrize("model", ["e4b", "26b-a4b"])
+def test_xla_alone_has_no_kernel(model):
+    """Of the whole step, the head and the per-layer inputs included."""
+    case = StepCase(small(model), Variant.XLA, 2, 64)
+
+    def step(weights, state):
+        return case.next_state(case.merge(weights), state)
+
+    token = jax.ShapeDtypeStruct((2, 1), "int32")
+    jaxpr = str(jax.make_jaxpr(step)(case.weights, (token, token, case.cache())))
+    assert "dot_general" in jaxpr and "pallas_call" not in jaxpr
 
 
 def test_limits_of_experts():

@@ -85,10 +85,10 @@ class AblatedAttention(Gemma4Attention):
 
 def ablate(decoder: Gemma4Decoder, variant: Variant) -> Gemma4Decoder:
     """Changes a decoder in place to the kernels of a variant; its weights keep their names."""
+    if not variant.has(Variant.AROUND):
+        for _, module in nnx.iter_modules(decoder):
+            if hasattr(module, "implementation"):
+                module.implementation = "xla"
     for layer in decoder.layers:
-        if not variant.has(Variant.AROUND):
-            for _, module in nnx.iter_modules(layer):
-                if hasattr(module, "implementation"):
-                    module.implementation = "xla"
         layer.attention = AblatedAttention(layer.attention, variant)
     return decoder
