@@ -1,6 +1,7 @@
 """The mixture of experts that 26B-A4B has beside its MLP."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -61,7 +62,7 @@ class Gemma4MoE(nnx.Module):
             h: [B, T, E], its norm, which they work on; cast to `dtype`.
         """
         rows, weights, place = self.answers(x, h)
-        return weighted_sum(rows, weights, place).astype(rows.dtype).reshape(h.shape)
+        return weighted_sum(rows, weights, place).astype(self.down_proj.dtype).reshape(h.shape)
 
     def answers(
         self, x: Float[Array, "B T E"], h: Float[Array, "B T E"]
@@ -84,6 +85,21 @@ class Gemma4MoE(nnx.Module):
             )
         with jax.named_scope("experts"):
             h = h.reshape(-1, h.shape[-1])
+            if h.shape[0] == 1:
+                return self._answers_to_one(h, routing)
             gated = self.gate_up_proj(h, routing.group_sizes, routing.row_tokens)
             rows = self.down_proj(gated, routing.group_sizes)
         return rows, routing.weights, routing.place
+
+    def _answers_to_one(self, h, routing):
+        """Partial sums of the answers to one token, as rows whose factors are 1."""
+        rows = ops.moe_mlp(
+            h.astype(self.gate_up_proj.dtype),
+            self.gate_up_proj.operand(),
+            self.down_proj.operand(),
+            routing.experts,
+            routing.weights,
+            implementation=self.implementation,
+        )[:, 0]
+        place = jnp.arange(rows.shape[0], dtype=jnp.int32)[None]
+        return rows, jnp.ones(place.shape, jnp.float32), place

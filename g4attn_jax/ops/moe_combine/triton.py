@@ -77,8 +77,6 @@ def _weighted_sum(row, rows_ref, weights_ref, place_ref):
     for i in range(weights_ref.shape[1]):
         place = jnp.clip(place_ref[row.index, i], 0, rows_ref.shape[0] - 1)
         weight = weights_ref[row.index, i]
-        answer = [
-            weight * a for a in row.load(rows_ref, place, eviction_policy="evict_first")
-        ]
+        answer = [weight * a for a in row.load(rows_ref, place, eviction_policy="evict_first")]
         total = answer if total is None else [a + b for a, b in zip(total, answer, strict=True)]
     return total

@@ -10,7 +10,6 @@ as it reads them, a vector for each tile.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.linear.reference import gelu_gate
+from g4attn_jax.ops.moe_mlp.launch import choose_down_launch, choose_hidden_launch
 from g4attn_jax.ops.triton_tiles import dot, iota, load, load_tile
 
 _ROWS = 16  # of a tile of one token, the least that tensor cores take
-
-
-class ProductLaunch(NamedTuple):
-    """Shape of a launch."""
-
-    block_columns: int  # of each matrix
-    block_depth: int
-    parts: int  # of each sum
-    num_warps: int
-    num_stages: int
-
-
-HIDDEN = ProductLaunch(64, 64, 3, 4, 5)
-DOWN = ProductLaunch(64, 64, 6, 4, 6)
 
 
 def moe_mlp(
@@ -47,13 +34,23 @@ def moe_mlp(
     *,
     num_partial_sums,
     interpret=False,
-    hidden_launch=HIDDEN,
-    down_launch=DOWN,
+    hidden_launch=None,
+    down_launch=None,
 ):
-    """Kernel of `g4attn_jax.ops.moe_mlp`; launches are for tuning."""
+    """Kernel of `g4attn_jax.ops.moe_mlp`; launches override the choice, for tuning."""
+    tokens, top_k = experts.shape
+    _, depth, columns = down.shape
+    if tokens == 0:
+        return jnp.zeros((num_partial_sums, 0, columns), jnp.float32)
+    hidden_launch = hidden_launch or choose_hidden_launch(
+        gpu(), rows=experts.size, depth=columns, columns=depth
+    )
+    down_launch = down_launch or choose_down_launch(
+        gpu(), tokens=tokens, top_k=top_k, depth=depth, columns=columns
+    )
+    down_launch = down_launch._replace(parts=num_partial_sums)
     products = _hidden(h, gate_up, experts, hidden_launch, interpret)
-    launch = down_launch._replace(parts=num_partial_sums)
-    return _down(products, down, experts, weights, launch, interpret)
+    return _down(products, down, experts, weights, down_launch, interpret)
 
 
 def _hidden(h, gate_up, experts, launch, interpret):

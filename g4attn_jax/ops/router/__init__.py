@@ -1,7 +1,6 @@
 """Choice of each token's experts, and the order of rows in which they are multiplied."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 

@@ -20,16 +20,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.ops.gpu import gpu
+from g4attn_jax.ops.padding import pad
 from g4attn_jax.ops.router.reference import Routing
-from g4attn_jax.ops.triton_tiles import iota, load, load_tile
+from g4attn_jax.ops.triton_tiles import dot, iota, load, load_tile, store_tile
 
+# Tokens up to which each is a program; the least that a product of tiles takes is 16.
+_MAX_SINGLE = 4
 _LOWEST = jnp.iinfo(jnp.int32).min
 
 
 class RouterLaunch(NamedTuple):
     """Shape of both launches."""
 
-    block_tokens: int  # of a program of the first
+    block_tokens: int  # of a program of the first: 1, or 16 and more
     block_depth: int  # rows of W, multiplied at a time
     parts: int  # of the scores
     num_warps: int
@@ -46,7 +49,7 @@ def choose_launch(num_sms: int, *, tokens: int, depth: int) -> RouterLaunch:
         tokens: M.
         depth: E.
     """
-    block_tokens, block_depth = min(pl.next_power_of_2(tokens), 8), 64
+    block_tokens, block_depth = 1 if tokens <= _MAX_SINGLE else 16, 64
     blocks = pl.cdiv(tokens, block_tokens)
     parts = max(1, min(pl.cdiv(depth, block_depth), num_sms // (2 * blocks)))
     return RouterLaunch(block_tokens, block_depth, parts, 4, min(8, pl.next_power_of_2(tokens)))
@@ -57,16 +60,18 @@ def router(x, scale, w, per_expert_scale, *, top_k, eps, interpret=False, launch
     tokens, experts = x.shape[0], w.shape[1]
     rows = tokens * top_k
     launch = launch or choose_launch(gpu().num_sms, tokens=max(tokens, 1), depth=x.shape[1])
-    shapes = Routing(*(
-        jax.ShapeDtypeStruct(*shape)
-        for shape in (
-            ((rows,), jnp.float32),
-            ((rows,), jnp.int32),
-            ((experts,), jnp.int32),
-            ((rows,), jnp.int32),
-            ((rows,), jnp.int32),
+    shapes = Routing(
+        *(
+            jax.ShapeDtypeStruct(*shape)
+            for shape in (
+                ((rows,), jnp.float32),
+                ((rows,), jnp.int32),
+                ((experts,), jnp.int32),
+                ((rows,), jnp.int32),
+                ((rows,), jnp.int32),
+            )
         )
-    ))
+    )
     if tokens == 0:
         routing = Routing(*(jnp.zeros(shape.shape, shape.dtype) for shape in shapes))
     else:
@@ -113,38 +118,39 @@ def _scores(x, scale, w, launch, interpret):
 def _add_scores(x_ref, scale_ref, w_ref, scores_ref, squares_ref, *, launch):
     """A part of the scores of a block of tokens: every n-th block of W's rows."""
     (tokens, depth), experts = x_ref.shape, w_ref.shape[1]
-    part, first = pl.program_id(0), pl.program_id(1) * launch.block_tokens
-    column = iota(pl.next_power_of_2(experts))
+    part, token = pl.program_id(0), pl.program_id(1) * launch.block_tokens
+    token += iota(launch.block_tokens)
+    token_mask = None if tokens % launch.block_tokens == 0 else token < tokens
+    column = iota(pad(experts))
     column_mask = None if column.size == experts else column < experts
 
     def add(i, sums):
+        scores, squares = sums
         k = (i * launch.parts + part) * launch.block_depth + iota(launch.block_depth)
         k_mask = None if depth % launch.block_depth == 0 else k < depth
         w = load_tile(w_ref, k, column, k_mask, column_mask).astype(jnp.float32)
         scale = load(scale_ref.at[k], k_mask, k.shape).astype(jnp.float32)
-        added = []
-        for i, (scores, squares) in enumerate(sums):
-            token = jnp.minimum(first + i, tokens - 1)
-            x = load(x_ref.at[token, k], k_mask, k.shape).astype(jnp.float32)
-            scores += jnp.sum((x * scale)[:, None] * w, axis=0)
-            added.append((scores, squares + jnp.sum(x * x)))
-        return tuple(added)
+        x = load_tile(x_ref, token, k, token_mask, k_mask).astype(jnp.float32)
+        return scores + _product(x * scale, w), squares + jnp.sum(x * x, axis=1)
 
     blocks, parts = pl.cdiv(depth, launch.block_depth), jnp.int32(launch.parts)
-    nothing = jnp.zeros(column.shape, jnp.float32), jnp.float32(0)
-    sums = lax.fori_loop(
+    nothing = (token.size, column.size), token.shape
+    scores, squares = lax.fori_loop(
         0,
         lax.div(blocks + parts - 1 - part, parts),
         add,
-        (nothing,) * launch.block_tokens,
+        tuple(jnp.zeros(shape, jnp.float32) for shape in nothing),
     )
-    for i, (scores, squares) in enumerate(sums):
-        row = part * tokens + first + i
-        is_token = first + i < tokens
-        mask = jnp.broadcast_to(is_token, column.shape)
-        mask = mask if column_mask is None else mask & column_mask
-        plgpu.store(scores_ref.at[row, column], scores, mask=mask)
-        plgpu.store(squares_ref.at[row], squares, mask=is_token)
+    row = part * tokens + token
+    store_tile(scores_ref, row, column, token_mask, column_mask, scores)
+    plgpu.store(squares_ref.at[row], squares, mask=token_mask)
+
+
+def _product(x, w):
+    """x w of float32; that of one token without the rows that a product of tiles would add."""
+    if x.shape[0] > 1:
+        return dot(x, w)
+    return jnp.sum(jnp.sum(x, axis=0)[:, None] * w, axis=0)[None, :]
 
 
 def _route(scores_ref, squares_ref, scale_ref, *out_refs, tokens, depth, top_k, eps, parts):
@@ -156,11 +162,10 @@ def _route(scores_ref, squares_ref, scale_ref, *out_refs, tokens, depth, top_k, 
     is_token, is_expert = token < tokens, column < experts
     shape = token.size, column.size
     mask = jnp.broadcast_to(is_token[:, None] & is_expert, shape)
-    scores, squares = jnp.zeros(shape, jnp.float32), jnp.zeros(token.shape, jnp.float32)
+    scores, squares = jnp.zeros(shape, jnp.float32), _squares(squares_ref, token, parts, tokens)
     for part in range(parts):
         row = part * tokens + token
         scores += load(scores_ref.at[row[:, None], column], mask, shape)
-        squares += load(squares_ref.at[row], is_token, token.shape)
     scores *= (lax.rsqrt(squares * (1 / depth) + eps) * (1 / math.sqrt(depth)))[:, None]
     rank, best = _top_k(scores, mask, column, top_k)
     chosen = mask & (rank < top_k)
@@ -178,6 +183,13 @@ def _route(scores_ref, squares_ref, scale_ref, *out_refs, tokens, depth, top_k, 
     _store(out.row_tokens, place, jnp.broadcast_to(token[:, None], shape), chosen)
     column = iota(column.size)
     plgpu.store(out.group_sizes.at[column], sizes, mask=column < experts)
+
+
+def _squares(ref, token, parts, tokens):
+    """Sum of the parts of every token's sum of squares."""
+    part = iota(pl.next_power_of_2(parts))[:, None]
+    mask = (part < parts) & (token < tokens)[None, :]
+    return jnp.sum(load(ref.at[part * tokens + token[None, :]], mask, mask.shape), axis=0)
 
 
 def _top_k(scores, mask, column, top_k):
