@@ -59,10 +59,14 @@ def moe_mlp(
     check_array("experts", experts, (h.shape[0], "k"), jnp.int32)
     check_array("weights", weights, experts.shape, jnp.float32)
     count = 1
-    if _op.own(implementation) != XLA:
-        tokens, top_k = experts.shape
-        _, depth, columns = down.shape
-        sizes = {"tokens": tokens, "top_k": top_k, "depth": depth, "columns": columns}
-        count = choose_down_launch(gpu(), **sizes).parts
+    if _op.own(implementation) != XLA and isinstance(h.shape[0], int):
+        count = choose_down_launch(
+            gpu(),
+            tokens=h.shape[0],
+            top_k=experts.shape[1],
+            depth=down.shape[1],
+            columns=down.shape[2],
+            itemsize=h.dtype.itemsize,
+        ).parts
     arrays = h, gate_up, down, experts, weights
     return _op(*arrays, num_partial_sums=count, implementation=implementation)

@@ -22,7 +22,9 @@ class ProductLaunch(NamedTuple):
     num_stages: int
 
 
-def choose_hidden_launch(gpu: Gpu, *, rows: int, depth: int, columns: int) -> ProductLaunch:
+def choose_hidden_launch(
+    gpu: Gpu, *, rows: int, depth: int, columns: int, itemsize: int
+) -> ProductLaunch:
     """Launch for products with both matrices of the first half.
 
     Args:
@@ -30,12 +32,14 @@ def choose_hidden_launch(gpu: Gpu, *, rows: int, depth: int, columns: int) -> Pr
         rows: k for each token.
         depth: E.
         columns: F.
+        itemsize: bytes of a number.
     """
-    return _launch(gpu, rows, depth, columns, num_stages=5)
+    parts = _num_parts(gpu, rows, depth, columns)
+    return _launch(gpu, parts, depth, columns, itemsize, matrices=2, most_stages=5)
 
 
 def choose_down_launch(
-    gpu: Gpu, *, tokens: int, top_k: int, depth: int, columns: int
+    gpu: Gpu, *, tokens: int, top_k: int, depth: int, columns: int, itemsize: int
 ) -> ProductLaunch:
     """Launch for the sum over the experts of a token, whose matrices are one of k * F rows.
 
@@ -45,13 +49,22 @@ def choose_down_launch(
         top_k: k.
         depth: F.
         columns: E.
+        itemsize: bytes of a number.
     """
-    return _launch(gpu, tokens, top_k * depth, columns, num_stages=6)
+    parts = _num_parts(gpu, tokens, top_k * depth, columns)
+    return _launch(gpu, parts, depth, columns, itemsize, matrices=1, most_stages=6)
 
 
-def _launch(gpu, rows, depth, columns, num_stages):
-    """Launch of two programs a multiprocessor, with a tile of rows each at least."""
+def _num_parts(gpu, rows, depth, columns):
+    """Parts for two programs a multiprocessor, with a tile of rows each at least."""
+    programs = max(1, rows) * pl.cdiv(columns, _BLOCK_COLUMNS)
+    return max(1, min(round(2 * gpu.num_sms / programs), pl.cdiv(depth, _BLOCK_DEPTH)))
+
+
+def _launch(gpu, parts, depth, columns, itemsize, matrices, most_stages):
+    """Launch with as many stages as the shared memory holds, for 16 rows and the matrices."""
     block_columns, block_depth = min(_BLOCK_COLUMNS, pad(columns)), min(_BLOCK_DEPTH, pad(depth))
-    parts = round(2 * gpu.num_sms / (rows * pl.cdiv(columns, block_columns)))
-    parts = max(1, min(parts, pl.cdiv(depth, block_depth)))
-    return ProductLaunch(block_columns, block_depth, parts, _NUM_WARPS, num_stages)
+    stage = (16 + matrices * block_columns) * block_depth * itemsize
+    # A stage is left for what is gated, and for parts of it that are on their way.
+    stages = max(2, min(most_stages, gpu.shared_memory // stage - 1))
+    return ProductLaunch(block_columns, block_depth, parts, _NUM_WARPS, stages)

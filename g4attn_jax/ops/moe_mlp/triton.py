@@ -42,12 +42,10 @@ def moe_mlp(
     _, depth, columns = down.shape
     if tokens == 0:
         return jnp.zeros((num_partial_sums, 0, columns), jnp.float32)
-    hidden_launch = hidden_launch or choose_hidden_launch(
-        gpu(), rows=experts.size, depth=columns, columns=depth
-    )
-    down_launch = down_launch or choose_down_launch(
-        gpu(), tokens=tokens, top_k=top_k, depth=depth, columns=columns
-    )
+    sizes = {"depth": columns, "columns": depth, "itemsize": h.dtype.itemsize}
+    hidden_launch = hidden_launch or choose_hidden_launch(gpu(), rows=experts.size, **sizes)
+    sizes |= {"depth": depth, "columns": columns}
+    down_launch = down_launch or choose_down_launch(gpu(), tokens=tokens, top_k=top_k, **sizes)
     down_launch = down_launch._replace(parts=num_partial_sums)
     products = _hidden(h, gate_up, experts, hidden_launch, interpret)
     return _down(products, down, experts, weights, down_launch, interpret)
