@@ -108,6 +108,9 @@ class Gemma4DecoderLayer(nnx.Module):
         if self.moe is not None:
             norms.append(self.pre_feedforward_norm_2[...])
         x, (h, *of_moe) = self._add(x, y, self.post_attention_norm, norms)
+        if self.moe is not None:
+            with jax.named_scope("moe"):
+                routing = self.moe.route(x, self.mlp.gate_up_proj.weight[...])
         with jax.named_scope("mlp"):
             y = self.mlp.partial_sums(h)
         last = [next_norm], self.layer_scalar[...]
@@ -116,7 +119,9 @@ class Gemma4DecoderLayer(nnx.Module):
             x, norms = self._add(x, y, self.post_feedforward_norm, *of_sum)
         else:
             with jax.named_scope("moe"):
-                answers = self.moe.answers(x, *of_moe)
+                # The MLP comes first: while tokens choose experts, the GPU reads its weight.
+                y, routing = jax.lax.optimization_barrier((y, routing))
+                answers = self.moe.answers(*of_moe, routing)
             x, norms = self._combine(x, y, answers, *of_sum)
         if per_layer_input is not None:
             with jax.named_scope("per_layer_input"):

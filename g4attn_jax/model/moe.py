@@ -1,7 +1,7 @@
 """The mixture of experts that 26B-A4B has beside its MLP."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -9,6 +9,7 @@ from g4attn_jax import ops
 from g4attn_jax.config import Gemma4Config
 from g4attn_jax.model.linear import GatedGroupedLinear, GroupedLinear, Linear, ModuleOptions
 from g4attn_jax.ops.moe_combine.reference import weighted_sum
+from g4attn_jax.ops.router import Routing
 
 
 class Gemma4MoE(nnx.Module):
@@ -18,8 +19,8 @@ class Gemma4MoE(nnx.Module):
         w = softmax(the k largest of r Wr) * per_expert_scale of those k
         y = sum over the k of w_i (gelu(h Wg_i) * h Wu_i) Wd_i
 
-    The first two are one op, `ops.router`. A layer takes the answers of single experts, `answers`,
-    and leaves their sum to `ops.moe_combine`.
+    A layer takes `route`, which is the first two lines, and the answers of single experts,
+    `answers`, and leaves their sum to `ops.moe_combine`.
 
     x is the residual stream and h the same stream under a norm of its own. Letters: X experts, Fm
     their width, k experts of a token, M = B * T tokens.
@@ -61,28 +62,43 @@ class Gemma4MoE(nnx.Module):
             x: [B, T, E], the residual stream, which chooses the experts.
             h: [B, T, E], its norm, which they work on; cast to `dtype`.
         """
-        rows, weights, place = self.answers(x, h)
+        rows, weights, place = self.answers(h, self.route(x))
         return weighted_sum(rows, weights, place).astype(self.down_proj.dtype).reshape(h.shape)
 
+    def route(
+        self, x: Float[Array, "B T E"], prefetch: Float[Array, "..."] | None = None
+    ) -> Routing:
+        """Experts of every token, see `ops.router`.
+
+        Args:
+            x: [B, T, E], the residual stream.
+            prefetch: a weight that is read next.
+        """
+        with jax.named_scope("router"):
+            return ops.router(
+                x,
+                self.router_scale[...],
+                self.router_proj.weight[...],
+                self.per_expert_scale[...],
+                prefetch,
+                top_k=self.top_k,
+                eps=self.eps,
+                implementation=self.implementation,
+            )
+
     def answers(
-        self, x: Float[Array, "B T E"], h: Float[Array, "B T E"]
+        self, h: Float[Array, "B T E"], routing: Routing
     ) -> tuple[Float[Array, "rows E"], Float[Array, "M k"], Int[Array, "M k"]]:
-        """Answers of single experts, for `ops.moe_combine` to add; arguments as of a call.
+        """Answers of single experts, for `ops.moe_combine` to add.
+
+        Args:
+            h: [B, T, E], the norm of the residual stream; cast to `dtype`.
+            routing: of these tokens.
 
         Returns:
             (rows, weights, place): the answers, and of each token the factors of its answers and
             the rows that they are.
         """
-        with jax.named_scope("router"):
-            routing = ops.router(
-                x,
-                self.router_scale[...],
-                self.router_proj.weight[...],
-                self.per_expert_scale[...],
-                top_k=self.top_k,
-                eps=self.eps,
-                implementation=self.implementation,
-            )
         with jax.named_scope("experts"):
             h = h.reshape(-1, h.shape[-1])
             if h.shape[0] == 1:
@@ -101,5 +117,6 @@ class Gemma4MoE(nnx.Module):
             routing.weights,
             implementation=self.implementation,
         )[:, 0]
-        place = jnp.arange(rows.shape[0], dtype=jnp.int32)[None]
-        return rows, jnp.ones(place.shape, jnp.float32), place
+        # NumPy's are constants of the program; XLA would launch a kernel to make JAX's.
+        place = np.arange(rows.shape[0], dtype=np.int32)[None]
+        return rows, np.ones(place.shape, np.float32), place

@@ -14,7 +14,7 @@ from g4attn_jax.ops.moe_mlp.cases import CASES, MoeMlpCase
 from g4attn_jax.ops.moe_mlp.launch import (
     ProductLaunch,
     choose_down_launch,
-    choose_hidden_launch,
+    choose_gated_launch,
 )
 from g4attn_jax.testing import oracle
 from g4attn_jax.testing.case import tagged
@@ -53,21 +53,21 @@ def test_half_precision(dtype, implementation):
 
 @on_the_kernel
 @pytest.mark.parametrize(
-    ("hidden", "down"),
+    ("gated", "down"),
     [
         ((16, 16, 1, 4, 2), (16, 16, 7, 4, 2)),
         ((32, 32, 2, 4, 3), (64, 16, 1, 4, 3)),
         ((16, 64, 1, 2, 4), (32, 32, 3, 8, 2)),
     ],
 )
-def test_any_launch(hidden, down, implementation):
+def test_any_launch(gated, down, implementation):
     arguments = SMALL.arguments()
     down = ProductLaunch(*down)
     y = triton.moe_mlp(
         *arguments,
         num_partial_sums=down.parts,
         interpret=implementation == "triton_interpret",
-        hidden_launch=ProductLaunch(*hidden),
+        gated_launch=ProductLaunch(*gated),
         down_launch=down,
     )
     assert y.shape == (down.parts, 2, 48)
@@ -120,12 +120,24 @@ def test_transformations(implementation):
 
 
 def test_the_memory_bus_has_equal_work_for_all_programs():
-    """A token of 26B-A4B on an H200: two programs a multiprocessor in both launches."""
+    """A token of 26B-A4B on an H200: two programs a multiprocessor share the second product."""
     gpu = Gpu(9.0, 132, 232_448)
-    hidden = choose_hidden_launch(gpu, rows=8, depth=2816, columns=704, itemsize=2)
-    down = choose_down_launch(gpu, tokens=1, top_k=8, depth=704, columns=2816, itemsize=2)
-    assert 8 * (704 // hidden.block_columns) * hidden.parts == 2 * gpu.num_sms
-    assert (2816 // down.block_columns) * down.parts == 2 * gpu.num_sms
+    sizes = {"depth": 704, "columns": 2816, "itemsize": 2}
+    launch = choose_down_launch(gpu, tokens=1, top_k=8, **sizes)
+    assert (2816 // launch.block_columns) * launch.parts == 2 * gpu.num_sms
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("shared_memory", [232_448, 166_912, 101_376])
+def test_launches_fit(shared_memory, itemsize):
+    gpu = Gpu(9.0, 132, shared_memory)
+    sizes = {"depth": 704, "columns": 2816, "itemsize": itemsize}
+    for matrices, launch in (
+        (2, choose_gated_launch(gpu, **sizes)),
+        (1, choose_down_launch(gpu, tokens=1, top_k=8, **sizes)),
+    ):
+        stage = (16 + matrices * launch.block_columns) * launch.block_depth * itemsize
+        assert launch.num_stages >= 2 and launch.num_stages * stage <= shared_memory
 
 
 def test_no_tokens():

@@ -51,9 +51,9 @@ class Row(NamedTuple):
     masks: list[jax.Array | None]  # which of them the row has; None: all
 
     @classmethod
-    def of_program(cls, x_ref, num_warps=NUM_WARPS):
-        """Row of this program, which has so many warps."""
-        row, width = pl.program_id(0), x_ref.shape[1]
+    def of(cls, x_ref, row, num_warps=NUM_WARPS):
+        """Row of that index, for a program of so many warps."""
+        width = x_ref.shape[1]
         piece = num_warps * WARP_LOAD_BYTES // x_ref.dtype.itemsize
         piece = min(piece, pl.next_power_of_2(width))
         columns = [start + iota(piece) for start in range(0, width, piece)]
@@ -95,7 +95,7 @@ def _add_rms_norm(inputs, total_ref, *h_refs, eps):
     A step's weights pass through the L2 between one launch and the next: the stream and the scales
     are marked as what it should keep, the branch as what nothing reads again.
     """
-    row = Row.of_program(inputs["x"])
+    row = Row.of(inputs["x"], pl.program_id(0))
     stream = Stream.load(row, inputs)
     y = row.load_sum(inputs["y"], rows=inputs["x"].shape[0])
     stream.add(row, y, total_ref, h_refs, eps)

@@ -1,4 +1,4 @@
-"""Launches of `moe_mlp`, and how many programs share the columns of its products (split-K)."""
+"""Launches of `moe_mlp`, and how many programs share columns of the second product (split-K)."""
 
 from typing import NamedTuple
 
@@ -17,25 +17,21 @@ class ProductLaunch(NamedTuple):
 
     block_columns: int  # of each matrix
     block_depth: int
-    parts: int  # of each sum
+    parts: int  # of each sum over rows
     num_warps: int
     num_stages: int
 
 
-def choose_hidden_launch(
-    gpu: Gpu, *, rows: int, depth: int, columns: int, itemsize: int
-) -> ProductLaunch:
+def choose_gated_launch(gpu: Gpu, *, depth: int, columns: int, itemsize: int) -> ProductLaunch:
     """Launch for products with both matrices of the first half.
 
     Args:
         gpu: what it runs on.
-        rows: k for each token.
         depth: E.
         columns: F.
         itemsize: bytes of a number.
     """
-    parts = _num_parts(gpu, rows, depth, columns)
-    return _launch(gpu, parts, depth, columns, itemsize, matrices=2, most_stages=5)
+    return _launch(gpu, 1, depth, columns, itemsize, matrices=2, most_stages=6)
 
 
 def choose_down_launch(
@@ -51,20 +47,15 @@ def choose_down_launch(
         columns: E.
         itemsize: bytes of a number.
     """
-    parts = _num_parts(gpu, tokens, top_k * depth, columns)
-    return _launch(gpu, parts, depth, columns, itemsize, matrices=1, most_stages=6)
-
-
-def _num_parts(gpu, rows, depth, columns):
-    """Parts for two programs a multiprocessor, with a tile of rows each at least."""
-    programs = max(1, rows) * pl.cdiv(columns, _BLOCK_COLUMNS)
-    return max(1, min(round(2 * gpu.num_sms / programs), pl.cdiv(depth, _BLOCK_DEPTH)))
+    # Two programs a multiprocessor, each with a tile of rows at least.
+    programs = max(1, tokens) * pl.cdiv(columns, _BLOCK_COLUMNS)
+    parts = min(round(2 * gpu.num_sms / programs), pl.cdiv(top_k * depth, _BLOCK_DEPTH))
+    return _launch(gpu, max(1, parts), depth, columns, itemsize, matrices=1, most_stages=6)
 
 
 def _launch(gpu, parts, depth, columns, itemsize, matrices, most_stages):
     """Launch with as many stages as the shared memory holds, for 16 rows and the matrices."""
     block_columns, block_depth = min(_BLOCK_COLUMNS, pad(columns)), min(_BLOCK_DEPTH, pad(depth))
     stage = (16 + matrices * block_columns) * block_depth * itemsize
-    # A stage is left for what is gated, and for parts of it that are on their way.
-    stages = max(2, min(most_stages, gpu.shared_memory // stage - 1))
+    stages = max(2, min(most_stages, gpu.shared_memory // stage))
     return ProductLaunch(block_columns, block_depth, parts, _NUM_WARPS, stages)

@@ -5,6 +5,8 @@
                         k times: the largest of what is left of a token's scores
                         weights, and rows sorted by counting: an expert has a token once at most
 
+While they work, programs past theirs may read a weight into the L2, see `triton_prefetch`.
+
 The norm is a factor of the scores, so that no program waits for it. Scores are compared as
 integers, which order all floats: whatever they are, NaN too, a token has k experts.
 """
@@ -22,10 +24,13 @@ from jax.experimental.pallas import triton as plgpu
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.padding import pad
 from g4attn_jax.ops.router.reference import Routing
+from g4attn_jax.ops.triton_prefetch import Prefetch, flat
 from g4attn_jax.ops.triton_tiles import dot, iota, load, load_tile, store_tile
 
 # Tokens up to which each is a program; the least that a product of tiles takes is 16.
 _MAX_SINGLE = 4
+# MiB of a weight that programs of the first launch read for what follows, and those of both.
+_PREFETCHED = 8, 18
 _LOWEST = jnp.iinfo(jnp.int32).min
 
 
@@ -55,71 +60,98 @@ def choose_launch(num_sms: int, *, tokens: int, depth: int) -> RouterLaunch:
     return RouterLaunch(block_tokens, block_depth, parts, 4, min(8, pl.next_power_of_2(tokens)))
 
 
-def router(x, scale, w, per_expert_scale, *, top_k, eps, interpret=False, launch=None):
-    """Kernel of `g4attn_jax.ops.router`; `launch` overrides the choice, for tuning."""
+def router(
+    x,
+    scale,
+    w,
+    per_expert_scale,
+    prefetch,
+    *,
+    top_k,
+    eps,
+    interpret=False,
+    launch=None,
+    megabytes=_PREFETCHED,
+):
+    """Kernel of `g4attn_jax.ops.router`; `launch` and `megabytes` override the choice."""
     tokens, experts = x.shape[0], w.shape[1]
-    rows = tokens * top_k
     launch = launch or choose_launch(gpu().num_sms, tokens=max(tokens, 1), depth=x.shape[1])
+    of_tokens = tokens * top_k
     shapes = Routing(
-        *(
-            jax.ShapeDtypeStruct(*shape)
-            for shape in (
-                ((rows,), jnp.float32),
-                ((rows,), jnp.int32),
-                ((experts,), jnp.int32),
-                ((rows,), jnp.int32),
-                ((rows,), jnp.int32),
-            )
-        )
+        weights=jax.ShapeDtypeStruct((of_tokens,), jnp.float32),
+        experts=jax.ShapeDtypeStruct((of_tokens,), jnp.int32),
+        group_sizes=jax.ShapeDtypeStruct((experts,), jnp.int32),
+        row_tokens=jax.ShapeDtypeStruct((of_tokens,), jnp.int32),
+        place=jax.ShapeDtypeStruct((of_tokens,), jnp.int32),
     )
     if tokens == 0:
         routing = Routing(*(jnp.zeros(shape.shape, shape.dtype) for shape in shapes))
     else:
-        scores, squares = _scores(x, scale, w, launch, interpret)
-        outputs = pl.pallas_call(
-            functools.partial(
-                _route, tokens=tokens, depth=x.shape[1], top_k=top_k, eps=eps, parts=launch.parts
-            ),
-            name="router_top_k",
-            out_shape=list(shapes),
-            grid=(1,),
-            in_specs=[pl.no_block_spec] * 3,
-            out_specs=[pl.no_block_spec] * len(shapes),
-            compiler_params=plgpu.CompilerParams(num_warps=launch.sort_warps, num_stages=1),
-            interpret=interpret,
-        )(scores, squares, per_expert_scale)
-        routing = Routing(*outputs)
+        prefetch = flat(prefetch)
+        parts = _scores(x, scale, w, prefetch, launch, range(megabytes[0]), interpret)
+        sizes = {"tokens": tokens, "depth": x.shape[1], "parts": launch.parts}
+        body = functools.partial(_route, **sizes, top_k=top_k, eps=eps)
+        routing = _call(
+            body,
+            "router_top_k",
+            [*parts, per_expert_scale],
+            shapes,
+            prefetch,
+            Prefetch.of(prefetch, 1, num_warps=launch.sort_warps, megabytes=range(*megabytes)),
+            launch.sort_warps,
+            interpret,
+        )
+        routing = Routing(*routing)
+    shape = tokens, top_k
     return routing._replace(
-        **{name: getattr(routing, name).reshape(tokens, top_k) for name in _OF_TOKENS}
+        weights=routing.weights.reshape(shape),
+        experts=routing.experts.reshape(shape),
+        place=routing.place.reshape(shape),
     )
 
 
-_OF_TOKENS = ("weights", "experts", "place")
-
-
-def _scores(x, scale, w, launch, interpret):
-    """Parts [parts * M, X] of the scores before their norm, and [parts, M] of the sums of x^2."""
+def _scores(x, scale, w, prefetch, launch, megabytes, interpret):
+    """Parts [parts * M, X] of the scores before their norm, and [parts * M] of the sums of x^2."""
     tokens = x.shape[0]
-    return pl.pallas_call(
-        functools.partial(_add_scores, launch=launch),
-        name="router_scores",
-        out_shape=[
-            jax.ShapeDtypeStruct((launch.parts * tokens, w.shape[1]), jnp.float32),
-            jax.ShapeDtypeStruct((launch.parts * tokens,), jnp.float32),
-        ],
-        grid=(launch.parts, pl.cdiv(tokens, launch.block_tokens)),
-        in_specs=[pl.no_block_spec] * 3,
-        out_specs=[pl.no_block_spec] * 2,
-        compiler_params=plgpu.CompilerParams(num_warps=launch.num_warps, num_stages=1),
+    rows, blocks = launch.parts * tokens, pl.cdiv(tokens, launch.block_tokens)
+    of = Prefetch.of(
+        prefetch, launch.parts * blocks, num_warps=launch.num_warps, megabytes=megabytes
+    )
+    shapes = (
+        jax.ShapeDtypeStruct((rows, w.shape[1]), jnp.float32),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+    )
+    body = functools.partial(_add_scores, launch=launch)
+    arrays = [x, scale, w]
+    return _call(body, "router_scores", arrays, shapes, prefetch, of, launch.num_warps, interpret)
+
+
+def _call(body, name, arrays, shapes, weight, prefetch, num_warps, interpret):
+    """Runs `body(program, *array_refs, *out_refs)`; programs past its own read `weight`."""
+
+    def kernel(weight_ref, *refs):
+        *refs, unread_ref = refs
+        prefetch.run(weight_ref, unread_ref, lambda program: body(program, *refs))
+
+    *outputs, _ = pl.pallas_call(
+        kernel,
+        name=name,
+        out_shape=[*shapes, prefetch.out_shape],
+        grid=prefetch.grid,
+        in_specs=[None if weight is None else pl.no_block_spec, *[pl.no_block_spec] * len(arrays)],
+        out_specs=[pl.no_block_spec] * (len(shapes) + 1),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
-    )(x, scale, w)
+    )(weight, *arrays)
+    return outputs
 
 
-def _add_scores(x_ref, scale_ref, w_ref, scores_ref, squares_ref, *, launch):
+def _add_scores(program, x_ref, scale_ref, w_ref, scores_ref, squares_ref, *, launch):
     """A part of the scores of a block of tokens: every n-th block of W's rows."""
     (tokens, depth), experts = x_ref.shape, w_ref.shape[1]
-    part, token = pl.program_id(0), pl.program_id(1) * launch.block_tokens
-    token += iota(launch.block_tokens)
+    parts = jnp.int32(launch.parts)
+    part, block = lax.rem(program, parts), lax.div(program, parts)
+    token = block * launch.block_tokens + iota(launch.block_tokens)
     token_mask = None if tokens % launch.block_tokens == 0 else token < tokens
     column = iota(pad(experts))
     column_mask = None if column.size == experts else column < experts
@@ -133,7 +165,7 @@ def _add_scores(x_ref, scale_ref, w_ref, scores_ref, squares_ref, *, launch):
         x = load_tile(x_ref, token, k, token_mask, k_mask).astype(jnp.float32)
         return scores + _product(x * scale, w), squares + jnp.sum(x * x, axis=1)
 
-    blocks, parts = pl.cdiv(depth, launch.block_depth), jnp.int32(launch.parts)
+    blocks = pl.cdiv(depth, launch.block_depth)
     nothing = (token.size, column.size), token.shape
     scores, squares = lax.fori_loop(
         0,
@@ -153,7 +185,7 @@ def _product(x, w):
     return jnp.sum(jnp.sum(x, axis=0)[:, None] * w, axis=0)[None, :]
 
 
-def _route(scores_ref, squares_ref, scale_ref, *out_refs, tokens, depth, top_k, eps, parts):
+def _route(_, scores_ref, squares_ref, scale_ref, *out_refs, tokens, depth, top_k, eps, parts):
     """Experts, weights and sorted rows of all tokens."""
     out = Routing(*out_refs)
     experts = scores_ref.shape[1]
