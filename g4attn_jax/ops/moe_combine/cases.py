@@ -17,6 +17,8 @@ class MoeCombineCase(Case):
         answers: k.
         partial_sums: of the MLP, in float32; None is a branch in the stream's dtype.
         norms: number of norms of the sum.
+        rows_dtype: of the answers; None is that of the stream.
+        prefetched: elements of a weight that is read into the L2; 0: there is none.
     """
 
     op = "moe_combine"
@@ -27,9 +29,10 @@ class MoeCombineCase(Case):
     partial_sums: int | None = dataclasses.field(default=None, kw_only=True)
     norms: int = dataclasses.field(default=1, kw_only=True)
     rows_dtype: str | None = dataclasses.field(default=None, kw_only=True)
+    prefetched: int = dataclasses.field(default=0, kw_only=True)
 
     def structs(self, dtype=None) -> list:
-        """(x, y, rows, weights, place, norms, next_scales, factor)."""
+        """(x, y, rows, weights, place, norms, next_scales, factor, prefetch)."""
         dtype = dtype or self.dtype
         x, scale = (
             struct(*shape, dtype=dtype) for shape in ((self.tokens, self.width), (self.width,))
@@ -47,12 +50,13 @@ class MoeCombineCase(Case):
             CombineNorms(scale, scale, scale),
             [scale] * self.norms,
             struct(dtype=dtype),
+            struct(self.prefetched, dtype=dtype) if self.prefetched else None,
         ]
 
     def arguments(self, dtype=None, seed=0) -> list:
         """Random arrays of `structs`."""
         draw, structs = Draw(seed), self.structs(dtype)
-        x, y, rows, weights, place, norms, next_scales, factor = structs
+        x, y, rows, weights, place, norms, next_scales, factor, prefetch = structs
         return [
             draw.normal(x),
             draw.normal(y, 3),
@@ -62,6 +66,7 @@ class MoeCombineCase(Case):
             CombineNorms(*(draw.uniform(s, 0.5, 1.25) for s in norms)),
             [draw.uniform(s, 0.5, 1.25) for s in next_scales],
             draw.uniform(factor, 0.5, 1),
+            None if prefetch is None else draw.normal(prefetch),
         ]
 
     def run(self, arguments, implementation=None):
@@ -70,7 +75,7 @@ class MoeCombineCase(Case):
 
     def exact(self, arguments):
         """(sum, norms) in float64; norms are of the sum as it is stored."""
-        return oracle.moe_combine(*arguments)
+        return oracle.moe_combine(*arguments[:8])
 
     def usual(self, arguments):
         """(sum, norms), each rounded once."""
@@ -80,13 +85,22 @@ class MoeCombineCase(Case):
 
     def bytes(self) -> int:
         """The stream, both branches and places in, the sum and norms out; of scales none."""
-        x, *branches, _, _, _ = self.structs()
+        x, *branches = self.structs()[:5]
         return nbytes([x, *branches, *[x] * (1 + self.norms)])
 
 
 CASES = distinct(
     MoeCombineCase(1, 96, dtype="float32", tags={"odd", "everyday"}),
-    MoeCombineCase(6, 512, 3, partial_sums=3, norms=2, dtype="float32", tags={"odd", "everyday"}),
+    MoeCombineCase(
+        6,
+        512,
+        3,
+        partial_sums=3,
+        norms=2,
+        prefetched=5000,
+        dtype="float32",
+        tags={"odd", "everyday"},
+    ),
     MoeCombineCase(5, 1536, 1, partial_sums=1, norms=0, dtype="float32", tags={"odd"}),
     MoeCombineCase(2, 5376, partial_sums=2, dtype="float32", tags={"odd"}),
     MoeCombineCase(1, 2816, 6, partial_sums=6, rows_dtype="float32", tags={"real", "compile"}),
