@@ -30,14 +30,13 @@ LAYERS = [("31b", 0), ("31b", 5), ("e2b", 15)]
 # Names of kernels by op; decode attention may combine splits in a second one.
 KERNELS = {
     "router": "router_scores",
-    "moe_mlp": "moe_gated",
     "qkv_rms_norm": "head_norm",
     "q_keqv_rms_norm": "head_norm",
     "qkv_norm_rope": "norm_rope",
     "qkv_norm_rope_write": "norm_rope",
 }
 # Second launches, which read the partial sums of the first.
-SECOND_KERNELS = {"router": "router_top_k", "moe_mlp": "moe_down"}
+SECOND_KERNELS = {"router": "router_top_k"}
 HAS_PRODUCTS = ("decode_attention", "prefill_attention")
 
 

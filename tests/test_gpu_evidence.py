@@ -78,7 +78,7 @@ def copy(tmp_path, monkeypatch):
             "linear/reference.py",
             "approximate=True",
             "approximate=False",
-            {"linear", "grouped_gated_matmul", "moe_mlp"},
+            {"linear", "grouped_gated_matmul"},
         ),
     ],
 )

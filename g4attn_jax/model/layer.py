@@ -108,9 +108,6 @@ class Gemma4DecoderLayer(nnx.Module):
         if self.moe is not None:
             norms.append(self.pre_feedforward_norm_2[...])
         x, (h, *of_moe) = self._add(x, y, self.post_attention_norm, norms)
-        if self.moe is not None:
-            with jax.named_scope("moe"):
-                routing = self.moe.route(x, self.mlp.gate_up_proj.weight[...])
         with jax.named_scope("mlp"):
             y = self.mlp.partial_sums(h)
         last = [next_norm], self.layer_scalar[...]
@@ -119,9 +116,7 @@ class Gemma4DecoderLayer(nnx.Module):
             x, norms = self._add(x, y, self.post_feedforward_norm, *of_sum)
         else:
             with jax.named_scope("moe"):
-                # The MLP comes first: while tokens choose experts, the GPU reads its weight.
-                y, routing = jax.lax.optimization_barrier((y, routing))
-                answers = self.moe.answers(*of_moe, routing)
+                answers = self.moe.answers(x, *of_moe)
             x, norms = self._combine(x, y, answers, *of_sum)
         if per_layer_input is not None:
             with jax.named_scope("per_layer_input"):

@@ -1,7 +1,6 @@
 """The mixture of experts that 26B-A4B has beside its MLP."""
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -19,8 +18,8 @@ class Gemma4MoE(nnx.Module):
         w = softmax(the k largest of r Wr) * per_expert_scale of those k
         y = sum over the k of w_i (gelu(h Wg_i) * h Wu_i) Wd_i
 
-    A layer takes `route`, which is the first two lines, and the answers of single experts,
-    `answers`, and leaves their sum to `ops.moe_combine`.
+    The first two lines are `ops.router`. A layer takes the answers of single experts, `answers`,
+    and leaves their sum to `ops.moe_combine`.
 
     x is the residual stream and h the same stream under a norm of its own. Letters: X experts, Fm
     their width, k experts of a token, M = B * T tokens.
@@ -62,61 +61,34 @@ class Gemma4MoE(nnx.Module):
             x: [B, T, E], the residual stream, which chooses the experts.
             h: [B, T, E], its norm, which they work on; cast to `dtype`.
         """
-        rows, weights, place = self.answers(h, self.route(x))
-        return weighted_sum(rows, weights, place).astype(self.down_proj.dtype).reshape(h.shape)
-
-    def route(
-        self, x: Float[Array, "B T E"], prefetch: Float[Array, "..."] | None = None
-    ) -> Routing:
-        """Experts of every token, see `ops.router`.
-
-        Args:
-            x: [B, T, E], the residual stream.
-            prefetch: a weight that is read next.
-        """
-        with jax.named_scope("router"):
-            return ops.router(
-                x,
-                self.router_scale[...],
-                self.router_proj.weight[...],
-                self.per_expert_scale[...],
-                prefetch,
-                top_k=self.top_k,
-                eps=self.eps,
-                implementation=self.implementation,
-            )
+        rows, weights, place = self.answers(x, h)
+        return weighted_sum(rows, weights, place).astype(rows.dtype).reshape(h.shape)
 
     def answers(
-        self, h: Float[Array, "B T E"], routing: Routing
+        self, x: Float[Array, "B T E"], h: Float[Array, "B T E"]
     ) -> tuple[Float[Array, "rows E"], Float[Array, "M k"], Int[Array, "M k"]]:
-        """Answers of single experts, for `ops.moe_combine` to add.
-
-        Args:
-            h: [B, T, E], the norm of the residual stream; cast to `dtype`.
-            routing: of these tokens.
+        """Answers of single experts, for `ops.moe_combine` to add; arguments as of a call.
 
         Returns:
-            (rows, weights, place): the answers, and of each token the factors of its answers and
-            the rows that they are.
+            (rows, weights, place): the answers, sorted by expert, and of each token the factors of
+            its k answers and the rows that they are.
         """
+        with jax.named_scope("router"):
+            routing = self.route(x)
         with jax.named_scope("experts"):
             h = h.reshape(-1, h.shape[-1])
-            if h.shape[0] == 1:
-                return self._answers_to_one(h, routing)
             gated = self.gate_up_proj(h, routing.group_sizes, routing.row_tokens)
             rows = self.down_proj(gated, routing.group_sizes)
         return rows, routing.weights, routing.place
 
-    def _answers_to_one(self, h, routing):
-        """Partial sums of the answers to one token, as rows whose factors are 1."""
-        rows = ops.moe_mlp(
-            h.astype(self.gate_up_proj.dtype),
-            self.gate_up_proj.operand(),
-            self.down_proj.operand(),
-            routing.experts,
-            routing.weights,
+    def route(self, x: Float[Array, "*batch E"]) -> Routing:
+        """Experts of every token of the residual stream, see `ops.router`."""
+        return ops.router(
+            x,
+            self.router_scale[...],
+            self.router_proj.weight[...],
+            self.per_expert_scale[...],
+            top_k=self.top_k,
+            eps=self.eps,
             implementation=self.implementation,
-        )[:, 0]
-        # NumPy's are constants of the program; XLA would launch a kernel to make JAX's.
-        place = np.arange(rows.shape[0], dtype=np.int32)[None]
-        return rows, np.ones(place.shape, np.float32), place
+        )

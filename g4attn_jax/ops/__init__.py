@@ -6,7 +6,6 @@ from g4attn_jax.ops.grouped_gated_matmul import grouped_gated_matmul
 from g4attn_jax.ops.grouped_matmul import grouped_matmul
 from g4attn_jax.ops.linear import add_partial_sums, geglu, linear, linear_partial_sums
 from g4attn_jax.ops.moe_combine import moe_combine
-from g4attn_jax.ops.moe_mlp import moe_mlp
 from g4attn_jax.ops.op import Implementation
 from g4attn_jax.ops.prefill_attention import prefill_attention
 from g4attn_jax.ops.q_keqv_rms_norm import q_keqv_rms_norm
@@ -26,7 +25,6 @@ __all__ = [
     "linear",
     "linear_partial_sums",
     "moe_combine",
-    "moe_mlp",
     "prefill_attention",
     "q_keqv_rms_norm",
     "qkv_norm_rope",

@@ -302,16 +302,6 @@ def router(x, scale, w, per_expert_scale, *, top_k, eps=1e-6):
     return weights, experts, sizes, order // top_k, np.argsort(order).reshape(experts.shape)
 
 
-def moe_mlp(h, gate_up, down, experts, weights):
-    """Sum of `ops.moe_mlp`'s partial sums, token by token."""
-    y = np.zeros(np.shape(h))
-    for token, expert in np.ndindex(experts.shape):
-        index, x = int(experts[token, expert]), np.asarray(h)[token : token + 1]
-        answer = linear(geglu(x, gate_up[index]), down[index])[0]
-        y[token] += np.float64(weights[token, expert]) * answer
-    return y
-
-
 def moe_combine(x, y, rows, weights, place, norms, next_scales=(), factor=None, *, eps=1e-6):
     """`ops.moe_combine` in float64; norms are of the sum as it is stored, in x's dtype."""
     y, rows, weights = (np.asarray(a).astype(np.float64) for a in (y, rows, weights))

@@ -29,7 +29,6 @@ def moe_combine(
     norms: CombineNorms,
     next_scales: Sequence[Float[Array, " E"]] = (),
     factor: Float[Array, ""] | None = None,
-    prefetch: Float[Array, "..."] | None = None,
     *,
     eps: float = 1e-6,
     implementation: Implementation | None = None,
@@ -52,7 +51,6 @@ def moe_combine(
         norms: scales [E], of any of these dtypes, as all scales are.
         next_scales: [E] each, of the norms of the sum; there may be none.
         factor: [], of the sum; None is 1.
-        prefetch: a weight that the GPU reads next; the kernel has its first bytes read into the L2.
         eps: added to the mean squares.
         implementation: None (the kernel on an NVIDIA GPU of compute capability 8.0 or higher, else
             XLA), "triton", "xla", or "triton_interpret".
@@ -82,5 +80,5 @@ def moe_combine(
         check_array(name, scale, x.shape[-1:])
     check_array("factor", factor, (), none=True)
     checks.check_eps(eps, 0.0)
-    arrays = x, y, rows, weights, place, norms, tuple(next_scales), factor, prefetch
+    arrays = x, y, rows, weights, place, norms, tuple(next_scales), factor
     return _op(*arrays, eps=eps, implementation=implementation)

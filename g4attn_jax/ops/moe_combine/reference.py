@@ -23,7 +23,7 @@ class CombineNorms(NamedTuple):
     both: jax.Array
 
 
-def moe_combine(x, y, rows, weights, place, norms, next_scales, factor, prefetch=None, *, eps):
+def moe_combine(x, y, rows, weights, place, norms, next_scales, factor, *, eps):
     """Reference of `g4attn_jax.ops.moe_combine`."""
     y = y.astype(jnp.float32)
     y = y.sum(axis=0) if y.ndim > x.ndim else y

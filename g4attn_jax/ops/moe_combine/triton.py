@@ -9,10 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.ops.add_rms_norm.triton import NUM_WARPS, Row, Stream
-from g4attn_jax.ops.triton_prefetch import Prefetch, flat
-
-# MiB of a weight that idle programs read.
-_PREFETCHED = 16
+from g4attn_jax.ops.triton_tiles import first_program_id, may_start_next
 
 
 def moe_combine(
@@ -24,14 +21,12 @@ def moe_combine(
     norms,
     next_scales,
     factor,
-    prefetch,
     *,
     eps,
     interpret=False,
     num_warps=NUM_WARPS,
-    megabytes=_PREFETCHED,
 ):
-    """Kernel of `g4attn_jax.ops.moe_combine`; `num_warps` and `megabytes` are for tuning."""
+    """Kernel of `g4attn_jax.ops.moe_combine`; `num_warps` is for tuning."""
     width = x.shape[-1]
     tokens = math.prod(x.shape[:-1])
     if tokens == 0:
@@ -48,16 +43,13 @@ def moe_combine(
         "next_scales": next_scales,
         "factor": None if factor is None else factor.reshape(1),
     }
-    prefetch = flat(prefetch)
-    of = Prefetch.of(prefetch, tokens, num_warps=num_warps, megabytes=range(megabytes))
-    inputs["prefetch"] = prefetch
-    outputs = [of.out_shape]
-    outputs += [jax.ShapeDtypeStruct((tokens, width), x.dtype)] * (1 + len(next_scales))
-    _, total, *h = pl.pallas_call(
-        functools.partial(_run, prefetch=of, eps=eps, num_warps=num_warps),
+    outputs = [jax.ShapeDtypeStruct((tokens, width), x.dtype)] * (1 + len(next_scales))
+    starts_next = may_start_next(interpret)
+    total, *h = pl.pallas_call(
+        functools.partial(_combine, eps=eps, num_warps=num_warps, starts_next=starts_next),
         name="moe_combine",
         out_shape=outputs,
-        grid=of.grid,
+        grid=(tokens,),
         in_specs=(jax.tree.map(lambda _: pl.no_block_spec, inputs),),
         out_specs=[pl.no_block_spec] * len(outputs),
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
@@ -66,16 +58,9 @@ def moe_combine(
     return total.reshape(x.shape), tuple(norm.reshape(x.shape) for norm in h)
 
 
-def _run(inputs, unread_ref, total_ref, *h_refs, prefetch, eps, num_warps):
-    def work(program):
-        row = Row.of(inputs["x"], program, num_warps)
-        _combine(row, inputs, total_ref, h_refs, eps)
-
-    prefetch.run(inputs["prefetch"], unread_ref, work)
-
-
-def _combine(row, inputs, total_ref, h_refs, eps):
+def _combine(inputs, total_ref, *h_refs, eps, num_warps, starts_next):
     """Combines and norms one row; all is on its way before the first sum of squares."""
+    row = Row.of(inputs["x"], first_program_id(starts_next), num_warps)
     experts = _weighted_sum(row, inputs["rows"], inputs["weights"], inputs["place"])
     mlp = row.load_sum(inputs["y"], rows=inputs["x"].shape[0])
     norms = row.load(inputs["mlp_norm"]), row.load(inputs["experts_norm"])

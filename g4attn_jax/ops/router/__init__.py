@@ -41,7 +41,6 @@ def router(
     scale: Float[Array, " E"],
     w: Float[Array, "E X"],
     per_expert_scale: Float[Array, " X"],
-    prefetch: Float[Array, "..."] | None = None,
     *,
     top_k: int,
     eps: float = 1e-6,
@@ -61,7 +60,6 @@ def router(
         scale: [E], of the norm.
         w: W, [E, X]; read as it is stored.
         per_expert_scale: [X].
-        prefetch: a weight that the GPU reads next; the kernel has its first bytes read into the L2.
         top_k: k, from 1 to X.
         eps: added to the mean squares.
         implementation: None (on an NVIDIA GPU of compute capability 8.0 or higher two launches for
@@ -86,5 +84,4 @@ def router(
     checks.check_eps(eps, 0.0)
     x = x.reshape(-1, x.shape[-1])
     implementation = _op.for_tokens(implementation, x.shape[0], most=MAX_TOKENS)
-    arrays = x, scale, w, per_expert_scale, prefetch
-    return _op(*arrays, top_k=top_k, eps=eps, implementation=implementation)
+    return _op(x, scale, w, per_expert_scale, top_k=top_k, eps=eps, implementation=implementation)

@@ -20,7 +20,6 @@ class RouterCase(Case):
         width: E.
         experts: X.
         top_k: k.
-        prefetched: elements of a weight that is read into the L2; 0: there is none.
     """
 
     op = "router"
@@ -29,24 +28,20 @@ class RouterCase(Case):
     width: int = EMBED
     experts: int = EXPERTS
     top_k: int = TOP_K
-    prefetched: int = dataclasses.field(default=0, kw_only=True)
 
     def structs(self, dtype=None) -> list:
-        """(x, scale, w, per_expert_scale, prefetch)."""
+        """(x, scale, w, per_expert_scale)."""
         shapes = (self.tokens, self.width), (self.width,), (self.width, self.experts)
-        structs = [struct(*s, dtype=dtype or self.dtype) for s in (*shapes, (self.experts,))]
-        prefetch = struct(self.prefetched, dtype=dtype or self.dtype)
-        return [*structs, prefetch if self.prefetched else None]
+        return [struct(*s, dtype=dtype or self.dtype) for s in (*shapes, (self.experts,))]
 
     def arguments(self, dtype=None, seed=0) -> list:
         """Random arrays of `structs`, with scores of deviation 1."""
-        draw, (x, scale, w, per_expert_scale, prefetch) = Draw(seed), self.structs(dtype)
+        draw, (x, scale, w, per_expert_scale) = Draw(seed), self.structs(dtype)
         return [
             draw.normal(x, 3),
             draw.uniform(scale, 0.5, 1.25),
             draw.normal(w),
             draw.uniform(per_expert_scale, 0.5, 1.25),
-            None if prefetch is None else draw.normal(prefetch),
         ]
 
     def run(self, arguments, implementation=None):
@@ -55,7 +50,7 @@ class RouterCase(Case):
 
     def exact(self, arguments):
         """The routing, its weights in float64."""
-        return Routing(*oracle.router(*arguments[:4], top_k=self.top_k))
+        return Routing(*oracle.router(*arguments, top_k=self.top_k))
 
     def usual(self, arguments):
         """The routing, its weights rounded once."""
@@ -64,18 +59,18 @@ class RouterCase(Case):
 
     def bytes(self) -> int:
         """Tokens, W and scales in, the routing out."""
-        return nbytes(self.structs()[:4]) + 4 * (4 * self.tokens * self.top_k + self.experts)
+        return nbytes(self.structs()) + 4 * (4 * self.tokens * self.top_k + self.experts)
 
 
 CASES = distinct(
     RouterCase(1, 96, 128, 8, dtype="float32", tags={"odd", "everyday"}),
-    RouterCase(5, 100, 100, 3, prefetched=5000, tags={"odd", "everyday"}),
+    RouterCase(5, 100, 100, 3, tags={"odd", "everyday"}),
     RouterCase(9, 33, 16, 16, dtype="float16", tags={"odd"}),
     RouterCase(3, 64, 1, 1, dtype="float32", tags={"odd"}),
     RouterCase(33, 200, 128, 8, dtype="float32", tags={"odd"}),
     RouterCase(64, 704, 128, 8, tags={"odd"}),
     *(RouterCase(tokens, tags={"bench", "real"}) for tokens in BENCH_TOKENS),
     *(RouterCase(tokens, tags={"compile"}) for tokens in (1, 9, 64)),
-    RouterCase(8, prefetched=2816 * 4224, tags={"compile", "everyday"}),
+    RouterCase(8, tags={"compile", "everyday"}),
     RouterCase(32, dtype="float32", tags={"compile"}),
 )

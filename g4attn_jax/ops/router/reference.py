@@ -34,7 +34,7 @@ class Routing(NamedTuple):
     place: Int[Array, "M k"]
 
 
-def router(x, scale, w, per_expert_scale, prefetch=None, *, top_k, eps):
+def router(x, scale, w, per_expert_scale, *, top_k, eps):
     """Reference of `g4attn_jax.ops.router`."""
     x = rms_norm(x.astype(jnp.float32), scale, eps=eps) / math.sqrt(x.shape[-1])
     # XLA would round both to TF32 for a GPU's tensor cores.

@@ -5,8 +5,6 @@
                         k times: the largest of what is left of a token's scores
                         weights, and rows sorted by counting: an expert has a token once at most
 
-While they work, programs past theirs may read a weight into the L2, see `triton_prefetch`.
-
 The norm is a factor of the scores, so that no program waits for it. Scores are compared as
 integers, which order all floats: whatever they are, NaN too, a token has k experts.
 """
@@ -24,13 +22,20 @@ from jax.experimental.pallas import triton as plgpu
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.padding import pad
 from g4attn_jax.ops.router.reference import Routing
-from g4attn_jax.ops.triton_prefetch import Prefetch, flat
-from g4attn_jax.ops.triton_tiles import dot, iota, load, load_tile, store_tile
+from g4attn_jax.ops.triton_tiles import (
+    dot,
+    first_program_id,
+    iota,
+    load,
+    load_tile,
+    may_start_next,
+    store_tile,
+)
 
 # Tokens up to which each is a program; the least that a product of tiles takes is 16.
 _MAX_SINGLE = 4
-# MiB of a weight that programs of the first launch read for what follows, and those of both.
-_PREFETCHED = 8, 18
+# Tokens up to which the scores have as many parts as W has blocks of rows.
+_MAX_WITH_ALL_PARTS = 8
 _LOWEST = jnp.iinfo(jnp.int32).min
 
 
@@ -45,9 +50,10 @@ class RouterLaunch(NamedTuple):
 
 
 def choose_launch(num_sms: int, *, tokens: int, depth: int) -> RouterLaunch:
-    """Launch for so many tokens: about one program of the first for two multiprocessors or less.
+    """Launch for so many tokens, measured on an H200 for 26B-A4B.
 
-    More parts are read sooner, and take the second launch longer to add.
+    With more parts the first launch ends sooner, and the second adds them for longer. So few tokens
+    have as many as there are blocks of rows, more tokens half as many.
 
     Args:
         num_sms: multiprocessors.
@@ -55,25 +61,14 @@ def choose_launch(num_sms: int, *, tokens: int, depth: int) -> RouterLaunch:
         depth: E.
     """
     block_tokens, block_depth = 1 if tokens <= _MAX_SINGLE else 16, 64
-    blocks = pl.cdiv(tokens, block_tokens)
-    parts = max(1, min(pl.cdiv(depth, block_depth), num_sms // (2 * blocks)))
+    parts = min(pl.cdiv(depth, block_depth), max(1, num_sms // 2))
+    if tokens > _MAX_WITH_ALL_PARTS:
+        parts = pl.cdiv(parts, 2)
     return RouterLaunch(block_tokens, block_depth, parts, 4, min(8, pl.next_power_of_2(tokens)))
 
 
-def router(
-    x,
-    scale,
-    w,
-    per_expert_scale,
-    prefetch,
-    *,
-    top_k,
-    eps,
-    interpret=False,
-    launch=None,
-    megabytes=_PREFETCHED,
-):
-    """Kernel of `g4attn_jax.ops.router`; `launch` and `megabytes` override the choice."""
+def router(x, scale, w, per_expert_scale, *, top_k, eps, interpret=False, launch=None):
+    """Kernel of `g4attn_jax.ops.router`; `launch` overrides the choice, for tuning."""
     tokens, experts = x.shape[0], w.shape[1]
     launch = launch or choose_launch(gpu().num_sms, tokens=max(tokens, 1), depth=x.shape[1])
     of_tokens = tokens * top_k
@@ -87,21 +82,27 @@ def router(
     if tokens == 0:
         routing = Routing(*(jnp.zeros(shape.shape, shape.dtype) for shape in shapes))
     else:
-        prefetch = flat(prefetch)
-        parts = _scores(x, scale, w, prefetch, launch, range(megabytes[0]), interpret)
-        sizes = {"tokens": tokens, "depth": x.shape[1], "parts": launch.parts}
-        body = functools.partial(_route, **sizes, top_k=top_k, eps=eps)
-        routing = _call(
-            body,
-            "router_top_k",
-            [*parts, per_expert_scale],
-            shapes,
-            prefetch,
-            Prefetch.of(prefetch, 1, num_warps=launch.sort_warps, megabytes=range(*megabytes)),
-            launch.sort_warps,
-            interpret,
+        scores, squares = _scores(x, scale, w, launch, interpret)
+        body = functools.partial(
+            _route,
+            tokens=tokens,
+            depth=x.shape[1],
+            top_k=top_k,
+            eps=eps,
+            parts=launch.parts,
+            starts_next=may_start_next(interpret),
         )
-        routing = Routing(*routing)
+        outputs = pl.pallas_call(
+            body,
+            name="router_top_k",
+            out_shape=list(shapes),
+            grid=(1,),
+            in_specs=[pl.no_block_spec] * 3,
+            out_specs=[pl.no_block_spec] * len(shapes),
+            compiler_params=plgpu.CompilerParams(num_warps=launch.sort_warps, num_stages=1),
+            interpret=interpret,
+        )(scores, squares, per_expert_scale)
+        routing = Routing(*outputs)
     shape = tokens, top_k
     return routing._replace(
         weights=routing.weights.reshape(shape),
@@ -110,46 +111,28 @@ def router(
     )
 
 
-def _scores(x, scale, w, prefetch, launch, megabytes, interpret):
+def _scores(x, scale, w, launch, interpret):
     """Parts [parts * M, X] of the scores before their norm, and [parts * M] of the sums of x^2."""
     tokens = x.shape[0]
-    rows, blocks = launch.parts * tokens, pl.cdiv(tokens, launch.block_tokens)
-    of = Prefetch.of(
-        prefetch, launch.parts * blocks, num_warps=launch.num_warps, megabytes=megabytes
-    )
-    shapes = (
-        jax.ShapeDtypeStruct((rows, w.shape[1]), jnp.float32),
-        jax.ShapeDtypeStruct((rows,), jnp.float32),
-    )
-    body = functools.partial(_add_scores, launch=launch)
-    arrays = [x, scale, w]
-    return _call(body, "router_scores", arrays, shapes, prefetch, of, launch.num_warps, interpret)
-
-
-def _call(body, name, arrays, shapes, weight, prefetch, num_warps, interpret):
-    """Runs `body(program, *array_refs, *out_refs)`; programs past its own read `weight`."""
-
-    def kernel(weight_ref, *refs):
-        *refs, unread_ref = refs
-        prefetch.run(weight_ref, unread_ref, lambda program: body(program, *refs))
-
-    *outputs, _ = pl.pallas_call(
-        kernel,
-        name=name,
-        out_shape=[*shapes, prefetch.out_shape],
-        grid=prefetch.grid,
-        in_specs=[None if weight is None else pl.no_block_spec, *[pl.no_block_spec] * len(arrays)],
-        out_specs=[pl.no_block_spec] * (len(shapes) + 1),
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
+    return pl.pallas_call(
+        functools.partial(_add_scores, launch=launch, starts_next=may_start_next(interpret)),
+        name="router_scores",
+        out_shape=[
+            jax.ShapeDtypeStruct((launch.parts * tokens, w.shape[1]), jnp.float32),
+            jax.ShapeDtypeStruct((launch.parts * tokens,), jnp.float32),
+        ],
+        grid=(launch.parts * pl.cdiv(tokens, launch.block_tokens),),
+        in_specs=[pl.no_block_spec] * 3,
+        out_specs=[pl.no_block_spec] * 2,
+        compiler_params=plgpu.CompilerParams(num_warps=launch.num_warps, num_stages=1),
         interpret=interpret,
-    )(weight, *arrays)
-    return outputs
+    )(x, scale, w)
 
 
-def _add_scores(program, x_ref, scale_ref, w_ref, scores_ref, squares_ref, *, launch):
+def _add_scores(x_ref, scale_ref, w_ref, scores_ref, squares_ref, *, launch, starts_next):
     """A part of the scores of a block of tokens: every n-th block of W's rows."""
     (tokens, depth), experts = x_ref.shape, w_ref.shape[1]
-    parts = jnp.int32(launch.parts)
+    program, parts = first_program_id(starts_next), jnp.int32(launch.parts)
     part, block = lax.rem(program, parts), lax.div(program, parts)
     token = block * launch.block_tokens + iota(launch.block_tokens)
     token_mask = None if tokens % launch.block_tokens == 0 else token < tokens
@@ -185,8 +168,20 @@ def _product(x, w):
     return jnp.sum(jnp.sum(x, axis=0)[:, None] * w, axis=0)[None, :]
 
 
-def _route(_, scores_ref, squares_ref, scale_ref, *out_refs, tokens, depth, top_k, eps, parts):
+def _route(
+    scores_ref,
+    squares_ref,
+    scale_ref,
+    *out_refs,
+    tokens,
+    depth,
+    top_k,
+    eps,
+    parts,
+    starts_next,
+):
     """Experts, weights and sorted rows of all tokens."""
+    first_program_id(starts_next)  # there is no other
     out = Routing(*out_refs)
     experts = scores_ref.shape[1]
     token = iota(pl.next_power_of_2(tokens))
