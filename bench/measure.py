@@ -14,6 +14,9 @@ from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
 L2_BYTES = 60 * 2**20
+# Launches start before those ahead of them end (`may_start_next` of g4attn_jax/ops/triton_tiles.py),
+# and the time by CUPTI of one that waits is not its own. Where kernels are timed they do not.
+ONE_BY_ONE = {"xla_gpu_enable_pdl": False, "xla_gpu_enable_pdl_launch": False}
 
 
 class Time(NamedTuple):
@@ -151,7 +154,7 @@ class _Donating(jax.stages.Wrapped):
     """A jitted program that keeps its state between calls; `measure` jits what is not Wrapped."""
 
     def __init__(self, program, state):
-        self.jitted = jax.jit(program, donate_argnums=1)
+        self.jitted = jax.jit(program, donate_argnums=1, compiler_options=ONE_BY_ONE)
         self.state = jax.tree.map(jnp.copy, state)
 
     def __call__(self, calls):

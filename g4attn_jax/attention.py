@@ -170,10 +170,64 @@ class Gemma4Attention(nnx.Module):
         positions: Int[Array, "B T"] | StepPlan,
         cache: Cache | ReadableCache | None = None,
     ) -> tuple[Float[Array, "partial_sums B T E"], Cache | ReadableCache]:
-        """`__call__` with partial sums of y, see `ops.linear_partial_sums`."""
+        """`__call__` with partial sums of y, see `ops.linear_partial_sums`.
+
+        These are three steps, `project`, `attend` and `o_proj.partial_sums`: a layer can be cut
+        between them, to run the projections together with what is before and after.
+        """
+        o, cache = self.attend(self.project(x), positions, cache)
+        with jax.named_scope("o_proj"):
+            return self.o_proj.partial_sums(o), cache
+
+    def project(
+        self, x: Float[Array, "B T E"]
+    ) -> Float[Array, "B T Nkv rows D"] | Float[Array, "partial_sums B T Nkv rows D"]:
+        """Packed projection of new tokens: rows are G query heads, then K, then V.
+
+        Args:
+            x: [B, T, E], the hidden states.
+
+        Returns:
+            [B, T, Nkv, G + P, D] in the layer's dtype, or where `ops.linear_partial_sums` makes
+            more than one partial sum all of them, float32 [partial sums, B, T, Nkv, G + P, D].
+
+        Raises:
+            ValueError: x has the wrong shape or dtype.
+        """
         x = jnp.asarray(x)
         check_array("x", x, ("B", "T", self.hidden_size), "floating", empty=True)
-        given = cache
+        with jax.named_scope("qkv_proj"):
+            qkv = self.qkv_proj.partial_sums(x)
+        qkv = qkv.reshape(*qkv.shape[:-1], *self.qkv_proj.weight.shape[1:])
+        return qkv[0] if len(qkv) == 1 else qkv
+
+    def attend(
+        self,
+        qkv: Float[Array, "B T Nkv rows D"] | Float[Array, "partial_sums B T Nkv rows D"],
+        positions: Int[Array, "B T"] | StepPlan,
+        cache: Cache | ReadableCache | None = None,
+    ) -> tuple[Float[Array, "B T Nq D"], Cache | ReadableCache]:
+        """Norms, RoPE, cache and softmax, from the projection to the heads' results.
+
+        Args:
+            qkv: as `project` returns it: [B, T, Nkv, G + P, D], or partial sums of it,
+                [partial sums, B, T, Nkv, G + P, D].
+            positions: as in `__call__`.
+            cache: as in `__call__`.
+
+        Returns:
+            (o, cache): o [B, T, Nq, D] in the layer's dtype, for `o_proj`, and the cache as
+            `__call__` returns it.
+
+        Raises:
+            ValueError: an argument has the wrong shape or dtype, or as `plan_step` raises.
+        """
+        qkv = jnp.asarray(qkv)
+        shape, dtype = ("B", "T", *self.qkv_proj.weight.shape[1:]), self.dtype
+        if qkv.ndim > len(shape):
+            shape, dtype = ("partial sums", *shape), "floating"
+        check_array("qkv", qkv, shape, dtype, empty=True)
+        given, tokens = cache, qkv.shape[-5:-3]
         cache, k_norm = self._with_k_norm(cache)
         if cache is not None:
             checks.check_cache(
@@ -184,16 +238,12 @@ class Gemma4Attention(nnx.Module):
                 head_dim=self.spec.head_dim,
                 rotary_dim=self.spec.rotary_dim,
             )
-        plan = self._planned(x, positions, cache)
-        with jax.named_scope("qkv_proj"):
-            qkv = self.qkv_proj(x)
+        plan = self._planned(tokens, positions, cache)
         with jax.named_scope("qkv_norm_rope"):
             q, cache = self._prologue(qkv, k_norm, plan, cache, self.implementation)
         with jax.named_scope("attention"):
             o = self._attend(q, cache, plan, self.implementation)
-        with jax.named_scope("o_proj"):
-            partial_sums = self.o_proj.partial_sums(o)
-        return partial_sums, given if isinstance(given, ReadableCache) else cache
+        return o, given if isinstance(given, ReadableCache) else cache
 
     def load_hf(self, state_dict: Mapping[str, Any]) -> None:
         """Takes the weights of a Hugging Face `Gemma4TextAttention`, cast to the param dtype.
@@ -245,6 +295,7 @@ class Gemma4Attention(nnx.Module):
         constants = {
             "mode": self.spec.mode,
             "eps": self.spec.eps,
+            "dtype": self.dtype if qkv.ndim == 6 else None,
             "implementation": implementation,
         }
         if cache is None:
@@ -264,21 +315,21 @@ class Gemma4Attention(nnx.Module):
         attend = ops.decode_attention if is_step else ops.prefill_attention
         return attend(*arguments, **constants)
 
-    def _planned(self, x, positions, cache):
-        """The plan of the step, made here unless it was given."""
+    def _planned(self, tokens, positions, cache):
+        """The plan of a step of [B, T] tokens, made here unless it was given."""
         if isinstance(positions, StepPlan):
-            self._check_plan(positions, x, cache)
+            self._check_plan(positions, tokens, cache)
             return positions
         if not isinstance(positions, jax.Array):
             positions = np.asarray(positions)
-        check_array("positions", positions, x.shape[:2], "integer")
-        plan = plan_step(self.spec, positions, self._contiguous(x, cache))
-        self._check_plan(plan, x, cache)
+        check_array("positions", positions, tokens, "integer")
+        plan = plan_step(self.spec, positions, self._contiguous(tokens, cache))
+        self._check_plan(plan, tokens, cache)
         return plan
 
-    def _check_plan(self, plan, x, cache):
+    def _check_plan(self, plan, tokens, cache):
         """Refuses a plan of other tokens, of another layer type or of another cache."""
-        check_array("plan.positions", plan.positions, x.shape[:2], "integer")
+        check_array("plan.positions", plan.positions, tokens, "integer")
         if plan.layer_type != LayerType.of(self.spec):
             raise ValueError(
                 f"the plan is for layers of {plan.layer_type}; layer {self.layer} is of "
@@ -292,12 +343,13 @@ class Gemma4Attention(nnx.Module):
                     f"[{pages[0]}, {pages[1]}, {self.spec.num_kv_heads}, {self.spec.head_dim}]"
                 )
 
-    def _contiguous(self, x, cache):
+    def _contiguous(self, tokens, cache):
         if cache is not None:
-            return Contiguous(x.shape[0], cache.v.shape[1])
-        if x.size == 0:
-            raise ValueError(f"x has shape {x.shape}; without a cache B and T must not be 0")
-        return Contiguous(*x.shape[:2])
+            return Contiguous(tokens[0], cache.v.shape[1])
+        if 0 in tokens:
+            shape = *tokens, self.hidden_size
+            raise ValueError(f"x has shape {shape}; without a cache B and T must not be 0")
+        return Contiguous(*tokens)
 
     def _with_k_norm(self, cache):
         """(cache, norm scale of its keys), of this layer or of the one whose cache it reads."""

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import chex
@@ -124,6 +125,47 @@ def test_prefill_against_float64(config, layer, implementation):
     y, cache = attention(x, positions_to(T), full_cache(config, layer, x))
     np.testing.assert_allclose(y, expected(config, layer, x), atol=1e-5)
     assert cache.v.shape[:2] == (B, T)
+
+
+@everyday("triton_interpret-QKV_FULL-0")
+@on_every_layer
+@pytest.mark.parametrize("implementation", [None, "triton_interpret"])
+def test_a_layer_cut_between_its_steps(config, layer, implementation):
+    """The projection may also come as partial sums; the result has the layer's dtype."""
+    attention = layer_of(config, layer, implementation=implementation)
+    x = hidden(config, 3)
+    given, positions = full_cache(config, layer, x), positions_to(3)
+    qkv = attention.project(x)
+    spec = attention.spec
+    rows = spec.group_size + spec.mode.num_kv_projections
+    assert qkv.shape == (B, 3, spec.num_kv_heads, rows, spec.head_dim)
+    sums, cache = attention.partial_sums(x, positions, given)
+    noise = jax.random.normal(jax.random.key(1), (2, *qkv.shape))
+    for parts in (qkv, jnp.stack([qkv - noise[0], noise[0] - noise[1], noise[1]])):
+        o, same_cache = attention.attend(parts, positions, given)
+        assert o.shape == (B, 3, spec.num_q_heads, spec.head_dim)
+        chex.assert_trees_all_close(same_cache, cache, atol=1e-5)
+        np.testing.assert_allclose(attention.o_proj.partial_sums(o), sums, atol=1e-5)
+    half = layer_of(config, layer, implementation=implementation, dtype=jnp.bfloat16)
+    given = jax.tree.map(lambda a: a.astype(jnp.bfloat16), given)
+    o, cache = half.attend(jnp.stack([qkv, noise[0]]), positions, given)
+    assert o.dtype == cache.v.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("tokens", [2, 65])
+def test_projection_in_partial_sums(tokens):
+    """Kernels share its columns where they are few; XLA, which takes many tokens, does not."""
+    config = dataclasses.replace(K_EQ_V, hidden_size=256)
+    kwargs = {"rngs": nnx.Rngs(0), "dtype": jnp.float32, "param_dtype": jnp.float32}
+    attention = Gemma4Attention(config, 0, **kwargs)
+    x = jax.random.normal(jax.random.key(0), (1, tokens, 256))
+    qkv = attention.project(x)
+    assert (qkv.ndim == 6) == (tokens == 2)
+    whole = qkv.sum(axis=0) if qkv.ndim == 6 else qkv
+    np.testing.assert_allclose(whole, attention.qkv_proj(x), atol=1e-5)
+    positions = jnp.arange(tokens)[None]
+    by_xla = Gemma4Attention(config, 0, implementation="xla", **kwargs | {"rngs": nnx.Rngs(0)})
+    np.testing.assert_allclose(attention(x, positions)[0], by_xla(x, positions)[0], atol=1e-5)
 
 
 @everyday("chunks2-QK_ONLY-1", "chunks0-QKV_FULL-1", "chunks0-Q_ONLY-2")
@@ -477,6 +519,20 @@ class TestBadInput:
     def test_refused(self, changes, message):
         with pytest.raises(ValueError, match=message):
             self.call(**changes)
+
+    @pytest.mark.parametrize(
+        ("qkv", "message"),
+        [
+            (jnp.zeros((B, 3, 1, 5, 31)), r"qkv has shape \(2, 3, 1, 5, 31\).*\[B, T, 1, 5, 32\]"),
+            (jnp.zeros((B, 3, 1, 5, 32), jnp.bfloat16), "qkv has dtype bfloat16"),
+            (jnp.zeros((2, 1, B, 3, 1, 5, 32)), "partial sums, B, T, 1, 5, 32"),
+            (jnp.zeros((0, B, 3, 1, 5, 32)), "one or more partial sums"),
+            (jnp.zeros((2, B, 3, 1, 5, 32), int), "qkv has dtype int32"),
+        ],
+    )
+    def test_refused_projections(self, qkv, message):
+        with pytest.raises(ValueError, match=message):
+            self.attention.attend(qkv, positions_to(3), self.attention.init_cache(Contiguous(B, 8)))
 
     def test_a_shared_layer_needs_its_producers_cache(self):
         attention = layer_of(KV_SHARED, 3)

@@ -1,9 +1,11 @@
 """`python -m bench` without a GPU: what is registered, bars, comparison, which rows stay."""
 
+import dataclasses
 import json
 import shlex
 import subprocess
 
+import chex
 import jax
 import pytest
 
@@ -12,7 +14,7 @@ from bench import compare, driver, measure, memory, registry, results
 from bench.benchmark import Bar, Benchmark, Point, field, select
 from bench.steps import decode_step
 from bench.steps._ablated import Variant
-from bench.steps._model import StepCase
+from bench.steps._model import StepCase, random_like
 from g4attn_jax import Gemma4Config
 from tests.everyday import everyday
 
@@ -347,17 +349,83 @@ def test_memory_of_a_card():
     assert memory.sequences("31b", 48, 8192) == 0
 
 
+def small(model, layers=2):
+    """The config of a model, with few and narrow layers."""
+    config = Gemma4Config.preset(model)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "head_dim": 32,
+        "global_head_dim": 32,
+        "vocab_size": 512,
+        "num_hidden_layers": layers,
+        "layer_types": config.layer_types[-layers:],
+    }
+    if config.enable_moe_block:
+        sizes |= {"num_experts": 16, "top_k_experts": 4, "moe_intermediate_size": 32}
+    return dataclasses.replace(config, **sizes)
+
+
+@everyday()
+def test_experts_that_are_chosen():
+    """Every token of every layer has its k experts; counting does not change the step."""
+    case = StepCase(small("26b-a4b"), Variant.XLA, 3, 64, tokens_per_step=2)
+    weights = random_like(case.weights)
+    with jax.default_matmul_precision("highest"):
+        step, counting_step = case.step(), case.counting_step()
+    expected = step(weights, (*case.tokens(8), random_like(case.cache())))
+    state, counts = counting_step(weights, (*case.tokens(8), random_like(case.cache())))
+    chex.assert_trees_all_close(state, expected, atol=1e-6)
+    assert counts.shape == (2, 16) and (counts.sum(axis=1) == 3 * 2 * 4).all()
+    assert (counts <= 6).all() and ((counts > 0).sum(axis=1) >= 4).all()
+
+
+def test_limits_of_experts():
+    """Reading all experts costs what their weights have more bytes than reading one."""
+    config = small("26b-a4b")
+    case = StepCase(config, Variant.XLA, 8, 64)
+    one_expert = 2 * 3 * config.hidden_size * config.moe_intermediate_size
+    more = case.bytes(64, experts=16) - case.bytes(64, experts=1)
+    assert more == pytest.approx(config.num_hidden_layers * 15 * one_expert)
+    assert case.uniform_experts() == pytest.approx(16 * (1 - 0.75**8))
+    assert case.bytes(64) == pytest.approx(case.bytes(64, experts=case.uniform_experts()))
+    fields = decode_step.limits(case, 4000, 5.5)
+    assert fields["limit_ms"] <= fields["uniform_limit_ms"] and fields["experts"] == 5.5
+    assert decode_step.limits(case, 4000, None).keys() == {"limit_ms"}
+
+
+def test_random_numbers_of_one_shape_differ():
+    x, y, scale = random_like([jax.ShapeDtypeStruct(s, "bfloat16") for s in ((4, 8), (4, 8), (8,))])
+    assert (x != y).any() and (scale == 1).all()
+
+
+def test_plot_of_steps(tmp_path):
+    pytest.importorskip("matplotlib").use("agg")
+    benchmark = registry.benchmark("decode_step")
+    rows = [point.fields | {"limit_ms": 1.0, "step_ms": 2.0} for point in benchmark.points()]
+    benchmark.plot(rows, {"gpu": "a GPU", "jax": "0"}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size
+
+
 @everyday()
 @pytest.mark.parametrize("model", decode_step.MODELS)
 def test_bytes_of_a_step(model):
     """Limits of the committed results were computed from these bytes."""
     _, rows = results.read(COMMITTED["decode_step"])
     for row in rows:
-        if row["model"] == model and row["variant"] in "af" and row["batch"] != 8:
+        if row["model"] == model and row["variant"] in "af" and row["batch"] in (1, 32):
             variant = next(v for v in Variant if v.letter == row["variant"])
-            case = StepCase(Gemma4Config.preset(model), variant, row["batch"], 8192)
-            limit = case.bytes(8192) / row["read_gbps"] / 1e6
-            assert limit == pytest.approx(row["limit_ms"], rel=1e-4, abs=6e-4)
+            case = StepCase(
+                Gemma4Config.preset(model),
+                variant,
+                row["batch"],
+                8192,
+                tokens_per_step=row["tokens"],
+            )
+            for name, experts in (("limit_ms", row.get("experts")), ("uniform_limit_ms", None)):
+                if name in row:
+                    limit = case.bytes(8192, experts) / row["read_gbps"] / 1e6
+                    assert limit == pytest.approx(row[name], rel=1e-4, abs=6e-4)
 
 
 @pytest.mark.parametrize(

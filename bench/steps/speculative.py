@@ -97,24 +97,27 @@ class Group(StepCase):
 
         Plain steps and verifications are compiled by themselves, to choose their matmuls in peace.
         """
+        alone = {"plain": self.step(), "verify": self._compiled("verify")}
+        names = "draft", "group"
+        with ThreadPoolExecutor() as pool:
+            return alone | dict(zip(names, pool.map(self._compiled, names), strict=True))
+
+    def draft_step(self):
+        """The compiled program "draft": `DRAFTS` passes of the assistant."""
+        return self._compiled("draft")
+
+    def _compiled(self, name):
         token = jax.ShapeDtypeStruct((self.batch,), jnp.int32)
         drafts = jax.ShapeDtypeStruct((self.batch, DRAFTS), jnp.int32)
         hidden = jax.ShapeDtypeStruct((self.batch, self.config.hidden_size), jnp.bfloat16)
         rule, cache = Forced(jax.ShapeDtypeStruct((), jnp.int32)), self.cache()
         models = self.weights, self.assistant_weights
-        programs = {
+        f, *arguments = {
             "verify": (self._verify, (self.weights, drafts, rule), (token, token, cache)),
             "draft": (self._draft, (*models, cache), (token, token, hidden)),
             "group": (self._group, (*models, rule), (token, token, hidden, cache)),
-        }
-
-        def compiled(name):
-            f, *arguments = programs[name]
-            return name, jax.jit(f, donate_argnums=1).lower(*arguments).compile()
-
-        alone = {"plain": self.step()} | dict([compiled("verify")])
-        with ThreadPoolExecutor() as pool:
-            return alone | dict(pool.map(compiled, ("draft", "group")))
+        }[name]
+        return jax.jit(f, donate_argnums=1).lower(*arguments).compile()
 
     def start(self):
         """(tokens, positions, hidden states), all sequences at the context's end."""

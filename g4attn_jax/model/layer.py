@@ -130,10 +130,9 @@ class Gemma4DecoderLayer(nnx.Module):
             return rms_norm(x, self.input_norm[...], eps=self.eps)
 
     def _from_per_layer_input(self, x, per_layer_input):
-        """Partial sums of (gelu(x Wg) * p) Wp."""
-        gate = ops.add_partial_sums(self.per_layer_gate.partial_sums(x), jnp.float32)
-        gated = jax.nn.gelu(gate, approximate=True) * per_layer_input
-        return self.per_layer_projection.partial_sums(gated)
+        """(gelu(x Wg) * p) Wp."""
+        gate = self.per_layer_gate.partial_sums(x)
+        return self.per_layer_projection.after_gelu_and_mul(gate, per_layer_input)
 
     def _combine(self, x, y, answers, next_norms, factor):
         """Adds the MLP and the experts to the residual stream; see `moe_combine`."""

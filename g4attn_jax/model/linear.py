@@ -140,20 +140,43 @@ class Linear(Weight):
             self._rows(x), self._matrix(), implementation=self.implementation
         )
 
+    def after_gelu_and_mul(
+        self,
+        gate: Float[Array, "*batch K"] | Float[Array, "partial_sums *batch K"],
+        up: Float[Array, "*batch K"],
+    ) -> Float[Array, "*batch N"]:
+        """(gelu(gate) * up) W in `dtype`, see `ops.gelu_and_mul_linear`.
+
+        Args:
+            gate: [..., K], or [partial sums, ..., K] of it.
+            up: [..., K].
+        """
+        return ops.gelu_and_mul_linear(gate, up, self._matrix(), implementation=self.implementation)
+
     def float32(
         self,
         x: Float[Array, "*batch_inputs"],
         precision: jax.lax.Precision | None = None,
     ) -> Float[Array, "*batch_outputs"]:
-        """x W by XLA, its float32 sums not rounded.
+        """x W, its float32 sums not rounded.
 
         Args:
             x: [..., *inputs]; cast to `dtype`.
-            precision: of the products; HIGHEST keeps a GPU from rounding float32 to TF32.
+            precision: of the products, by XLA unless it is None; HIGHEST keeps a GPU from rounding
+                float32 to TF32.
 
         Returns:
             Float32 [..., *outputs].
         """
+        if precision is None:
+            partial_sums = ops.linear_partial_sums(
+                self._rows(x),
+                self._matrix(),
+                dtype=jnp.float32,
+                implementation=self.implementation,
+            )
+            y = ops.add_partial_sums(partial_sums, jnp.float32)
+            return y.reshape(*y.shape[:-1], *self.weight.shape[self.num_inputs :])
         return jnp.tensordot(
             x.astype(self.dtype),
             self.operand(),
@@ -308,12 +331,8 @@ class Embedding(Weight):
             Float32 [B, T, n], without tokens [B, T, V].
         """
         if tokens is None:
-            return jnp.einsum(
-                "bte,ve->btv",
-                hidden,
-                self.operand(),
-                preferred_element_type=jnp.float32,
-            )
+            hidden = hidden.astype(self.dtype)
+            return ops.logits(hidden, self.operand(), implementation=self.implementation)
         # A row of each token, not a copy of the table: k V / C rows of V.
         return jnp.einsum(
             "bte,btne->btn",

@@ -2,9 +2,10 @@
 
 from g4attn_jax.ops.add_rms_norm import add_rms_norm
 from g4attn_jax.ops.decode_attention import decode_attention
+from g4attn_jax.ops.gelu_and_mul_linear import gelu_and_mul_linear
 from g4attn_jax.ops.grouped_gated_matmul import grouped_gated_matmul
 from g4attn_jax.ops.grouped_matmul import grouped_matmul
-from g4attn_jax.ops.linear import add_partial_sums, geglu, linear, linear_partial_sums
+from g4attn_jax.ops.linear import add_partial_sums, geglu, linear, linear_partial_sums, logits
 from g4attn_jax.ops.moe_combine import moe_combine
 from g4attn_jax.ops.op import Implementation
 from g4attn_jax.ops.prefill_attention import prefill_attention
@@ -20,10 +21,12 @@ __all__ = [
     "add_rms_norm",
     "decode_attention",
     "geglu",
+    "gelu_and_mul_linear",
     "grouped_gated_matmul",
     "grouped_matmul",
     "linear",
     "linear_partial_sums",
+    "logits",
     "moe_combine",
     "prefill_attention",
     "q_keqv_rms_norm",

@@ -133,9 +133,10 @@ def launch_decoder(tokens, dtype, implementation="triton"):
     run = {"implementation": implementation}
     partial_sums = ops.linear_partial_sums(x, w, **run)
     outputs = [ops.linear(x, w, **run), ops.geglu(x, gate_up, **run)]
+    outputs.append(ops.gelu_and_mul_linear(partial_sums, x, w, **run))
     outputs += ops.add_rms_norm(x, partial_sums, *norms, **run)
     jax.block_until_ready(outputs)
-    return 4
+    return 5
 
 
 def launch_case(case):
@@ -182,8 +183,10 @@ def norms():
 
 def prologue():
     cases = [
-        QkvNormRopeWriteCase(mode, form, 12, 3, d, d // 4, tokens)
-        for (mode, form), (tokens, d) in itertools.product(modes_and_forms(FORMS), SIZES)
+        QkvNormRopeWriteCase(mode, form, 12, 3, d, d // 4, tokens, partial_sums=partial_sums)
+        for (mode, form), (tokens, d), partial_sums in itertools.product(
+            modes_and_forms(FORMS), SIZES, (None, 3)
+        )
     ]
     without_cache = [
         QkvNormRopeCase(mode, 12, 3, d, d // 4, tokens)
@@ -224,7 +227,7 @@ class Program(NamedTuple):
 
 
 PROGRAMS = {
-    "products": Program(products, 24, ("linear", "add_rms_norm")),
+    "products": Program(products, 30, ("linear", "gelu_and_mul_linear", "add_rms_norm")),
     "grouped": Program(grouped, 12, ("grouped_matmul", "grouped_gated_matmul")),
     "experts": Program(experts, 10, ("router", "moe_combine")),
     "norms": Program(norms, 16, ("qkv_rms_norm", "q_keqv_rms_norm")),

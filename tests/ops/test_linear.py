@@ -1,14 +1,21 @@
 """Products of few tokens and a weight, against float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from g4attn_jax import ops
+from g4attn_jax.config import Gemma4Config
 from g4attn_jax.ops.gpu import Gpu, gpu_refusal
-from g4attn_jax.ops.linear import triton
-from g4attn_jax.ops.linear.cases import CASES, GegluCase
+from g4attn_jax.ops.linear.cases import CASES, GegluCase, weights_of
+from g4attn_jax.ops.linear.launch import (
+    choose_launch,
+    choose_logits_launch,
+    choose_num_partial_sums,
+)
 from g4attn_jax.testing import oracle
 from g4attn_jax.testing.case import tagged
 from tests.everyday import everyday, everyday_cases
@@ -20,6 +27,12 @@ on_both = pytest.mark.parametrize("implementation", ["xla", *KERNEL])
 on_the_kernel = pytest.mark.parametrize("implementation", KERNEL)
 # Edges of tiles and of the blocks of columns.
 ODD = tagged(CASES, "odd")
+WEIGHTS = [
+    weight
+    for model in Gemma4Config.preset_names()
+    for name, weight in weights_of(Gemma4Config.preset(model)).items()
+    if name != "logits"
+]
 
 EPS = 2.0**-24
 
@@ -105,14 +118,28 @@ def test_partial_sums(implementation):
     partial_sums = ops.linear_partial_sums(x, w, implementation=implementation)
     assert partial_sums.shape == (8, 4, 1, 640) and partial_sums.dtype == jnp.float32
     assert (np.abs(partial_sums).max(axis=(1, 2, 3)) > 0).all()
-    wide = jnp.zeros((2048, 64 * 264), x.dtype)
+    wide = jnp.zeros((2048, 64 * 132), x.dtype)
     assert len(ops.linear_partial_sums(x, wide, implementation=implementation)) == 1
-    shallow = ops.linear_partial_sums(x[..., :130], w[:130], implementation=implementation)
+    shallow = ops.linear_partial_sums(x[..., :400], w[:400], implementation=implementation)
     assert len(shallow) == 3
 
 
+@on_both
+def test_sums_that_are_not_rounded(implementation):
+    """Float32 of bfloat16 operands, with one partial sum too."""
+    x, w = case(3, 700, 64 * 132, dtype=jnp.bfloat16)
+    rounded, sums = (
+        ops.linear_partial_sums(x, w, dtype=dtype, implementation=implementation)
+        for dtype in (None, jnp.float32)
+    )
+    assert len(rounded) == len(sums) == 1
+    assert rounded.dtype == jnp.bfloat16 and sums.dtype == jnp.float32
+    truth = exact(x, w)
+    close(sums[0], truth, 700**0.5 * EPS * np.linalg.norm(truth))
+
+
 def test_who_gets_what():
-    """None takes XLA for many tokens, and without parts for few columns."""
+    """None takes XLA for many tokens, and the kernel for any number of columns."""
 
     def runs_kernel(f, x, w, implementation=None):
         jaxpr = jax.make_jaxpr(lambda x, w: f(x, w, implementation=implementation))(x, w)
@@ -120,13 +147,26 @@ def test_who_gets_what():
 
     few, many = jnp.zeros((64, 64)), jnp.zeros((65, 64))
     narrow, wide = jnp.zeros((64, 640)), jnp.zeros((64, 64 * 96))
-    assert runs_kernel(ops.linear, few, wide) and not runs_kernel(ops.linear, few, narrow)
-    assert not runs_kernel(ops.linear, many, wide)
-    assert runs_kernel(ops.linear_partial_sums, few, narrow)
-    assert not runs_kernel(ops.linear_partial_sums, many, narrow)
-    assert not runs_kernel(ops.linear_partial_sums, few, narrow, "xla")
-    assert runs_kernel(ops.geglu, few, wide.reshape(64, 2, -1).repeat(2, axis=2))
-    assert not runs_kernel(ops.geglu, few, wide.reshape(64, 2, -1))
+    for f, w in [
+        *itertools.product((ops.linear, ops.linear_partial_sums), (narrow, wide)),
+        (ops.geglu, wide.reshape(64, 2, -1)),
+        (ops.logits, wide.T),
+    ]:
+        assert runs_kernel(f, few, w)
+        assert not runs_kernel(f, few, w, "xla")
+        assert not runs_kernel(f, many, w)
+
+
+@pytest.mark.parametrize("f", [ops.linear_partial_sums, ops.logits])
+def test_a_weight_beyond_the_indices_is_xlas(f):
+    def size(x, w):
+        return f(x, w, implementation="triton_interpret")
+
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 2**16), (2**16, 2**15)))
+    w = w if f is ops.linear_partial_sums else jax.ShapeDtypeStruct(w.shape[::-1], w.dtype)
+    with pytest.raises(NotImplementedError, match=r"has 2147483648 numbers; accepted: fewer"):
+        jax.eval_shape(size, x, w)
+    assert "pallas_call" not in str(jax.make_jaxpr(f)(x, w))
 
 
 @on_the_kernel
@@ -150,9 +190,9 @@ def test_transformations(implementation):
         close(batched, truth, 96**0.5 * EPS * np.linalg.norm(truth))
 
 
-@pytest.mark.parametrize("f", [ops.linear, ops.linear_partial_sums, ops.geglu])
+@pytest.mark.parametrize("f", [ops.linear, ops.linear_partial_sums, ops.geglu, ops.logits])
 def test_symbolic_numbers_of_tokens(f):
-    shape = (64, 2, 6400) if f is ops.geglu else (64, 6400)
+    shape = {ops.geglu: (64, 2, 6400), ops.logits: (6400, 64)}.get(f, (64, 6400))
     x = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 64), jnp.float32)
     exported = jax.export.export(jax.jit(f))(x, jax.ShapeDtypeStruct(shape, jnp.float32))
     x, w = jnp.ones((3, 64)), jnp.ones(shape)
@@ -169,24 +209,56 @@ def test_a_demand_is_checked_for_any_number_of_tokens():
 def test_no_tokens():
     x, w = jnp.zeros((0, 64)), jnp.zeros((64, 640))
     assert ops.linear(x, w, implementation="triton_interpret").shape == (0, 640)
+    assert ops.logits(x, w.T, implementation="triton_interpret").shape == (0, 640)
 
 
 @pytest.mark.parametrize("shared_memory", [99 * 1024, 227 * 1024])
-@pytest.mark.parametrize("tokens", [1, 32])
-def test_launches_fit(shared_memory, tokens):
-    for columns, matrices, partial_sums, itemsize in [
-        (16384, 1, 1, 2), (5376, 1, 3, 2), (8192, 1, 1, 4), (21504, 2, 1, 2), (21504, 2, 1, 4),
-    ]:  # fmt: skip
-        launch = triton.choose_launch(
-            Gpu(8.6, 132, shared_memory),
-            rows=tokens,
-            columns=columns,
-            matrices=matrices,
-            num_partial_sums=partial_sums,
-            itemsize=itemsize,
-        )
-        tile = (max(16, tokens) + matrices * launch.block_columns) * launch.block_k * itemsize
+@pytest.mark.parametrize("rows", [1, 32, 64])
+def test_launches_fit(shared_memory, rows):
+    gpu = Gpu(8.6, 132, shared_memory)
+    for weight, itemsize in itertools.product(WEIGHTS, (2, 4)):
+        launch = launch_of(gpu, rows, weight, itemsize)[0]
+        columns = weight.matrices * launch.block_columns
+        tile = (max(16, rows) + columns) * launch.block_k * itemsize
         assert launch.num_stages * tile <= shared_memory
+        assert launch.block_k >= 16
+        logits = choose_logits_launch(gpu, rows=rows, itemsize=itemsize)
+        tile = (max(16, rows) + logits.block_columns) * logits.block_k * itemsize
+        assert logits.num_stages * tile <= shared_memory
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32, 64])
+def test_programs_fill_the_bus_and_no_more(rows):
+    """Of a weight of a few MB and more: programs for half of the multiprocessors, and 40 to 90 KiB
+    on their way to each."""
+    gpu = Gpu(9.0, 132, 227 * 1024)
+    for weight in WEIGHTS:
+        launch, count = launch_of(gpu, rows, weight, 2)
+        programs = count * -(-weight.columns // launch.block_columns)
+        tiles = -(-weight.depth // (launch.block_k * count))
+        buffers = launch.num_stages - (rows < 64)
+        tile = launch.block_k * weight.matrices * launch.block_columns * 2
+        if weight.depth * weight.columns > 3e6 and tiles > buffers:
+            assert programs > 64, weight
+            assert 40 <= programs * buffers * tile / 1024 / 132 <= 90, weight
+        assert count == 1 or programs <= 132, weight
+
+
+def launch_of(gpu, rows, weight, itemsize):
+    """(launch, number of partial sums) of a weight."""
+    count = 1
+    if weight.matrices == 1:
+        count = choose_num_partial_sums(gpu, k=weight.depth, columns=weight.columns)
+    launch = choose_launch(
+        gpu,
+        rows=rows,
+        k=weight.depth,
+        columns=weight.columns,
+        matrices=weight.matrices,
+        num_partial_sums=count,
+        itemsize=itemsize,
+    )
+    return launch, count
 
 
 @pytest.mark.parametrize(
@@ -198,6 +270,7 @@ def test_launches_fit(shared_memory, tokens):
         (ops.linear_partial_sums, (2, 8), (8, 0), r"w has shape \(8, 0\); .* N may not be 0"),
         (ops.geglu, (2, 8), (8, 4), r"w has shape \(8, 4\)"),
         (ops.geglu, (2, 8), (8, 3, 4), r"w has shape \(8, 3, 4\)"),
+        (ops.logits, (2, 8), (4, 9), r"table has shape \(4, 9\)"),
     ],
 )
 def test_refusals(f, x, w, message):
@@ -208,3 +281,7 @@ def test_refusals(f, x, w, message):
 def test_dtypes_must_agree():
     with pytest.raises(ValueError, match="w has dtype bfloat16"):
         ops.linear(jnp.zeros((2, 8)), jnp.zeros((8, 4), jnp.bfloat16))
+    with pytest.raises(ValueError, match="table has dtype bfloat16"):
+        ops.logits(jnp.zeros((2, 8)), jnp.zeros((4, 8), jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"dtype is dtype.'float16'.; accepted: .*float32"):
+        ops.linear_partial_sums(jnp.zeros((2, 8)), jnp.zeros((8, 4)), dtype=jnp.float16)

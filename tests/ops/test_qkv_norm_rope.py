@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import chex
 import hypothesis
 import jax
@@ -7,8 +10,11 @@ import pytest
 from hypothesis import strategies as st
 
 from g4attn_jax import ProjectionMode, ops
+from g4attn_jax.commands.check import judge
+from g4attn_jax.ops.qkv_norm_rope.cases import CASES, QkvNormRopeCase
 from g4attn_jax.rope import rope_cos_sin
 from g4attn_jax.testing import oracle
+from g4attn_jax.testing.case import tagged
 from tests.everyday import everyday
 
 RUNS_HERE = ("xla", "triton_interpret")
@@ -155,3 +161,61 @@ class TestBadInput:
         arguments = dict(zip(names, values, strict=True)) | {"mode": mode}
         with pytest.raises(ValueError, match=message):
             ops.qkv_norm_rope(**(arguments | change))
+
+
+ODD_PARTIAL_SUMS = [case for case in tagged(CASES, "odd") if case.partial_sums is not None]
+
+
+@everyday("34-12-13-partial_sums=3")
+@pytest.mark.parametrize("implementation", RUNS_HERE)
+@pytest.mark.parametrize("case", ODD_PARTIAL_SUMS, ids=str)
+def test_partial_sums(case, implementation):
+    """Added before they are rounded: nothing is lost to where the projection was split."""
+    result = judge(case, case.arguments(), implementation)
+    assert result.passed, result
+
+
+@everyday()
+@pytest.mark.parametrize("implementation", RUNS_HERE)
+def test_one_partial_sum_is_the_projection(implementation):
+    case = QkvNormRopeCase(ProjectionMode.QKV_FULL, 4, 2, 32, 8, 5)
+    qkv, *others = case.arguments()
+    one = dataclasses.replace(case, partial_sums=1)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        results = one.run([qkv.astype(dtype)[None], *others], implementation)
+        for a, b in zip(results, case.run([qkv, *others], implementation), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", RUNS_HERE)
+def test_derivative_of_partial_sums(implementation):
+    """Each has the derivative of their sum."""
+    case = QkvNormRopeCase(ProjectionMode.QK_ONLY, 4, 2, 32, 8, 3, partial_sums=3)
+    qkv, *others = case.arguments(jnp.float32)
+
+    def loss(case, qkv):
+        return sum(jnp.sum(x**2 * 0.5) for x in case.run([qkv, *others], implementation)[:2])
+
+    of_sum = jax.grad(functools.partial(loss, dataclasses.replace(case, partial_sums=None)))
+    gradient = jax.grad(functools.partial(loss, case))(qkv)
+    expected = of_sum(qkv.sum(axis=0))
+    np.testing.assert_allclose(gradient, jnp.stack([expected] * 3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": jnp.float64}, "dtype has dtype .*float64.*; accepted: bfloat16, float16"),
+        ({"dtype": None}, r"cos has shape \(5, 4\)"),
+        ({"qkv": jnp.zeros((0, 5, 2, 4, 32))}, "one or more partial sums"),
+        ({"qkv": jnp.zeros((2, 4, 32))}, "one or more partial sums"),
+    ],
+)
+def test_refused_partial_sums(change, message):
+    case = QkvNormRopeCase(ProjectionMode.QKV_FULL, 4, 2, 32, 8, 5, partial_sums=2)
+    names = "qkv", "q_norm", "k_norm", "cos", "sin"
+    arguments = dict(zip(names, case.arguments(), strict=True))
+    arguments |= {"mode": case.mode, "dtype": jnp.bfloat16}
+    with pytest.raises(ValueError, match=message):
+        ops.qkv_norm_rope(**(arguments | change))

@@ -45,6 +45,22 @@ def test_sweep(case, implementation):
     assert result.passed, result
 
 
+# One of each layer, of few tokens; tests/gpu/test_kernels.py runs all.
+PARTIAL_SUMS = [
+    case
+    for case in CASES
+    if case.partial_sums is not None and case.tokens < 16 and case.num_pages is None
+]
+
+
+@everyday("34-12-9-partial_sums=3")
+@on_both
+@pytest.mark.parametrize("case", PARTIAL_SUMS, ids=str)
+def test_partial_sums(case, implementation):
+    result = judge(case, case.arguments(), implementation)
+    assert result.passed, result
+
+
 @everyday("5-8-8")
 @on_both
 @on_every_kind

@@ -10,7 +10,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from g4attn_jax.ops.triton_tiles import WARP_LOAD_BYTES, iota, load
+from g4attn_jax.ops.triton_tiles import (
+    WARP_LOAD_BYTES,
+    first_program_id,
+    iota,
+    load,
+    may_start_next,
+)
 
 NUM_WARPS = 8
 
@@ -30,7 +36,7 @@ def add_rms_norm(x, y, scale, next_scales, factor, *, eps, interpret=False):
     }
     outputs = [jax.ShapeDtypeStruct((rows, width), x.dtype)] * (1 + len(next_scales))
     total, *h = pl.pallas_call(
-        functools.partial(_add_rms_norm, eps=eps),
+        functools.partial(_add_rms_norm, eps=eps, starts_next=may_start_next(interpret)),
         name="add_rms_norm",
         out_shape=outputs,
         grid=(rows,),
@@ -89,13 +95,13 @@ class Row(NamedTuple):
         return lax.rsqrt(jnp.sum(squares) * (1 / self.width) + eps)
 
 
-def _add_rms_norm(inputs, total_ref, *h_refs, eps):
+def _add_rms_norm(inputs, total_ref, *h_refs, eps, starts_next):
     """Adds and norms one row.
 
     A step's weights pass through the L2 between one launch and the next: the stream and the scales
     are marked as what it should keep, the branch as what nothing reads again.
     """
-    row = Row.of(inputs["x"], pl.program_id(0))
+    row = Row.of(inputs["x"], first_program_id(starts_next))
     stream = Stream.load(row, inputs)
     y = row.load_sum(inputs["y"], rows=inputs["x"].shape[0])
     stream.add(row, y, total_ref, h_refs, eps)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from g4attn_jax.ops.triton_tiles import iota, load
+from g4attn_jax.ops.triton_tiles import first_program_id, iota, load, may_start_next
 
 _COMBINED_AT_ONCE = 8192  # numbers of a program: 64 a thread
 _NUM_WARPS = 4
@@ -20,9 +20,9 @@ def combine_splits(o, log_sum, dtype, *, interpret):
     block = min(pl.next_power_of_2(head_dim), max(16, _COMBINED_AT_ONCE // padded))
 
     def body(o_ref, log_sum_ref, out_ref):
-        split = iota(padded)
+        split, out_row = iota(padded), first_program_id(may_start_next(interpret))
         exists = split < splits
-        row = split * rows + pl.program_id(0)
+        row = split * rows + out_row
         x = load(log_sum_ref.at[row], exists, split.shape, other=-jnp.inf)
         largest = jnp.max(x)
         weight = jnp.exp2(x - jnp.where(largest == -jnp.inf, 0.0, largest))
@@ -35,9 +35,7 @@ def combine_splits(o, log_sum, dtype, *, interpret):
             (padded, block),
         )
         combined = jnp.sum(parts * weight[:, None], axis=0) / jnp.where(total > 0, total, 1.0)
-        plgpu.store(
-            out_ref.at[pl.program_id(0), column], combined.astype(dtype), mask=column_exists
-        )
+        plgpu.store(out_ref.at[out_row, column], combined.astype(dtype), mask=column_exists)
 
     return pl.pallas_call(
         body,

@@ -39,7 +39,7 @@ from g4attn_jax.ops.flash_attention.operands import (
 )
 from g4attn_jax.ops.flash_attention.triton_rows import load_rows, pages, slots, store_rows
 from g4attn_jax.ops.padding import pad
-from g4attn_jax.ops.triton_tiles import dot, iota, load
+from g4attn_jax.ops.triton_tiles import dot, first_program_id, iota, load, may_start_next
 
 
 def flash_attention(
@@ -70,7 +70,7 @@ def flash_attention(
     if splits > 1:
         outputs.append(jax.ShapeDtypeStruct((splits * rows,), jnp.float32))
     blocks = pl.cdiv(shape.tokens * shape.group, launch.block_rows)
-    static = _Static(shape, launch, sliding_window, scale)
+    static = _Static(shape, launch, sliding_window, scale, may_start_next(interpret))
     o, *log_sum = pl.pallas_call(
         functools.partial(_attend, static=static),
         name=name,
@@ -95,6 +95,7 @@ class _Static(NamedTuple):
     launch: AttentionLaunch
     sliding_window: int | None
     softmax_scale: float
+    starts_next: bool
 
     @property
     def value_width(self):
@@ -292,7 +293,7 @@ def _program(inputs, static):
     shape, launch = static.shape, static.launch
     heads = inputs.q.shape[0] // (shape.tokens * shape.group)  # of all sequences
     blocks = pl.cdiv(shape.tokens * shape.group, launch.block_rows)
-    program, indices = pl.program_id(0), []
+    program, indices = first_program_id(static.starts_next), []
     for size in (launch.value_blocks, shape.num_kv_heads, heads // shape.num_kv_heads):
         indices.append(lax.rem(program, jnp.int32(size)))
         program = lax.div(program, jnp.int32(size))

@@ -20,7 +20,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from g4attn_jax.ops.triton_tiles import WARP_LOAD_BYTES, both, iota, load
+from g4attn_jax.ops.triton_tiles import (
+    WARP_LOAD_BYTES,
+    both,
+    first_program_id,
+    iota,
+    load,
+    may_start_next,
+)
 
 # Bounds the masks and sums of a program where heads are tiny.
 MAX_BLOCK_ROWS = 16
@@ -108,6 +115,7 @@ def head_norm(
         eps=eps,
         scale_offset=scale_offset,
         launch=launch,
+        starts_next=may_start_next(interpret),
     )
     return pl.pallas_call(
         body,
@@ -142,12 +150,12 @@ def _position(arrays: list[jax.Array], array: jax.Array | None) -> int | None:
     return len(arrays) - 1
 
 
-def _kernel(*refs, kinds, groups, num_buffers, num_scales, eps, scale_offset, launch):
+def _kernel(*refs, kinds, groups, num_buffers, num_scales, eps, scale_offset, launch, starts_next):
     x_refs = refs[:num_buffers]
     scale_refs = refs[num_buffers : num_buffers + num_scales]
     out_refs = refs[num_buffers + num_scales :]
     for kind, mine, rows in rows_of_program(
-        pl.program_id(0), kinds, groups=groups, block_rows=launch.block_rows
+        first_program_id(starts_next), kinds, groups=groups, block_rows=launch.block_rows
     ):
 
         @pl.when(mine)

@@ -1,32 +1,46 @@
-"""Products of a step's few tokens and a weight: `linear`, its split-K form, and `geglu`."""
+"""Products of a step's few tokens and a weight: `linear`, its split-K form, `geglu`, `logits`."""
+
+import math
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from g4attn_jax.checks import check_array
+from g4attn_jax.checks import check_array, check_choice
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.linear import reference
 from g4attn_jax.ops.linear.launch import choose_num_partial_sums
-from g4attn_jax.ops.op import XLA, Implementation, Kernel, Op, check_implementation
+from g4attn_jax.ops.op import XLA, Implementation, Kernel, Op
 
-# Up to this many tokens a step is bound by reading its weights. The kernel reads those of 31B
-# faster than XLA's matmul (`python -m bench tune linear`), but for full QKV of up to 8 tokens (XLA
-# is 2 to 4 % faster) and the MLP of one token (less than 1 %). Measured by itself up to 32
-# tokens; 8 sequences with 4 to 7 drafts need 64, and the benchmark "speculative" has 40 of them.
+# Up to this many tokens a step is bound by reading its weights, which the kernels do faster than
+# XLA's matmul (`python -m bench tune linear`).
 MAX_TOKENS = 64
-# Without split-K fewer columns are too few programs; XLA, which splits K itself, takes them. Where
-# one overtakes the other has not been measured.
-_MIN_COLUMNS = 6144
+# Numbers of an array that a kernel's 32-bit indices reach.
+_MAX_SIZE = 2**31
+
+
+def _refuses_large(x, w, *, interpret, **static):
+    if w.size >= _MAX_SIZE:
+        return f"the weight has {w.size} numbers; accepted: fewer than 2^31"
+    return None
+
 
 _linear_partial_sums = Op(
     "linear_partial_sums",
     reference=reference.linear_partial_sums,
-    kernels=[Kernel("triton", "g4attn_jax.ops.linear.triton:linear_partial_sums")],
+    kernels=[
+        Kernel("triton", "g4attn_jax.ops.linear.triton:linear_partial_sums", refusal=_refuses_large)
+    ],
 )
 _geglu = Op(
     "geglu",
     reference=reference.geglu,
-    kernels=[Kernel("triton", "g4attn_jax.ops.linear.triton:geglu")],
+    kernels=[Kernel("triton", "g4attn_jax.ops.linear.triton:geglu", refusal=_refuses_large)],
+)
+_logits = Op(
+    "logits",
+    reference=reference.logits,
+    kernels=[Kernel("triton", "g4attn_jax.ops.linear.triton:logits", refusal=_refuses_large)],
 )
 
 
@@ -45,26 +59,26 @@ def linear(
         x: [..., K]. bfloat16, float16 or float32.
         w: [K, N], in x's dtype.
         implementation: None (on an NVIDIA GPU of compute capability 8.0 or higher the kernel for
-            up to 64 tokens and 6144 columns or more; else XLA), "triton" (the kernel for up to 64
-            tokens and any columns, XLA for more), "xla", or "triton_interpret" (the kernel for any
-            number of tokens). Under `jax.vmap` the tokens of one element count.
+            up to 64 tokens, else XLA), "triton" (the same, and an error where there is no such
+            GPU), "xla", or "triton_interpret" (the kernel for any number of tokens). Under
+            `jax.vmap` the tokens of one element count.
 
     Returns:
-        [..., N] in x's dtype.
+        [..., N] in x's dtype. XLA adds the kernel's partial sums, where what reads them is.
 
     Raises:
         ValueError: an argument has the wrong rank, length or dtype.
         NotImplementedError: "triton" was demanded and there is no supported GPU.
     """
-    _check(x, w, "N")
-    implementation = _without_split_k(_linear_partial_sums, x, w, implementation)
-    return _linear_partial_sums(x, w, num_partial_sums=1, implementation=implementation)[0]
+    partial_sums = linear_partial_sums(x, w, implementation=implementation)
+    return add_partial_sums(partial_sums, x.dtype)
 
 
 def linear_partial_sums(
     x: Float[Array, "*batch K"],
     w: Float[Array, "K N"],
     *,
+    dtype: jax.typing.DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "partial_sums *batch N"]:
     """Partial sums of x w (split-K), for what reads them to add: no launch is spent on that.
@@ -74,10 +88,11 @@ def linear_partial_sums(
     Args:
         x: [..., K]. bfloat16, float16 or float32.
         w: [K, N], in x's dtype.
-        implementation: see `linear`, but for any number of columns.
+        dtype: of a sum that is the only one, to which it is rounded: None is x's, or float32.
+        implementation: see `linear`.
 
     Returns:
-        One partial sum [1, ..., N] in x's dtype, or more in float32: as many as the kernel would
+        One partial sum [1, ..., N] in `dtype`, or more in float32: as many as the kernel would
         make, though XLA in its place fills the first alone. "xla" and more than 64 tokens make one.
 
     Raises:
@@ -85,10 +100,16 @@ def linear_partial_sums(
         NotImplementedError: "triton" was demanded and there is no supported GPU.
     """
     _check(x, w, "N")
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    check_choice("dtype", dtype, (x.dtype, jnp.dtype(jnp.float32)))
     implementation, count = _for_tokens(_linear_partial_sums, x, implementation), 1
     if implementation != XLA:
         count = choose_num_partial_sums(gpu(), k=w.shape[0], columns=w.shape[1])
-    return _linear_partial_sums(x, w, num_partial_sums=count, implementation=implementation)
+    if count > 1:
+        dtype = jnp.dtype(jnp.float32)
+    return _linear_partial_sums(
+        x, w, num_partial_sums=count, dtype=dtype, implementation=implementation
+    )
 
 
 def add_partial_sums(
@@ -131,7 +152,33 @@ def geglu(
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
     """
     _check(x, w, 2, "N")
-    return _geglu(x, w, implementation=_without_split_k(_geglu, x, w, implementation))
+    return _geglu(x, w, implementation=_for_tokens(_geglu, x, implementation))
+
+
+def logits(
+    hidden: Float[Array, "*batch K"],
+    table: Float[Array, "V K"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch V"]:
+    """Products of hidden states and the rows of a table, their float32 sums not rounded.
+
+    Args:
+        hidden: [..., K]. bfloat16, float16 or float32.
+        table: [V, K], in hidden's dtype: an embedding, whose rows lie in memory as they are read.
+        implementation: see `linear`.
+
+    Returns:
+        Float32 [..., V].
+
+    Raises:
+        ValueError: an argument has the wrong rank, length or dtype.
+        NotImplementedError: "triton" was demanded and there is no supported GPU.
+    """
+    check_array("hidden", hidden, (..., "K"))
+    check_array("table", table, ("V", hidden.shape[-1]), hidden.dtype)
+    implementation = _for_tokens(_logits, hidden, implementation)
+    return _logits(hidden, table, implementation=implementation)
 
 
 def _check(x, w, *columns):
@@ -141,17 +188,5 @@ def _check(x, w, *columns):
 
 def _for_tokens(op, x, implementation):
     """Implementation of an op: XLA for many tokens, and where their number is symbolic."""
-    implementation = op.own(implementation)
-    if implementation == XLA or op.is_interpreted(implementation):
-        return implementation
-    if isinstance(x.size, int) and x.size <= MAX_TOKENS * x.shape[-1]:
-        return implementation
-    check_implementation(implementation)  # a demand holds for any number
-    return XLA
-
-
-def _without_split_k(op, x, w, implementation):
-    """Implementation of an op that has no partial sums: None leaves few columns to XLA."""
-    implementation = op.own(implementation)
-    is_narrow = implementation is None and w.shape[-1] < _MIN_COLUMNS
-    return XLA if is_narrow else _for_tokens(op, x, implementation)
+    tokens = math.prod(x.shape[:-1])
+    return op.for_tokens(implementation, tokens, most=MAX_TOKENS)

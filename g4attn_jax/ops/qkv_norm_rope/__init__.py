@@ -1,8 +1,10 @@
 """RMSNorm and RoPE of Q and K, RMSNorm of V, from the packed projection, in one launch."""
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from g4attn_jax.checks import check_array
+from g4attn_jax.checks import check_array, check_dtype
 from g4attn_jax.config import ProjectionMode
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.op import Implementation, Kernel, Op
@@ -16,7 +18,7 @@ _op = Op(
 
 
 def qkv_norm_rope(
-    qkv: Float[Array, "*batch Nkv rows D"],
+    qkv: Float[Array, "*batch Nkv rows D"] | Float[Array, "partial_sums *batch Nkv rows D"],
     q_norm: Float[Array, " D"],
     k_norm: Float[Array, " D"] | None,
     cos: Float[Array, "*batch R/2"],
@@ -24,6 +26,7 @@ def qkv_norm_rope(
     *,
     mode: ProjectionMode,
     eps: float = 1e-6,
+    dtype: jax.typing.DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[
     Float[Array, "*batch Nq D"],
@@ -41,19 +44,22 @@ def qkv_norm_rope(
 
     Args:
         qkv: [..., Nkv, G + P, D], for each KV head its G query heads, then K, then V. bfloat16,
-            float16 or float32; D even, fastest as a power of two.
+            float16 or float32; D even, fastest as a power of two. Or, with `dtype`, partial sums of
+            it, [partial sums, ..., Nkv, G + P, D], see `ops.linear_partial_sums`: they are added
+            in float32, in order.
         q_norm: learned scale of Q, [D], of any dtype that `qkv` may have.
         k_norm: learned scale of K, [D]; required unless mode is Q_ONLY, where it must be None.
         cos: float32 [..., R/2], from `rope.rope_cos_sin`; R is 0 to D.
         sin: float32 [..., R/2].
         mode: which heads the buffer holds.
         eps: added to the mean square.
+        dtype: of the results, where `qkv` has partial sums; None: it has none.
         implementation: None (the kernel on an NVIDIA GPU of compute capability 8.0 or higher, else
             XLA), "triton", "xla", or "triton_interpret".
 
     Returns:
-        (q, k, v) in the dtype of `qkv`: q [..., Nkv * G, D]; k and v [..., Nkv, D], both None for
-        Q_ONLY.
+        (q, k, v) in the dtype of `qkv`, or in `dtype`: q [..., Nkv * G, D]; k and v [..., Nkv, D],
+        both None for Q_ONLY.
 
     Raises:
         ValueError: an argument has the wrong rank, rows, length or dtype, or is missing or surplus.
@@ -61,23 +67,38 @@ def qkv_norm_rope(
 
     Source: Gemma 4's attention in Hugging Face transformers; Su et al., "RoFormer" (2021).
     """
-    check_heads(qkv, q_norm, k_norm, cos, sin, mode=mode, eps=eps)
+    dtype = check_heads(qkv, q_norm, k_norm, cos, sin, mode=mode, eps=eps, dtype=dtype)
     checks.check_k_norm(k_norm, mode=mode)
-    return _op(qkv, q_norm, k_norm, cos, sin, implementation=implementation, mode=mode, eps=eps)
+    constants = {"mode": mode, "eps": eps, "dtype": dtype}
+    return _op(qkv, q_norm, k_norm, cos, sin, implementation=implementation, **constants)
 
 
-def check_heads(qkv, q_norm, k_norm, cos, sin, *, mode, eps) -> None:
+def check_heads(qkv, q_norm, k_norm, cos, sin, *, mode, eps, dtype) -> jnp.dtype | None:
     """Refuses what neither this op nor `qkv_norm_rope_write` takes.
+
+    Returns:
+        dtype as a `jnp.dtype`, or None.
 
     Raises:
         ValueError: naming the argument, what was given and what is accepted.
     """
     checks.check_packed(qkv, mode)
+    tokens = qkv.shape[:-3]
+    if dtype is not None:
+        check_dtype("dtype", dtype)
+        dtype = jnp.dtype(dtype)
+        if len(tokens) == 0 or tokens[0] == 0:
+            raise ValueError(
+                f"qkv has shape {qkv.shape}; accepted together with dtype: one or more partial "
+                "sums, [partial sums, ..., Nkv, G + P, D]"
+            )
+        tokens = tokens[1:]
     head_dim = qkv.shape[-1]
     if head_dim % 2:
         raise ValueError(f"qkv has shape {qkv.shape}; its last size, D, must be even")
     check_array("q_norm", q_norm, (head_dim,))
     check_array("k_norm", k_norm, (head_dim,), none=True)
-    check_array("cos", cos, (*qkv.shape[:-3], range(head_dim // 2 + 1)), "float32")
+    check_array("cos", cos, (*tokens, range(head_dim // 2 + 1)), "float32")
     check_array("sin", sin, cos.shape, "float32")
     checks.check_eps(eps, 0.0)
+    return dtype

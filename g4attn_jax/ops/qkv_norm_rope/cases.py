@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 
+import numpy as np
+
 from g4attn_jax import ops
 from g4attn_jax.config import ProjectionMode
 from g4attn_jax.rope import rope_cos_sin
@@ -12,7 +14,11 @@ from g4attn_jax.testing.case import Case, Draw, distinct, nbytes, norm_error, re
 
 @dataclasses.dataclass(frozen=True)
 class QkvNormRopeCase(Case):
-    """Norm and rotation of the packed heads of a layer."""
+    """Norm and rotation of the packed heads of a layer.
+
+    Attributes:
+        partial_sums: of the packed heads, in float32; None are heads in the case's dtype.
+    """
 
     op = "qkv_norm_rope"
 
@@ -22,6 +28,7 @@ class QkvNormRopeCase(Case):
     head_dim: int
     rotary_dim: int
     tokens: int
+    partial_sums: int | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def label(self) -> str:
@@ -45,23 +52,31 @@ class QkvNormRopeCase(Case):
 
     def run(self, arguments, implementation=None):
         """(q, k, v)."""
-        return ops.qkv_norm_rope(*arguments, mode=self.mode, implementation=implementation)
+        return ops.qkv_norm_rope(
+            *arguments,
+            mode=self.mode,
+            dtype=None if self.partial_sums is None else arguments[1].dtype,
+            implementation=implementation,
+        )
 
     def exact(self, arguments):
         """(q, k, v) in float64."""
-        return oracle.qkv_norm_rope(*arguments, mode=self.mode)
+        return oracle.qkv_norm_rope(*added(self, arguments, np.float64), mode=self.mode)
 
     def usual(self, arguments):
         """(q, k, v) with the usual path's roundings."""
         return oracle.qkv_norm_rope(
-            *arguments, mode=self.mode, norm=oracle.usual_rms_norm, turn=oracle.usual_rotate
+            *added(self, arguments, arguments[1].dtype),
+            mode=self.mode,
+            norm=oracle.usual_rms_norm,
+            turn=oracle.usual_rotate,
         )
 
     def bytes(self) -> int:
         """The packed buffer, cos and sin in, q, k and v out."""
         qkv, *_, cos, sin = self.structs()
         rows = self.group + (0 if self.mode is ProjectionMode.Q_ONLY else 2)
-        out = struct(self.tokens, self.num_kv_heads, rows, self.head_dim, dtype=qkv.dtype)
+        out = struct(self.tokens, self.num_kv_heads, rows, self.head_dim, dtype=self.dtype)
         return nbytes([qkv, cos, sin, out])
 
     relative_error = staticmethod(norm_error)
@@ -70,8 +85,11 @@ class QkvNormRopeCase(Case):
 def heads(case, dtype) -> list:
     """Shapes and dtypes of (qkv, q_norm, k_norm, cos, sin)."""
     rows = case.group + case.mode.num_kv_projections
+    qkv = struct(case.tokens, case.num_kv_heads, rows, case.head_dim, dtype=dtype)
+    if case.partial_sums is not None:
+        qkv = struct(case.partial_sums, *qkv.shape, dtype="float32")
     return [
-        struct(case.tokens, case.num_kv_heads, rows, case.head_dim, dtype=dtype),
+        qkv,
         *[struct(case.head_dim, dtype=dtype)] * 2,
         *[struct(case.tokens, case.rotary_dim // 2, dtype="float32")] * 2,
     ]
@@ -90,10 +108,19 @@ def drawn_heads(case, draw: Draw, dtype) -> list:
     return [qkv, q_norm, k_norm, cos, sin]
 
 
+def added(case, arguments, dtype) -> list:
+    """Arguments with the packed heads in place of their partial sums, rounded to a dtype."""
+    qkv, *others = arguments
+    if case.partial_sums is not None:
+        qkv = np.asarray(qkv, np.float64).sum(axis=0).astype(dtype)
+    return [qkv, *others]
+
+
 def _real():
     for spec in real_layers():
         sizes = spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.rotary_dim
-        yield QkvNormRopeCase(spec.mode, *sizes, 33, tags={"real"})
+        for partial_sums in (None, 4):
+            yield QkvNormRopeCase(spec.mode, *sizes, 33, partial_sums=partial_sums, tags={"real"})
 
 
 def _odd():
@@ -101,7 +128,10 @@ def _odd():
         ProjectionMode, ((2, 2), (34, 12), (96, 96), (320, 64), (24, 0))
     ):
         tags = {"odd", "everyday"} if d == 34 else {"odd"}
-        yield QkvNormRopeCase(mode, 15, 3, d, rotary_dim, 13, tags=tags)
+        for partial_sums in (None, 1, 3):
+            yield QkvNormRopeCase(
+                mode, 15, 3, d, rotary_dim, 13, partial_sums=partial_sums, tags=tags
+            )
 
 
 CASES = distinct(
@@ -109,6 +139,10 @@ CASES = distinct(
     *_odd(),
     *(
         QkvNormRopeCase(mode, 32, 4, 512, 128, 300, tags={"compile", "everyday"})
+        for mode in ProjectionMode
+    ),
+    *(
+        QkvNormRopeCase(mode, 8, 2, 256, 256, 8, partial_sums=8, tags={"compile"})
         for mode in ProjectionMode
     ),
     QkvNormRopeCase(ProjectionMode.QK_ONLY, 32, 4, 512, 128, 8, tags={"export"}),

@@ -7,15 +7,22 @@ from g4attn_jax.ops.qkv_rms_norm import reference as qkv_norm
 from g4attn_jax.rope import apply_rope
 
 
-def qkv_norm_rope(qkv, q_norm, k_norm, cos, sin, *, mode, eps):
+def qkv_norm_rope(qkv, q_norm, k_norm, cos, sin, *, mode, eps, dtype):
     """Reference of `g4attn_jax.ops.qkv_norm_rope`."""
-    heads = unrounded(qkv, q_norm, k_norm, cos, sin, mode=mode, eps=eps)
-    return jax.tree.map(lambda x: x.astype(qkv.dtype), heads)
+    heads = unrounded(qkv, q_norm, k_norm, cos, sin, mode=mode, eps=eps, dtype=dtype)
+    return jax.tree.map(lambda x: x.astype(dtype or qkv.dtype), heads)
 
 
-def unrounded(qkv, q_norm, k_norm, cos, sin, *, mode, eps):
-    """Heads of `qkv_norm_rope`, still in float32."""
+def unrounded(qkv, q_norm, k_norm, cos, sin, *, mode, eps, dtype):
+    """Heads of `qkv_norm_rope`, still in float32; `dtype` says that `qkv` has partial sums."""
+    qkv = qkv.astype(jnp.float32)
     q, k, v = qkv_norm.qkv_rms_norm(
-        qkv.astype(jnp.float32), q_norm, k_norm, None, mode=mode, eps=eps, scale_offset=0.0
+        qkv if dtype is None else qkv.sum(axis=0),
+        q_norm,
+        k_norm,
+        None,
+        mode=mode,
+        eps=eps,
+        scale_offset=0.0,
     )
     return apply_rope(q, cos, sin), None if k is None else apply_rope(k, cos, sin), v

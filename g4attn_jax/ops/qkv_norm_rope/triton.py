@@ -10,12 +10,13 @@ lo = x[:D/2], hi = x[D/2:],
     rotate(lo, hi) = (lo cos - hi sin, hi cos + lo sin)     for dims i < R/2 of a half, else as is
 
 A head is loaded as its two halves, so that a rotation needs no exchange between threads. K = V
-rows are loaded once. K and V go to row slot * Nkv + g of their outputs; a slot out of range is left
-out.
+rows are loaded once. Partial sums of the buffer are loaded together and added in order. K and V go
+to row slot * Nkv + g of their outputs; a slot out of range is left out.
 """
 
 import functools
 import math
+import operator
 from typing import NamedTuple
 
 import jax
@@ -26,7 +27,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.config import ProjectionMode
 from g4attn_jax.ops.head_norm.triton import MAX_BLOCK_ROWS, NormLaunch, rows_of_program
-from g4attn_jax.ops.triton_tiles import WARP_LOAD_BYTES, both, iota, load
+from g4attn_jax.ops.triton_tiles import (
+    WARP_LOAD_BYTES,
+    both,
+    first_program_id,
+    iota,
+    load,
+    may_start_next,
+)
 
 
 class Kind(NamedTuple):
@@ -41,7 +49,8 @@ class Kind(NamedTuple):
 class PrologueInputs(NamedTuple):
     """Arrays that the kernel reads; None is not there."""
 
-    x: jax.Array  # [..., Nkv, G + P, D], in the kernel [M * Nkv * (G + P), D]
+    # [..., Nkv, G + P, D], in the kernel [M * Nkv * (G + P), D], with partial sums one axis before
+    x: jax.Array
     q_norm: jax.Array  # [D]
     k_norm: jax.Array | None  # [D]
     cos: jax.Array | None  # float32 [..., R/2], in the kernel [M, R/2]; None if R = 0
@@ -58,14 +67,16 @@ class PrologueOutputs(NamedTuple):
     v: jax.Array | None  # [slots * Nkv, D]
 
 
-def qkv_norm_rope(qkv, q_norm, k_norm, cos, sin, *, mode, eps, interpret=False, launch=None):
+def qkv_norm_rope(
+    qkv, q_norm, k_norm, cos, sin, *, mode, eps, dtype=None, interpret=False, launch=None
+):
     """Kernel of `g4attn_jax.ops.qkv_norm_rope`; `launch` overrides the choice, for tuning."""
-    *batch, num_kv_heads, rows, head_dim = qkv.shape
-    num_q_heads = num_kv_heads * (rows - mode.num_kv_projections)
-    q = jax.ShapeDtypeStruct((math.prod(batch) * num_q_heads, head_dim), qkv.dtype)
+    batch, (num_kv_heads, rows, head_dim) = cos.shape[:-1], qkv.shape[-3:]
+    num_q_heads, dtype = num_kv_heads * (rows - mode.num_kv_projections), dtype or qkv.dtype
+    q = jax.ShapeDtypeStruct((math.prod(batch) * num_q_heads, head_dim), dtype)
     kv = None
     if mode is not ProjectionMode.Q_ONLY:
-        kv = jax.ShapeDtypeStruct((math.prod(batch) * num_kv_heads, head_dim), qkv.dtype)
+        kv = jax.ShapeDtypeStruct((math.prod(batch) * num_kv_heads, head_dim), dtype)
     q, k, v = norm_rope(
         PrologueInputs(qkv, q_norm, k_norm, cos, sin, None, None),
         PrologueOutputs(q, kv, kv),
@@ -118,7 +129,7 @@ def norm_rope(
     """
     *_, num_kv_heads, rows_per_group, head_dim = inputs.x.shape
     inputs = _with_flat_axes(inputs)
-    groups = inputs.x.shape[0] // rows_per_group
+    groups = inputs.x.shape[-2] // rows_per_group
     if groups == 0:
         return PrologueOutputs(*(_empty(array) for array in outputs))
     kinds = _kinds(mode, rows_per_group)
@@ -143,6 +154,7 @@ def norm_rope(
         width=min(padded_half, WARP_LOAD_BYTES // itemsize),
         eps=eps,
         launch=launch,
+        starts_next=may_start_next(interpret),
     )
     (written,) = pl.pallas_call(
         body,
@@ -160,9 +172,11 @@ def norm_rope(
 
 def _with_flat_axes(inputs):
     """Inputs as the kernel has them."""
-    pairs = inputs.cos.shape[-1]
+    *batch, pairs = inputs.cos.shape
+    rows = math.prod((*batch, *inputs.x.shape[-3:-1]))
+    partial_sums = inputs.x.shape[: inputs.x.ndim - len(batch) - 3]
     return inputs._replace(
-        x=inputs.x.reshape(-1, inputs.x.shape[-1]),
+        x=inputs.x.reshape(*partial_sums, rows, inputs.x.shape[-1]),
         cos=inputs.cos.reshape(-1, pairs) if pairs else None,
         sin=inputs.sin.reshape(-1, pairs) if pairs else None,
         slots=None if inputs.slots is None else inputs.slots.reshape(-1),
@@ -189,9 +203,9 @@ def _kinds(mode, rows_per_group):
     return tuple(kinds)
 
 
-def _kernel(inputs, _, outputs, *, kinds, groups, num_kv_heads, width, eps, launch):
+def _kernel(inputs, _, outputs, *, kinds, groups, num_kv_heads, width, eps, launch, starts_next):
     for kind, mine, rows in rows_of_program(
-        pl.program_id(0), kinds, groups=groups, block_rows=launch.block_rows
+        first_program_id(starts_next), kinds, groups=groups, block_rows=launch.block_rows
     ):
 
         @pl.when(mine)
@@ -284,7 +298,7 @@ class _HeadTile(NamedTuple):
         """Loads the columns of rows of x, and the angles of their tokens."""
         mask = both(columns.in_half, row_mask)
         low, high = (
-            load(inputs.x.at[row[:, None], c], mask, columns.shape).astype(jnp.float32)
+            _load_sum(inputs.x, row[:, None], c, mask, columns.shape)
             for c in (columns.index, columns.half + columns.index)
         )
         if columns.rotates is False:
@@ -311,6 +325,13 @@ class _HeadTile(NamedTuple):
         if self.cos is None:
             return low, high
         return low * self.cos - high * self.sin, high * self.cos + low * self.sin
+
+
+def _load_sum(x_ref, row, column, mask, shape):
+    """Some columns of some rows of x, or the sum of its partial sums, in float32."""
+    partial_sums = [()] if x_ref.ndim == 2 else [(i,) for i in range(x_ref.shape[0])]
+    loaded = [load(x_ref.at[*i, row, column], mask, shape) for i in partial_sums]
+    return functools.reduce(operator.add, (x.astype(jnp.float32) for x in loaded))
 
 
 def _whole(output, tile, low, high, row, mask):

@@ -1,5 +1,6 @@
 """Everything between the QKV matmul and attention: norm, RoPE and cache write, in one launch."""
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from g4attn_jax.cache import Cache
@@ -38,7 +39,7 @@ _query = Op(
 
 
 def qkv_norm_rope_write(
-    qkv: Float[Array, "*batch Nkv rows D"],
+    qkv: Float[Array, "*batch Nkv rows D"] | Float[Array, "partial_sums *batch Nkv rows D"],
     q_norm: Float[Array, " D"],
     k_norm: Float[Array, " D"] | None,
     cos: Float[Array, "*batch R/2"],
@@ -48,6 +49,7 @@ def qkv_norm_rope_write(
     *,
     mode: ProjectionMode,
     eps: float = 1e-6,
+    dtype: jax.typing.DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*batch Nq width"], Cache]:
     """Normalises and rotates all heads of a layer and writes K and V into the cache.
@@ -64,7 +66,9 @@ def qkv_norm_rope_write(
 
     Args:
         qkv: [..., Nkv, G + P, D], for each KV head its G query heads, then K, then V. bfloat16,
-            float16 or float32; D even, fastest as a power of two; any number of tokens.
+            float16 or float32; D even, fastest as a power of two; any number of tokens. Or, with
+            `dtype`, partial sums of it, [partial sums, ..., Nkv, G + P, D], see
+            `ops.linear_partial_sums`: they are added in float32, in order.
         q_norm: learned scale of Q, [D], of any dtype that `qkv` may have.
         k_norm: learned scale of K, [D]. For Q_ONLY that of the layer that made the cache, which
             is needed if it is compact.
@@ -72,15 +76,16 @@ def qkv_norm_rope_write(
         sin: float32 [..., R/2].
         slots: int32 [...], the slot of each token; those that the cache does not have (-1) write
             nothing, the others must differ. Not read in Q_ONLY, where it may be None.
-        cache: its arrays have the dtype of `qkv`, or float8_e4m3fn together with `cache.scale`.
+        cache: its arrays have the dtype of q, or float8_e4m3fn together with `cache.scale`.
         mode: which heads the buffer holds.
         eps: added to the mean square.
+        dtype: of q, where `qkv` has partial sums; None: it has none.
         implementation: None (the kernel on an NVIDIA GPU of compute capability 8.0 or higher, else
             XLA), "triton", "xla", or "triton_interpret". float8 needs 8.9 for the kernel.
 
     Returns:
-        (q, cache): q in the dtype of `qkv`, [..., Nkv * G, D], or [..., Nkv * G, D + R] for a
-        compact cache; the updated cache, in Q_ONLY the given one.
+        (q, cache): q in the dtype of `qkv`, or in `dtype`, [..., Nkv * G, D], or for a compact
+        cache [..., Nkv * G, D + R]; the updated cache, in Q_ONLY the given one.
 
     Raises:
         ValueError: an argument has the wrong rank, rows, length or dtype, or is missing or surplus.
@@ -89,16 +94,16 @@ def qkv_norm_rope_write(
 
     Source: Gemma 4's attention in Hugging Face transformers; the compact form is this project's.
     """
-    check_heads(qkv, q_norm, k_norm, cos, sin, mode=mode, eps=eps)
+    dtype = check_heads(qkv, q_norm, k_norm, cos, sin, mode=mode, eps=eps, dtype=dtype)
     checks.check_cache(
         cache,
         mode=mode,
-        dtype=qkv.dtype,
+        dtype=dtype or qkv.dtype,
         num_kv_heads=qkv.shape[-3],
         head_dim=qkv.shape[-1],
         rotary_dim=2 * cos.shape[-1],
     )
-    constants = {"mode": mode, "eps": eps, "implementation": implementation}
+    constants = {"mode": mode, "eps": eps, "dtype": dtype, "implementation": implementation}
     if k_norm is None and (cache.absorbs_k_norm or mode is not ProjectionMode.Q_ONLY):
         raise ValueError(
             f"k_norm is missing; {mode.name} with a {type(cache).__name__} needs it, of shape "
@@ -107,5 +112,5 @@ def qkv_norm_rope_write(
     if mode is ProjectionMode.Q_ONLY:
         k_norm = k_norm if cache.absorbs_k_norm else None
         return _query(qkv, q_norm, k_norm, cos, sin, form=type(cache), **constants), cache
-    check_array("slots", slots, qkv.shape[:-3], "int32")
+    check_array("slots", slots, cos.shape[:-1], "int32")
     return _write(qkv, q_norm, k_norm, cos, sin, slots, cache, **constants)

@@ -10,7 +10,7 @@ import numpy as np
 from g4attn_jax import ops
 from g4attn_jax.cache import FLOAT8, Cache, CompactKVCache, KVCache, float8_scale
 from g4attn_jax.config import ProjectionMode
-from g4attn_jax.ops.qkv_norm_rope.cases import drawn_heads, heads
+from g4attn_jax.ops.qkv_norm_rope.cases import added, drawn_heads, heads
 from g4attn_jax.testing import oracle
 from g4attn_jax.testing.case import (
     PUBLISHED_HEAD_DIMS,
@@ -38,7 +38,8 @@ class QkvNormRopeWriteCase(Case):
         form: of the cache.
         num_pages: of the cache; None are a few more than the tokens fill.
         unplaced_every: one token in so many has no slot; None: all have one.
-        storage: name of the dtype of the cache; None is that of the buffer.
+        storage: name of the dtype of the cache; None is that of activations.
+        partial_sums: of the packed heads, in float32; None are heads in the case's dtype.
     """
 
     op = "qkv_norm_rope_write"
@@ -54,6 +55,7 @@ class QkvNormRopeWriteCase(Case):
     num_pages: int | None = dataclasses.field(default=None, kw_only=True)
     unplaced_every: int | None = dataclasses.field(default=8, kw_only=True)
     storage: str | None = dataclasses.field(default=None, kw_only=True)
+    partial_sums: int | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def label(self) -> str:
@@ -95,23 +97,31 @@ class QkvNormRopeWriteCase(Case):
 
     def run(self, arguments, implementation=None):
         """(q, cache)."""
-        return ops.qkv_norm_rope_write(*arguments, mode=self.mode, implementation=implementation)
+        return ops.qkv_norm_rope_write(
+            *arguments,
+            mode=self.mode,
+            dtype=None if self.partial_sums is None else arguments[1].dtype,
+            implementation=implementation,
+        )
 
     def exact(self, arguments):
         """(q, cache) in float64."""
-        return oracle.qkv_norm_rope_write(*arguments, mode=self.mode)
+        return oracle.qkv_norm_rope_write(*added(self, arguments, np.float64), mode=self.mode)
 
     def usual(self, arguments):
         """(q, cache) with the usual path's roundings, of the rotation too: it stores its result."""
         return oracle.qkv_norm_rope_write(
-            *arguments, mode=self.mode, norm=oracle.usual_rms_norm, turn=oracle.usual_rotate
+            *added(self, arguments, arguments[1].dtype),
+            mode=self.mode,
+            norm=oracle.usual_rms_norm,
+            turn=oracle.usual_rotate,
         )
 
     def bytes(self) -> int:
         """The packed buffer, cos, sin and slots in; q, and what is stored of k and v, out."""
         qkv, _, _, cos, sin, slots, cache = self.structs()
         width = self.form.query_width(self.head_dim, self.rotary_dim)
-        q = struct(self.tokens, self.num_q_heads, width, dtype=qkv.dtype)
+        q = struct(self.tokens, self.num_q_heads, width, dtype=self.dtype)
         moved = nbytes([qkv, cos, sin, slots, q])
         if self.mode is ProjectionMode.Q_ONLY:
             return moved
@@ -136,6 +146,10 @@ def _real():
         if spec.mode in form.modes:
             sizes = spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.rotary_dim
             yield QkvNormRopeWriteCase(spec.mode, form, *sizes, tokens, tags={"real"})
+            partial_sums = {1: 8, 33: 3, 1030: 1}[tokens]
+            yield QkvNormRopeWriteCase(
+                spec.mode, form, *sizes, tokens, partial_sums=partial_sums, tags={"real"}
+            )
 
 
 def _odd():
@@ -143,6 +157,9 @@ def _odd():
         modes_and_forms(FORMS), ((2, 2), (34, 12), (96, 96), (320, 64))
     ):
         yield QkvNormRopeWriteCase(mode, form, 15, 3, d, rotary_dim, 1300, tags={"odd"})
+        yield QkvNormRopeWriteCase(
+            mode, form, 15, 3, d, rotary_dim, 9, partial_sums=3, tags={"odd"}
+        )
 
 
 def _compiled():
@@ -159,6 +176,15 @@ def _compiled():
         for storage in (None, FLOAT8.name):
             tags = {"compile", "everyday"} if storage is None or "QK" in mode.name else {"compile"}
             yield QkvNormRopeWriteCase(mode, form, *sizes, **pages, storage=storage, tags=tags)
+    for mode, form, *sizes in (
+        (ProjectionMode.QKV_FULL, KVCache, 8, 2, 256, 256, 1),
+        (ProjectionMode.QK_ONLY, CompactKVCache, 16, 1, 512, 128, 8),
+        (ProjectionMode.Q_ONLY, KVCache, 8, 2, 512, 128, 32),
+    ):
+        for partial_sums in (1, 8):
+            yield QkvNormRopeWriteCase(
+                mode, form, *sizes, **pages, partial_sums=partial_sums, tags={"compile"}
+            )
 
 
 def _measured():

@@ -181,10 +181,10 @@ def _route(
     starts_next,
 ):
     """Experts, weights and sorted rows of all tokens."""
-    first_program_id(starts_next)  # there is no other
     out = Routing(*out_refs)
     experts = scores_ref.shape[1]
     token = iota(pl.next_power_of_2(tokens))
+    token += first_program_id(starts_next)  # which is 0
     column = iota(pl.next_power_of_2(experts))[None, :]
     is_token, is_expert = token < tokens, column < experts
     shape = token.size, column.size
