@@ -1,7 +1,6 @@
 """One layer of the decoder."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
