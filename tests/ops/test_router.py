@@ -1,6 +1,7 @@
 """Choice of experts, against float64 and `jax.lax.top_k`."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from g4attn_jax import ops
 from g4attn_jax.ops.router import MAX_TOKENS, _op
 from g4attn_jax.ops.router.cases import CASES
+from g4attn_jax.ops.router.triton import choose_launch
 from g4attn_jax.testing.case import tagged
 from tests.everyday import everyday, everyday_cases
 from tests.ops.kernel import kernel_of
@@ -109,6 +111,15 @@ def test_many_tokens_are_left_to_xla():
     ):
         assert _op.for_tokens(None, count, most=MAX_TOKENS) == none
         assert _op.for_tokens("triton_interpret", count, most=MAX_TOKENS) == interpreted
+
+
+@pytest.mark.parametrize("num_sms", [1, 84, 132])
+def test_every_row_of_w_is_in_one_part(num_sms):
+    """A launch has no more parts than W has blocks, and one part at least."""
+    for tokens, depth in itertools.product((1, 4, 5, 8, 9, 64), (1, 64, 65, 2816)):
+        launch = choose_launch(num_sms, tokens=tokens, depth=depth)
+        assert 1 <= launch.parts <= -(-depth // launch.block_depth)
+        assert launch.block_tokens == 1 or launch.block_tokens >= 16
 
 
 @on_the_kernel

@@ -70,7 +70,7 @@ CASES = distinct(
     RouterCase(33, 200, 128, 8, dtype="float32", tags={"odd"}),
     RouterCase(64, 704, 128, 8, tags={"odd"}),
     *(RouterCase(tokens, tags={"bench", "real"}) for tokens in BENCH_TOKENS),
-    *(RouterCase(tokens, tags={"compile"}) for tokens in (1, 9, 64)),
+    *(RouterCase(tokens, tags={"compile"}) for tokens in (1, 3, 9, 64)),
     RouterCase(8, tags={"compile", "everyday"}),
     RouterCase(32, dtype="float32", tags={"compile"}),
 )
