@@ -155,10 +155,10 @@ def test_a_layer_cut_between_its_steps(config, layer, implementation):
 @pytest.mark.parametrize("tokens", [2, 65])
 def test_projection_in_partial_sums(tokens):
     """Kernels share its columns where they are few; XLA, which takes many tokens, does not."""
-    config = dataclasses.replace(K_EQ_V, hidden_size=256)
+    config = dataclasses.replace(K_EQ_V, hidden_size=1024)
     kwargs = {"rngs": nnx.Rngs(0), "dtype": jnp.float32, "param_dtype": jnp.float32}
     attention = Gemma4Attention(config, 0, **kwargs)
-    x = jax.random.normal(jax.random.key(0), (1, tokens, 256))
+    x = jax.random.normal(jax.random.key(0), (1, tokens, 1024))
     qkv = attention.project(x)
     assert (qkv.ndim == 6) == (tokens == 2)
     whole = qkv.sum(axis=0) if qkv.ndim == 6 else qkv
