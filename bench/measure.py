@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
 L2_BYTES = 60 * 2**20
-# Launches start before those ahead of them end (`may_start_next` of ops/triton_tiles.py), and the
-# time by CUPTI of one that waits is not its own. Where kernels are timed they do not.
+# Launches start before those ahead of them end (`first_program_id` of ops/triton_tiles.py), and the
+# time by CUPTI of one that waits is not its own. Where kernels are timed they do not start early.
 ONE_BY_ONE = {"xla_gpu_enable_pdl": False, "xla_gpu_enable_pdl_launch": False}
 
 

@@ -29,11 +29,14 @@ LAYERS = [("31b", 0), ("31b", 5), ("e2b", 15)]
 
 # Names of kernels by op; decode attention may combine splits in a second one.
 KERNELS = {
+    "router": "router_scores",
     "qkv_rms_norm": "head_norm",
     "q_keqv_rms_norm": "head_norm",
     "qkv_norm_rope": "norm_rope",
     "qkv_norm_rope_write": "norm_rope",
 }
+# Second launches, which read the partial sums of the first.
+SECOND_KERNELS = {"router": "router_top_k"}
 HAS_PRODUCTS = ("decode_attention", "prefill_attention")
 
 
@@ -52,7 +55,10 @@ def compiled_case(gpu, case):
 )
 @pytest.mark.parametrize("case", all_cases("compile"), ids=str)
 def test_is_one_launch(gpu, case):
-    """Two at most for decode attention. It fits in the shared memory, and nothing is copied."""
+    """Or two: those of `SECOND_KERNELS`, and decode attention's combination of splits.
+
+    They fit in the shared memory, and nothing is copied.
+    """
     if gpu == "8.0" and getattr(case, "storage", None) == FLOAT8.name:
         pytest.skip("has no float8 conversions")
     compiled = compiled_case(gpu, case)
@@ -63,12 +69,15 @@ def test_is_one_launch(gpu, case):
         kernel = "linear"
     assert count_launches(text, kernel) == 1
     combining = count_launches(text, "combine_splits")
-    assert opcodes["custom-call"] == 1 + combining
+    second = SECOND_KERNELS.get(case.op)
+    seconds = 0 if second is None else count_launches(text, second)
+    assert opcodes["custom-call"] == 1 + combining + seconds
     assert combining <= (case.op == "decode_attention")
+    assert seconds == (second is not None)
     memory = compiled.memory_analysis()
     if case.op == "qkv_norm_rope_write":
         assert memory.alias_size_in_bytes == nbytes(case.structs()[6])
-    if not combining:
+    if not combining and not seconds:
         assert memory.temp_size_in_bytes < 1024
 
 

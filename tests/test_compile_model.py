@@ -61,8 +61,9 @@ NAMES = ("linear", "geglu", "norm_rope", "decode_attention", "add_rms_norm", "gr
     [
         # QKV, output and down projection; gate and up; prologue; attention; two sums.
         ("gemma-4-31b", 6, (3, 1, 1, 1, 2, 0), 1),
-        # The narrow dense MLP's gate is XLA's; beside it a router and experts.
-        ("gemma-4-26b-a4b", 6, (3, 0, 1, 1, 2, 1), 20),
+        # Beside them the router in two launches, the experts' gated products, and the sum of both
+        # branches.
+        ("gemma-4-26b-a4b", 6, (3, 1, 1, 1, 1, 1), 3),
     ],
 )
 def test_a_step_of_the_decoder(model, layers, of_a_layer, around):

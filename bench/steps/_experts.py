@@ -20,10 +20,10 @@ class _Counting(Gemma4MoE):
                 setattr(self, name, value)
         self.report = report
 
-    def __call__(self, x, *arguments, **options):
-        _, experts = self.route(x.reshape(-1, x.shape[-1]))
-        self.report(experts)
-        return super().__call__(x, *arguments, **options)
+    def route(self, x):
+        routing = super().route(x)
+        self.report(routing.experts)
+        return routing
 
 
 def count_experts(

@@ -1,7 +1,6 @@
 """One layer of the decoder."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -14,6 +13,7 @@ from g4attn_jax.model.linear import Linear, ModuleOptions
 from g4attn_jax.model.mlp import Gemma4MLP
 from g4attn_jax.model.moe import Gemma4MoE
 from g4attn_jax.ops.head_norm.reference import rms_norm
+from g4attn_jax.ops.moe_combine import CombineNorms
 
 
 class Gemma4DecoderLayer(nnx.Module):
@@ -109,21 +109,19 @@ class Gemma4DecoderLayer(nnx.Module):
         x, (h, *of_moe) = self._add(x, y, self.post_attention_norm, norms)
         with jax.named_scope("mlp"):
             y = self.mlp.partial_sums(h)
-        if self.moe is not None:
-            with jax.named_scope("moe"):
-                experts = self.moe(x, *of_moe)
-            with jax.named_scope("norms"):
-                y = self._norm(ops.add_partial_sums(y, jnp.float32), self.post_feedforward_norm_1)
-                y += self._norm(experts, self.post_feedforward_norm_2)
         last = [next_norm], self.layer_scalar[...]
-        if per_layer_input is None:
-            x, (h,) = self._add(x, y, self.post_feedforward_norm, *last)
+        of_sum = last if per_layer_input is None else ([], None)
+        if self.moe is None:
+            x, norms = self._add(x, y, self.post_feedforward_norm, *of_sum)
         else:
-            x, _ = self._add(x, y, self.post_feedforward_norm)
+            with jax.named_scope("moe"):
+                answers = self.moe.answers(x, *of_moe)
+            x, norms = self._combine(x, y, answers, *of_sum)
+        if per_layer_input is not None:
             with jax.named_scope("per_layer_input"):
                 y = self._from_per_layer_input(x, per_layer_input)
-            x, (h,) = self._add(x, y, self.post_per_layer_norm, *last)
-        return x, h, cache
+            x, norms = self._add(x, y, self.post_per_layer_norm, *last)
+        return x, *norms, cache
 
     def first_norm(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """rms(x) * input_norm, for the first layer; the others' is made by the layer before."""
@@ -135,9 +133,24 @@ class Gemma4DecoderLayer(nnx.Module):
         gate = self.per_layer_gate.partial_sums(x)
         return self.per_layer_projection.after_gelu_and_mul(gate, per_layer_input)
 
-    def _norm(self, x, scale):
-        """The norm of one of two branches, not rounded before their sum."""
-        return rms_norm(x.astype(jnp.float32), scale[...], eps=self.eps)
+    def _combine(self, x, y, answers, next_norms, factor):
+        """Adds the MLP and the experts to the residual stream; see `moe_combine`."""
+        norms = CombineNorms(
+            self.post_feedforward_norm_1[...],
+            self.post_feedforward_norm_2[...],
+            self.post_feedforward_norm[...],
+        )
+        with jax.named_scope("norms"):
+            return ops.moe_combine(
+                x,
+                y,
+                *answers,
+                norms,
+                next_norms,
+                factor,
+                eps=self.eps,
+                implementation=self.implementation,
+            )
 
     def _add(self, x, y, scale, next_norms=(), factor=None):
         """Adds a branch's normalised partial sums to the residual stream; see `add_rms_norm`."""

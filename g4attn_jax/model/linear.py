@@ -153,37 +153,20 @@ class Linear(Weight):
         """
         return ops.gelu_and_mul_linear(gate, up, self._matrix(), implementation=self.implementation)
 
-    def float32(
-        self,
-        x: Float[Array, "*batch_inputs"],
-        precision: jax.lax.Precision | None = None,
-    ) -> Float[Array, "*batch_outputs"]:
+    def float32(self, x: Float[Array, "*batch_inputs"]) -> Float[Array, "*batch_outputs"]:
         """x W, its float32 sums not rounded.
 
         Args:
             x: [..., *inputs]; cast to `dtype`.
-            precision: of the products, by XLA unless it is None; HIGHEST keeps a GPU from rounding
-                float32 to TF32.
 
         Returns:
             Float32 [..., *outputs].
         """
-        if precision is None:
-            partial_sums = ops.linear_partial_sums(
-                self._rows(x),
-                self._matrix(),
-                dtype=jnp.float32,
-                implementation=self.implementation,
-            )
-            y = ops.add_partial_sums(partial_sums, jnp.float32)
-            return y.reshape(*y.shape[:-1], *self.weight.shape[self.num_inputs :])
-        return jnp.tensordot(
-            x.astype(self.dtype),
-            self.operand(),
-            axes=self.num_inputs,
-            precision=precision,
-            preferred_element_type=jnp.float32,
+        partial_sums = ops.linear_partial_sums(
+            self._rows(x), self._matrix(), dtype=jnp.float32, implementation=self.implementation
         )
+        y = ops.add_partial_sums(partial_sums, jnp.float32)
+        return y.reshape(*y.shape[:-1], *self.weight.shape[self.num_inputs :])
 
     def _matrix(self):
         w = self.operand()

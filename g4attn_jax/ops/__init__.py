@@ -6,12 +6,14 @@ from g4attn_jax.ops.gelu_and_mul_linear import gelu_and_mul_linear
 from g4attn_jax.ops.grouped_gated_matmul import grouped_gated_matmul
 from g4attn_jax.ops.grouped_matmul import grouped_matmul
 from g4attn_jax.ops.linear import add_partial_sums, geglu, linear, linear_partial_sums, logits
+from g4attn_jax.ops.moe_combine import moe_combine
 from g4attn_jax.ops.op import Implementation
 from g4attn_jax.ops.prefill_attention import prefill_attention
 from g4attn_jax.ops.q_keqv_rms_norm import q_keqv_rms_norm
 from g4attn_jax.ops.qkv_norm_rope import qkv_norm_rope
 from g4attn_jax.ops.qkv_norm_rope_write import qkv_norm_rope_write
 from g4attn_jax.ops.qkv_rms_norm import qkv_rms_norm
+from g4attn_jax.ops.router import router
 
 __all__ = [
     "Implementation",
@@ -25,9 +27,11 @@ __all__ = [
     "linear",
     "linear_partial_sums",
     "logits",
+    "moe_combine",
     "prefill_attention",
     "q_keqv_rms_norm",
     "qkv_norm_rope",
     "qkv_norm_rope_write",
     "qkv_rms_norm",
+    "router",
 ]

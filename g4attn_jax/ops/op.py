@@ -235,6 +235,29 @@ class Op:
         check_choice("implementation", implementation, (None, *implementations()))
         return implementation if implementation in (XLA, *self._names()) else None
 
+    def for_tokens(
+        self, implementation: Implementation | None, count: int, *, most: int
+    ) -> Implementation | None:
+        """Implementation of an op whose kernels are for few tokens; XLA takes more.
+
+        A demanded kernel takes XLA's place for few tokens alone, in its interpreter for any number.
+
+        Args:
+            implementation: as of `own`.
+            count: of tokens; where it is symbolic there are many.
+            most: tokens of the kernels.
+
+        Raises:
+            ValueError: no op has such an implementation.
+            KernelRefusal: a kernel was demanded that cannot run here.
+        """
+        implementation = self.own(implementation)
+        is_few = isinstance(count, int) and count <= most
+        if implementation == XLA or is_few or self.is_interpreted(implementation):
+            return implementation
+        check_implementation(implementation)  # a demand holds for any number
+        return XLA
+
     def is_interpreted(self, implementation: Implementation | None) -> bool:
         """Whether an implementation is a kernel of this op in its interpreter."""
         return implementation in self._names() and implementation.endswith(_INTERPRET)

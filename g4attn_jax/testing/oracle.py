@@ -289,6 +289,28 @@ def usual_grouped_gated_matmul(x, w, group_sizes, rows=None):
     return grouped_gated_matmul(x, w, group_sizes, rows, rounded=rounded).astype(dtype)
 
 
+def router(x, scale, w, per_expert_scale, *, top_k, eps=1e-6):
+    """`ops.router`: (weights in float64, experts, group_sizes, row_tokens, place)."""
+    scores = rms_norm(x, scale, eps=eps) / np.sqrt(x.shape[-1]) @ np.asarray(w).astype(np.float64)
+    scores = scores.reshape(-1, scores.shape[-1])
+    experts = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+    weights = np.exp(np.take_along_axis(scores, experts, axis=1))
+    weights /= weights.sum(axis=1, keepdims=True)
+    weights *= np.asarray(per_expert_scale).astype(np.float64)[experts]
+    order = np.argsort(experts, axis=None, kind="stable")
+    sizes = np.bincount(experts.ravel(), minlength=w.shape[1])
+    return weights, experts, sizes, order // top_k, np.argsort(order).reshape(experts.shape)
+
+
+def moe_combine(x, y, rows, weights, place, norms, next_scales=(), factor=None, *, eps=1e-6):
+    """`ops.moe_combine` in float64; norms are of the sum as it is stored, in x's dtype."""
+    y, rows, weights = (np.asarray(a).astype(np.float64) for a in (y, rows, weights))
+    y = y.sum(axis=0) if y.ndim > np.ndim(x) else y
+    experts = np.einsum("mk,mke->me", weights, rows[np.asarray(place)]).reshape(y.shape)
+    both = rms_norm(y, norms.mlp, eps=eps) + rms_norm(experts, norms.experts, eps=eps)
+    return add_rms_norm(x, both, norms.both, next_scales, factor, eps=eps)
+
+
 def gelu(x):
     """GELU in its tanh form, in float64."""
     x = np.asarray(x).astype(np.float64)

@@ -17,12 +17,14 @@ from g4attn_jax import CompactKVCache, KVCache, ProjectionMode, ops
 from g4attn_jax.cache import FLOAT8
 from g4attn_jax.ops.decode_attention import MAX_DECODE_TOKENS
 from g4attn_jax.ops.decode_attention.cases import DecodeAttentionCase
+from g4attn_jax.ops.moe_combine import cases as moe_combine
 from g4attn_jax.ops.prefill_attention.cases import PrefillAttentionCase
 from g4attn_jax.ops.q_keqv_rms_norm.cases import QKeqvRmsNormCase
 from g4attn_jax.ops.qkv_norm_rope.cases import QkvNormRopeCase
 from g4attn_jax.ops.qkv_norm_rope_write.cases import QkvNormRopeWriteCase
 from g4attn_jax.ops.qkv_rms_norm.cases import QkvRmsNormCase
-from g4attn_jax.testing.case import modes_and_forms
+from g4attn_jax.ops.router import cases as router
+from g4attn_jax.testing.case import modes_and_forms, tagged
 from tests.pairwise import pairwise
 
 
@@ -146,8 +148,8 @@ def launch_case(case):
     return count
 
 
-def launch_norm_rope(case):
-    """The prologue without a cache."""
+def launch_once(case):
+    """A case that writes no cache."""
     jax.block_until_ready(case.run(made_on_the_cpu(case.arguments)(), "triton"))
     return 1
 
@@ -164,6 +166,12 @@ def products():
 
 def grouped():
     return sum(itertools.starmap(launch_grouped, itertools.product(GROUP_SIZES, HALF_AND_FLOAT32)))
+
+
+def experts():
+    """Of sizes that no block divides."""
+    cases = tagged([*router.CASES, *moe_combine.CASES], "odd")
+    return sum(map(launch_once, cases))
 
 
 def norms():
@@ -184,7 +192,7 @@ def prologue():
         QkvNormRopeCase(mode, 12, 3, d, d // 4, tokens)
         for mode, (tokens, d) in itertools.product(ProjectionMode, SIZES)
     ]
-    return sum(map(launch_case, cases)) + sum(map(launch_norm_rope, without_cache))
+    return sum(map(launch_case, cases)) + sum(map(launch_once, without_cache))
 
 
 def case(form, nq, nkv, d, tokens, context, page_size=16, **sizes):
@@ -221,6 +229,7 @@ class Program(NamedTuple):
 PROGRAMS = {
     "products": Program(products, 30, ("linear", "gelu_and_mul_linear", "add_rms_norm")),
     "grouped": Program(grouped, 12, ("grouped_matmul", "grouped_gated_matmul")),
+    "experts": Program(experts, 10, ("router", "moe_combine")),
     "norms": Program(norms, 16, ("qkv_rms_norm", "q_keqv_rms_norm")),
     "prologue": Program(prologue, 52, ("qkv_norm_rope_write", "qkv_norm_rope")),
     "decode": Program(functools.partial(attention, 1, 6), 24, ("decode_attention",)),

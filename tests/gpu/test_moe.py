@@ -11,12 +11,16 @@ from flax import nnx
 
 from g4attn_jax import Gemma4Config, ops
 from g4attn_jax.model import Gemma4MoE, ModuleOptions
+from g4attn_jax.ops.moe_combine import cases as moe_combine
+from g4attn_jax.ops.router import cases as router
 from g4attn_jax.testing import oracle
+from g4attn_jax.testing.case import tagged
 
 pytestmark = pytest.mark.gpu("grouped_matmul", "grouped_gated_matmul")
 
 CONFIG = Gemma4Config.preset("gemma-4-26b-a4b")
 EMBED, WIDTH = CONFIG.hidden_size, CONFIG.moe_intermediate_size
+AROUND = tagged((*router.CASES, *moe_combine.CASES), "real")
 EXPERTS, TOP_K = CONFIG.num_experts, CONFIG.top_k_experts
 
 
@@ -68,6 +72,23 @@ def test_float32_sizes():
     assert error <= EMBED**0.5 * 2.0**-24 * np.linalg.norm(exact)
 
 
+@pytest.mark.gpu("router", "moe_combine")
+@pytest.mark.parametrize("case", AROUND, ids=str)
+def test_real_sizes_of_what_is_around(case):
+    """Integers as in float64, numbers no worse than the usual path's; twice the same."""
+    arguments = case.arguments()
+    y = case.run(arguments, "triton")
+    jax.tree.map(np.testing.assert_array_equal, y, case.run(arguments, "triton"))
+    outputs = case.result(y), case.exact(arguments), case.usual(arguments)
+    for ours, exact, usual in zip(*map(jax.tree.leaves, outputs), strict=True):
+        if np.issubdtype(ours.dtype, np.integer):
+            np.testing.assert_array_equal(ours, exact)
+            continue
+        errors = case.error(ours, exact), case.error(usual, exact)
+        assert oracle.no_worse_than(*errors, ours.dtype, oracle.largest(exact)), errors
+
+
+@pytest.mark.gpu("router")
 @pytest.mark.parametrize("tokens", [1, 32, 1030])
 def test_the_module(tokens):
     """Next to the same in float32: no worse than XLA's ragged_dot in bfloat16.

@@ -18,7 +18,7 @@ from g4attn_jax.ops.triton_tiles import (
     may_start_next,
 )
 
-_NUM_WARPS = 8
+NUM_WARPS = 8
 
 
 def add_rms_norm(x, y, scale, next_scales, factor, *, eps, interpret=False):
@@ -42,13 +42,13 @@ def add_rms_norm(x, y, scale, next_scales, factor, *, eps, interpret=False):
         grid=(rows,),
         in_specs=(jax.tree.map(lambda _: pl.no_block_spec, inputs),),
         out_specs=[pl.no_block_spec] * len(outputs),
-        compiler_params=plgpu.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
         interpret=interpret,
     )(inputs)
     return total.reshape(x.shape), tuple(norm.reshape(x.shape) for norm in h)
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """Row of a token, in pieces: each is a load of 16 bytes for every thread."""
 
     index: jax.Array
@@ -57,10 +57,10 @@ class _Row(NamedTuple):
     masks: list[jax.Array | None]  # which of them the row has; None: all
 
     @classmethod
-    def of_program(cls, x_ref, starts_next):
-        """Row of this program."""
-        row, width = first_program_id(starts_next), x_ref.shape[1]
-        piece = _NUM_WARPS * WARP_LOAD_BYTES // x_ref.dtype.itemsize
+    def of(cls, x_ref, row, num_warps=NUM_WARPS):
+        """Row of that index, for a program of so many warps."""
+        width = x_ref.shape[1]
+        piece = num_warps * WARP_LOAD_BYTES // x_ref.dtype.itemsize
         piece = min(piece, pl.next_power_of_2(width))
         columns = [start + iota(piece) for start in range(0, width, piece)]
         masks = [column < width if width % piece else None for column in columns]
@@ -74,6 +74,14 @@ class _Row(NamedTuple):
             ).astype(jnp.float32)
             for column, mask in zip(self.columns, self.masks, strict=True)
         ]
+
+    def load_sum(self, ref, *, rows):
+        """Pieces of the sum of a branch's partial sums; these lie `rows` rows apart."""
+        partial_sums = [
+            self.load(ref, i * rows + self.index, eviction_policy="evict_first")
+            for i in range(ref.shape[0] // rows)
+        ]
+        return [sum(pieces) for pieces in zip(*partial_sums, strict=True)]
 
     def store(self, ref, values):
         """Stores pieces of the row."""
@@ -90,33 +98,56 @@ class _Row(NamedTuple):
 def _add_rms_norm(inputs, total_ref, *h_refs, eps, starts_next):
     """Adds and norms one row.
 
-    What is multiplied by a root is multiplied by its scale before the root is known, so that no
-    load waits for it. A step's weights pass through the L2 between one launch and the next: the
-    stream and the scales are marked as what it should keep, the branch as what nothing reads again.
+    A step's weights pass through the L2 between one launch and the next: the stream and the scales
+    are marked as what it should keep, the branch as what nothing reads again.
     """
-    row = _Row.of_program(inputs["x"], starts_next)
-    x, scale = row.load(inputs["x"], row.index), row.load(inputs["scale"])
-    y = _branch(row, inputs["y"], rows=inputs["x"].shape[0])
-    next_scales = [row.load(ref) for ref in inputs["next_scales"]]
-    scaled = [a * b for a, b in zip(y, scale, strict=True)]
-    rrms = row.rrms(y, eps)
-    total = [a + b * rrms for a, b in zip(x, scaled, strict=True)]
-    if inputs["factor"] is not None:
-        factor = inputs["factor"][0].astype(jnp.float32)
-        total = [a * factor for a in total]
-    # The norms are those of the sum as it is stored.
-    total = [a.astype(total_ref.dtype).astype(jnp.float32) for a in total]
-    row.store(total_ref, total)
-    if h_refs:
-        rrms = row.rrms(total, eps)
-    for h_ref, scale in zip(h_refs, next_scales, strict=True):
-        row.store(h_ref, [a * b * rrms for a, b in zip(total, scale, strict=True)])
+    row = Row.of(inputs["x"], first_program_id(starts_next))
+    stream = Stream.load(row, inputs)
+    y = row.load_sum(inputs["y"], rows=inputs["x"].shape[0])
+    stream.add(row, y, total_ref, h_refs, eps)
 
 
-def _branch(row, y_ref, *, rows):
-    """Pieces of the sum of the branch's partial sums; these lie `rows` rows apart."""
-    partial_sums = [
-        row.load(y_ref, i * rows + row.index, eviction_policy="evict_first")
-        for i in range(y_ref.shape[0] // rows)
-    ]
-    return [sum(pieces) for pieces in zip(*partial_sums, strict=True)]
+class Stream(NamedTuple):
+    """Row of the residual stream, and what its sum with a branch needs, in pieces.
+
+    Attributes:
+        x: the row.
+        scale: of the branch's norm.
+        next_scales: of the norms of the sum.
+        factor: of the sum, or None.
+    """
+
+    x: list[jax.Array]
+    scale: list[jax.Array]
+    next_scales: list[list[jax.Array]]
+    factor: jax.Array | None
+
+    @classmethod
+    def load(cls, row, inputs):
+        """Loads all of it; `inputs` has a ref, or refs, of each name."""
+        factor = inputs["factor"]
+        return cls(
+            row.load(inputs["x"], row.index),
+            row.load(inputs["scale"]),
+            [row.load(ref) for ref in inputs["next_scales"]],
+            None if factor is None else factor[0].astype(jnp.float32),
+        )
+
+    def add(self, row, y, total_ref, h_refs, eps):
+        """Stores the sum with the norm of y, pieces of a branch, and the norms of the sum.
+
+        What is multiplied by a root is multiplied by its scale before the root is known, so that no
+        load waits for it.
+        """
+        scaled = [a * b for a, b in zip(y, self.scale, strict=True)]
+        rrms = row.rrms(y, eps)
+        total = [a + b * rrms for a, b in zip(self.x, scaled, strict=True)]
+        if self.factor is not None:
+            total = [a * self.factor for a in total]
+        # The norms are those of the sum as it is stored.
+        total = [a.astype(total_ref.dtype).astype(jnp.float32) for a in total]
+        row.store(total_ref, total)
+        if h_refs:
+            rrms = row.rrms(total, eps)
+        for h_ref, scale in zip(h_refs, self.next_scales, strict=True):
+            row.store(h_ref, [a * b * rrms for a, b in zip(total, scale, strict=True)])

@@ -20,7 +20,15 @@ from jax.experimental.pallas import triton as plgpu
 
 from g4attn_jax.ops.gpu import Gpu, gpu
 from g4attn_jax.ops.padding import pad
-from g4attn_jax.ops.triton_tiles import dot, iota, load, load_tile, store_tile
+from g4attn_jax.ops.triton_tiles import (
+    dot,
+    first_program_id,
+    iota,
+    load,
+    load_tile,
+    may_start_next,
+    store_tile,
+)
 
 # Of matrices that a program asks for ahead: what a multiprocessor must have on its way to keep an
 # H200's memory busy.
@@ -102,6 +110,9 @@ def _launches(gpu, sizes):
     stages = max(3, 1 + pl.cdiv(_BYTES_AHEAD, width * depth * sizes.itemsize))
     if programs < 2 * gpu.num_sms:  # DRAM gives narrower lines at less than its full rate
         width, depth, stages = 64 * sizes.matrices, 64, 6
+    elif sizes.matrices > 1 and sizes.groups <= 2 * sizes.rows <= 2 * sizes.groups:
+        # Rows for half of the groups or more, one or two each: large programs that all run at once.
+        width, depth, stages = 128 * sizes.matrices, 32, 3
     yield _launch(sizes, block_rows, width, depth, 4, stages)
     yield _launch(sizes, 16, 64, 64, 4, 3)
 
@@ -165,7 +176,13 @@ def combined_grouped_matmul(
         x, rows, w.reshape(-1, sizes.matrices * sizes.columns), group_sizes
     )
     return pl.pallas_call(
-        functools.partial(_kernel, sizes=sizes, combine=combine, launch=launch),
+        functools.partial(
+            _kernel,
+            sizes=sizes,
+            combine=combine,
+            launch=launch,
+            starts_next=may_start_next(interpret),
+        ),
         name=name,
         out_shape=jax.ShapeDtypeStruct((sizes.rows, sizes.columns), x.dtype),
         grid=(sizes.tiles(launch.block_rows) * pl.cdiv(sizes.columns, launch.block_columns),),
@@ -187,11 +204,12 @@ class GroupedMatmulInputs(NamedTuple):
     group_sizes: jax.Array  # int32 [X]
 
 
-def _kernel(inputs, out_ref, *, sizes, combine, launch):
+def _kernel(inputs, out_ref, *, sizes, combine, launch, starts_next):
     # Blocks of columns of a tile are neighbours, which read the same rows, and then the tiles of a
     # group, which read the same matrix: they find them in the L2.
     blocks = jnp.int32(pl.cdiv(sizes.columns, launch.block_columns))
-    tile, block = lax.div(pl.program_id(0), blocks), lax.rem(pl.program_id(0), blocks)
+    program = first_program_id(starts_next)
+    tile, block = lax.div(program, blocks), lax.rem(program, blocks)
     group, first, end = _tile(inputs.group_sizes, tile, sizes.rows, launch.block_rows)
     row = first + iota(launch.block_rows)
     row_mask = row < end

@@ -1,5 +1,7 @@
 """Products of a step's few tokens and a weight: `linear`, its split-K form, `geglu`, `logits`."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -8,7 +10,7 @@ from g4attn_jax.checks import check_array, check_choice
 from g4attn_jax.ops.gpu import gpu
 from g4attn_jax.ops.linear import reference
 from g4attn_jax.ops.linear.launch import choose_num_partial_sums, geglu_is_faster
-from g4attn_jax.ops.op import XLA, Implementation, Kernel, Op, check_implementation
+from g4attn_jax.ops.op import XLA, Implementation, Kernel, Op
 
 # Up to this many tokens a step is bound by reading its weights, which the kernels do faster than
 # XLA's matmul (`python -m bench tune linear`).
@@ -150,7 +152,7 @@ def geglu(
     Args:
         x: [..., K]. bfloat16, float16 or float32.
         w: Wg and Wu, [K, 2, N], in x's dtype.
-        implementation: see `linear`; but of several tokens None is XLA, which splits K, where
+        implementation: see `linear`; but from 17 tokens on None is XLA, which splits K, where
             columns are too few for programs to fill the memory bus (4224 on an H200).
 
     Returns:
@@ -200,10 +202,5 @@ def _check(x, w, *columns):
 
 def _for_tokens(op, x, implementation):
     """Implementation of an op: XLA for many tokens, and where their number is symbolic."""
-    implementation = op.own(implementation)
-    if implementation == XLA or op.is_interpreted(implementation):
-        return implementation
-    if isinstance(x.size, int) and x.size <= MAX_TOKENS * x.shape[-1]:
-        return implementation
-    check_implementation(implementation)  # a demand holds for any number
-    return XLA
+    tokens = math.prod(x.shape[:-1])
+    return op.for_tokens(implementation, tokens, most=MAX_TOKENS)

@@ -58,10 +58,10 @@ def choose_num_partial_sums(gpu: Gpu, *, rows: int, k: int, columns: int) -> int
 def geglu_is_faster(gpu: Gpu, *, rows: int, columns: int) -> bool:
     """Whether programs that share no columns take less time than XLA, which splits K.
 
-    They do where they fill the memory bus, one for every two multiprocessors. Of fewer columns
-    XLA's three kernels for one token take as long, its two for several less.
+    They do where they fill the memory bus, one for every two multiprocessors. Of fewer columns and
+    up to 16 rows one launch takes as long as XLA's two or three with what is between them.
     """
-    return rows == 1 or columns >= _COLUMNS * gpu.num_sms / 2
+    return rows <= _FEW_ROWS or columns >= _COLUMNS * gpu.num_sms / 2
 
 
 def choose_launch(
