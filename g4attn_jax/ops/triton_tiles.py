@@ -46,7 +46,7 @@ def first_program_id(starts_next: bool) -> jax.Array:
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct((1,), jnp.int32)],
     )
-    return jnp.sum(programs)
+    return jnp.sum(programs, dtype=jnp.int32)  # which under x64 would be int64
 
 
 def iota(size: int) -> jax.Array:
