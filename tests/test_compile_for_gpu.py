@@ -46,6 +46,16 @@ def compiled_case(gpu, case):
     return gpu_target.compile_for(gpu, lambda *a: case.run(a, "triton"), *case.structs(), **donated)
 
 
+@pytest.mark.parametrize(
+    "case", {case.label: case for case in all_cases("compile")}.values(), ids=lambda c: c.label
+)
+def test_x64(case):
+    """Kernels stay 32 bits wide where JAX makes Python's integers int64."""
+    structs = case.structs()
+    with jax.enable_x64(True):
+        gpu_target.compile_for("9.0", lambda *a: case.run(a, "triton"), *structs)
+
+
 @on_every_gpu
 @everyday_cases
 @everyday(

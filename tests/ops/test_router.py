@@ -103,6 +103,19 @@ def test_any_number_of_tokens(implementation, tokens):
         np.testing.assert_array_equal(a, b)
 
 
+@on_both
+def test_x64(implementation):
+    """Indices stay int32 where JAX makes Python's integers int64."""
+    case = tagged(CASES, "odd")[0]
+    arguments = case.arguments()
+    exact = case.exact(arguments)
+    with jax.enable_x64(True):
+        routing = case.run(arguments, implementation)
+    for ours, theirs in zip(routing[1:], exact[1:], strict=True):
+        assert ours.dtype == jnp.int32
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_many_tokens_are_left_to_xla():
     """But not by the interpreter, which takes any number."""
     for count, none, interpreted in (

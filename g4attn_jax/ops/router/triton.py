@@ -201,7 +201,7 @@ def _route(
     scale = load(scale_ref.at[column], is_expert, column.shape).astype(jnp.float32)
     # Rows before a token's: those of lower experts, and of its expert those of tokens before it.
     counts = chosen.astype(jnp.int32)
-    sizes = jnp.sum(counts, axis=0)
+    sizes = jnp.sum(counts, axis=0, dtype=jnp.int32)
     place = lax.cumsum(counts, axis=0) - counts + (lax.cumsum(sizes) - sizes)[None, :]
     entry = token[:, None] * top_k + rank
     _store(out.weights, entry, weights * scale, chosen)
