@@ -78,7 +78,7 @@ def copy(tmp_path, monkeypatch):
             "linear/reference.py",
             "approximate=True",
             "approximate=False",
-            {"linear", "grouped_gated_matmul", "gelu_and_mul_linear"},
+            {"linear", "grouped_gated_matmul"},
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """One layer of the decoder."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -28,8 +29,9 @@ class Gemma4DecoderLayer(nnx.Module):
         x = x + rms((gelu(x Wg) * p) Wp) * post_per_layer_norm        with per-layer inputs p (PLE)
         x = x * layer_scalar
 
-    A branch's last norm, its sum with x and the norms of that are one launch, `ops.add_rms_norm`,
-    across layers too: h comes from the layer before, and the next one's is made here.
+    A branch's last norm, its sum with x and the norms of that are one launch, `ops.add_rms_norm`
+    (with experts `ops.moe_combine`), across layers too: h comes from the layer before, and the next
+    one's is made here.
 
     Attributes:
         attention: `Gemma4Attention`.
@@ -129,9 +131,10 @@ class Gemma4DecoderLayer(nnx.Module):
             return rms_norm(x, self.input_norm[...], eps=self.eps)
 
     def _from_per_layer_input(self, x, per_layer_input):
-        """(gelu(x Wg) * p) Wp."""
-        gate = self.per_layer_gate.partial_sums(x)
-        return self.per_layer_projection.after_gelu_and_mul(gate, per_layer_input)
+        """Partial sums of (gelu(x Wg) * p) Wp."""
+        gate = ops.add_partial_sums(self.per_layer_gate.partial_sums(x), jnp.float32)
+        gated = jax.nn.gelu(gate, approximate=True) * per_layer_input
+        return self.per_layer_projection.partial_sums(gated)
 
     def _combine(self, x, y, answers, next_norms, factor):
         """Adds the MLP and the experts to the residual stream; see `moe_combine`."""

@@ -140,19 +140,6 @@ class Linear(Weight):
             self._rows(x), self._matrix(), implementation=self.implementation
         )
 
-    def after_gelu_and_mul(
-        self,
-        gate: Float[Array, "*batch K"] | Float[Array, "partial_sums *batch K"],
-        up: Float[Array, "*batch K"],
-    ) -> Float[Array, "*batch N"]:
-        """(gelu(gate) * up) W in `dtype`, see `ops.gelu_and_mul_linear`.
-
-        Args:
-            gate: [..., K], or [partial sums, ..., K] of it.
-            up: [..., K].
-        """
-        return ops.gelu_and_mul_linear(gate, up, self._matrix(), implementation=self.implementation)
-
     def float32(self, x: Float[Array, "*batch_inputs"]) -> Float[Array, "*batch_outputs"]:
         """x W, its float32 sums not rounded.
 

@@ -2,7 +2,6 @@
 
 from g4attn_jax.ops.add_rms_norm import add_rms_norm
 from g4attn_jax.ops.decode_attention import decode_attention
-from g4attn_jax.ops.gelu_and_mul_linear import gelu_and_mul_linear
 from g4attn_jax.ops.grouped_gated_matmul import grouped_gated_matmul
 from g4attn_jax.ops.grouped_matmul import grouped_matmul
 from g4attn_jax.ops.linear import add_partial_sums, geglu, linear, linear_partial_sums, logits
@@ -21,7 +20,6 @@ __all__ = [
     "add_rms_norm",
     "decode_attention",
     "geglu",
-    "gelu_and_mul_linear",
     "grouped_gated_matmul",
     "grouped_matmul",
     "linear",

@@ -329,13 +329,6 @@ def geglu(x, w, *, rounded=lambda y: y):
     return gelu(gate) * up
 
 
-def gelu_and_mul_linear(gate, up, w, *, rounded=lambda y: y):
-    """`ops.gelu_and_mul_linear` in float64; `rounded` says how what is let through is."""
-    gate, up = (np.asarray(a).astype(np.float64) for a in (gate, up))
-    gate = gate if gate.ndim == up.ndim else gate.sum(axis=0)
-    return linear(rounded(gelu(gate) * up), w)
-
-
 def add_rms_norm(x, y, scale, next_scales=(), factor=None, *, eps=1e-6):
     """`ops.add_rms_norm` in float64; norms are of the sum as it is stored, in x's dtype."""
     dtype = np.asarray(x).dtype

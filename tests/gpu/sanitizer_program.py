@@ -133,7 +133,7 @@ def launch_decoder(tokens, dtype, implementation="triton"):
     run = {"implementation": implementation}
     partial_sums = ops.linear_partial_sums(x, w, **run)
     outputs = [ops.linear(x, w, **run), ops.geglu(x, gate_up, **run)]
-    outputs.append(ops.gelu_and_mul_linear(partial_sums, x, w, **run))
+    outputs.append(ops.logits(x, w, **run))
     outputs += ops.add_rms_norm(x, partial_sums, *norms, **run)
     jax.block_until_ready(outputs)
     return 5
@@ -227,11 +227,11 @@ class Program(NamedTuple):
 
 
 PROGRAMS = {
-    "products": Program(products, 30, ("linear", "gelu_and_mul_linear", "add_rms_norm")),
+    "products": Program(products, 30, ("linear", "add_rms_norm")),
     "grouped": Program(grouped, 12, ("grouped_matmul", "grouped_gated_matmul")),
     "experts": Program(experts, 10, ("router", "moe_combine")),
     "norms": Program(norms, 16, ("qkv_rms_norm", "q_keqv_rms_norm")),
-    "prologue": Program(prologue, 52, ("qkv_norm_rope_write", "qkv_norm_rope")),
+    "prologue": Program(prologue, 92, ("qkv_norm_rope_write", "qkv_norm_rope")),
     "decode": Program(functools.partial(attention, 1, 6), 24, ("decode_attention",)),
     "verification": Program(verification, 12, ("decode_attention",)),
     "prefill": Program(functools.partial(attention, 40), 15, ("prefill_attention",)),

@@ -79,7 +79,11 @@ def test_real_sizes_of_what_is_around(case):
     arguments = case.arguments()
     y = case.run(arguments, "triton")
     jax.tree.map(np.testing.assert_array_equal, y, case.run(arguments, "triton"))
-    outputs = case.result(y), case.exact(arguments), case.usual(arguments)
+    exact, usual = case.exact(arguments), case.usual(arguments)
+    if case.op == "moe_combine":  # a sum next to a tie may be stored as the other neighbour
+        norms = [oracle.rms_norm(y[0], scale, eps=1e-6) for scale in arguments[-2]]
+        exact, usual = (exact[0], norms), (usual[0], [n.astype(y[0].dtype) for n in norms])
+    outputs = case.result(y), exact, usual
     for ours, exact, usual in zip(*map(jax.tree.leaves, outputs), strict=True):
         if np.issubdtype(ours.dtype, np.integer):
             np.testing.assert_array_equal(ours, exact)
