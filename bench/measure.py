@@ -16,7 +16,9 @@ from jax.experimental.mosaic.gpu import profiler
 L2_BYTES = 60 * 2**20
 # Launches start before those ahead of them end (`first_program_id` of ops/triton_tiles.py), and the
 # time by CUPTI of one that waits is not its own. Where kernels are timed they do not start early.
-ONE_BY_ONE = {"xla_gpu_enable_pdl": False, "xla_gpu_enable_pdl_launch": False}
+ONE_BY_ONE = {"xla_gpu_enable_pdl": False}
+if jax.__version_info__ >= (0, 11):
+    ONE_BY_ONE["xla_gpu_enable_pdl_launch"] = False
 
 
 class Time(NamedTuple):

@@ -61,6 +61,9 @@ NAMES = ("linear", "geglu", "norm_rope", "decode_attention", "add_rms_norm", "gr
     [
         # QKV, output and down projection; gate and up; prologue; attention; two sums.
         ("gemma-4-31b", 6, (3, 1, 1, 1, 2, 0), 1),
+        # Two matmuls more, of the per-layer input, whose gate XLA makes, and a third sum; once a
+        # step the projection to the per-layer inputs of these five layers.
+        ("gemma-4-e2b", 5, (5 + 1 / 5, 1, 1, 1, 3, 0), 2),
         # Beside them the router in two launches, the experts' gated products, and the sum of both
         # branches.
         ("gemma-4-26b-a4b", 6, (3, 1, 1, 1, 1, 1), 3),

@@ -156,16 +156,19 @@ def plot(rows, head, path):
     import matplotlib.pyplot as plt
 
     names = {variant.letter: variant.value for variant in Variant}
+    verified = [row for row in rows if row["tokens"] > 1]
+    widths = (1.1, 2, 1) if verified else (1.1, 2)
     figure, axes = plt.subplots(
-        1, 3, figsize=(17, 6.5), layout="constrained", width_ratios=(1.1, 2, 1)
+        1, len(widths), figsize=(17, 6.5), layout="constrained", width_ratios=widths
     )
     _plot_largest(axes[0], [r for r in rows if r["model"] == TARGET and r["tokens"] == 1], names)
     ends = {letter: names[letter] for letter in (Variant.XLA.letter, SHIPPED.letter)}
     _plot_shares(axes[1], [r for r in rows if r["tokens"] == 1], "variant", ends)
     axes[1].set(title="all sizes, by B", ylabel="memory limit / step")
-    several = {tokens: f"{tokens} tokens" for tokens in VERIFIED}
-    _plot_shares(axes[2], [r for r in rows if r["tokens"] > 1], "tokens", several)
-    axes[2].set(title="verification, by B")
+    if verified:
+        several = {tokens: f"{tokens} tokens" for tokens in VERIFIED}
+        _plot_shares(axes[2], verified, "tokens", several)
+        axes[2].set(title="verification, by B")
     figure.suptitle(
         f"A decode step at context {CONTEXT}, bfloat16, {head['gpu']}, JAX {head['jax']}"
     )

@@ -29,16 +29,17 @@ def may_start_next(interpret: bool) -> bool:
 def first_program_id(starts_next: bool) -> jax.Array:
     """`pl.program_id(0)`, which with `starts_next` also lets the next launch of the stream start.
 
-    Its programs come to the multiprocessors as soon as all of this launch have told so and there is
-    room, and wait there until this launch is over (programmatic dependent launch): XLA has every
-    kernel that it launches so wait before its first instruction. About 0.3 us a launch are saved.
+    When every program of this launch has called it, programs of the next one come to where there is
+    room, and wait there until this launch is over (programmatic dependent launch). The waiting is
+    XLA's: it begins every kernel that it launches so with it. A step of E2B, of 473 launches, took
+    2.27 ms in place of 2.41 on an H200.
 
     Source: NVIDIA, "CUDA C++ programming guide", programmatic dependent launch.
     """
     program = pl.program_id(0)
     if not starts_next:
         return program
-    # What has no result would be left out.
+    # Assembly whose result is not used would be removed.
     (programs,) = plgpu.elementwise_inline_asm(
         "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
         args=[jnp.full((1,), program)],

@@ -166,6 +166,14 @@ def test_vmap(implementation):
             np.testing.assert_allclose(a[i], b, atol=1e-6)
 
 
+def test_many_experts_are_refused():
+    """The program that sorts would not fit into the shared memory."""
+    arguments = jnp.ones((2, 8)), jnp.ones(8), jnp.ones((8, 257)), jnp.ones(257)
+    with pytest.raises(NotImplementedError, match="257"):
+        ops.router(*arguments, top_k=2, implementation="triton_interpret")
+    assert ops.router(*arguments, top_k=2).experts.shape == (2, 2)
+
+
 def test_no_tokens():
     arrays = jnp.ones((0, 8)), jnp.ones(8), jnp.ones((8, 4)), jnp.ones(4)
     routing = ops.router(*arrays, top_k=2, implementation="triton_interpret")

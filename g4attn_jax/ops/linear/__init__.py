@@ -177,6 +177,8 @@ def logits(
 ) -> Float[Array, "*batch V"]:
     """Products of hidden states and the rows of a table, their float32 sums not rounded.
 
+    A table that is sharded over devices is gathered for the kernel, see `linear`.
+
     Args:
         hidden: [..., K]. bfloat16, float16 or float32.
         table: [V, K], in hidden's dtype: an embedding, whose rows lie in memory as they are read.

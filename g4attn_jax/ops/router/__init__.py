@@ -14,6 +14,14 @@ __all__ = ["Routing", "router"]
 
 # Up to this many tokens one program sorts the rows of all; more are left to XLA.
 MAX_TOKENS = 64
+# Of more experts that program does not fit into the shared memory.
+_MAX_EXPERTS = 256
+
+
+def _refusal(x, scale, w, per_expert_scale, *, interpret, **static):
+    if w.shape[1] > _MAX_EXPERTS:
+        return f"w has {w.shape[1]} experts; accepted: up to {_MAX_EXPERTS}"
+    return None
 
 
 def _derivative(reference, primals, tangents):
@@ -31,7 +39,7 @@ def _derivative(reference, primals, tangents):
 _op = Op(
     "router",
     reference=reference.router,
-    kernels=[Kernel("triton", "g4attn_jax.ops.router.triton:router")],
+    kernels=[Kernel("triton", "g4attn_jax.ops.router.triton:router", refusal=_refusal)],
     derivative=_derivative,
 )
 
@@ -63,15 +71,16 @@ def router(
         top_k: k, from 1 to X.
         eps: added to the mean squares.
         implementation: None (on an NVIDIA GPU of compute capability 8.0 or higher two launches for
-            up to 64 tokens; else XLA), "triton" (the kernel for up to 64 tokens, XLA for more),
-            "xla", or "triton_interpret".
+            up to 64 tokens and 256 experts; else XLA), "triton" (the kernel for up to 64 tokens,
+            XLA for more), "xla", or "triton_interpret".
 
     Returns:
         `Routing` of M tokens, the product of x's axes but the last.
 
     Raises:
         ValueError: an argument has the wrong rank, size or dtype.
-        NotImplementedError: "triton" was demanded and there is no supported GPU.
+        NotImplementedError: "triton" was demanded, and there is no supported GPU or there are more
+            than 256 experts.
 
     Source: `Gemma4TextRouter` of Hugging Face transformers 5.23. There the k largest of a softmax
     over all experts are divided by their sum: the softmax of these k alone.
