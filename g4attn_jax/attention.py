@@ -347,8 +347,7 @@ class Gemma4Attention(nnx.Module):
         if cache is not None:
             return Contiguous(tokens[0], cache.v.shape[1])
         if 0 in tokens:
-            shape = *tokens, self.hidden_size
-            raise ValueError(f"x has shape {shape}; without a cache B and T must not be 0")
+            raise ValueError(f"B and T are {tokens}; without a cache neither may be 0")
         return Contiguous(*tokens)
 
     def _with_k_norm(self, cache):

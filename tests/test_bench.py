@@ -338,9 +338,12 @@ def test_kernel_table():
 
 
 def test_launches_of_matmuls_are_among_the_fastest_that_were_measured():
-    """Of an H200, by the committed times: within 5 % of XLA's matmul (3 % are asked for, and missed
-    by E4B's per-layer inputs of one token), and of launches with as few partial sums; where a
-    launch does little else than start, of XLA's alone."""
+    """By the committed times of an H200, of launches that are among those measured.
+
+    They take at most 3 % longer than XLA's matmul, but E4B's per-layer inputs of one token, which
+    take 4.5 % longer. They take at most 5 % longer than the fastest launch with no
+    more partial sums, if they take 3 us or more: below, starting a launch is most of its time.
+    """
     _, rows = results.read(COMMITTED["tune_linear"])
     gpu, num_judged = Gpu(9.0, 132, 232448), 0
     for point in registry.tuning("linear").points():
@@ -353,8 +356,9 @@ def test_launches_of_matmuls_are_among_the_fastest_that_were_measured():
         if chosen not in times or not tune_linear.takes_kernel(point.subject, gpu):
             continue
         num_judged += 1
-        us = times[chosen]
-        assert us <= 1.05 * times.get((None, 1), us), point.fields
+        us, place = times[chosen], [point.fields[name] for name in ("model", "weight", "tokens")]
+        most = 1.05 if place == ["gemma-4-e4b", "per-layer inputs", 1] else 1.03
+        assert us <= most * times.get((None, 1), us), point.fields
         fastest = min(us for (launch, count), us in times.items() if launch and count <= chosen[1])
         assert us <= 1.05 * fastest or us < 3, point.fields
     assert num_judged > 100

@@ -1,5 +1,6 @@
 """Argument checks that several ops share, see also `g4attn_jax.checks`."""
 
+from collections.abc import Mapping
 from typing import get_args
 
 import jax
@@ -36,6 +37,31 @@ def check_packed(qkv: jax.Array, mode: ProjectionMode) -> None:
             f"qkv has {rows} rows per KV head; {mode.name} needs at least {1 + kv_rows}: "
             f"1 or more query heads and {kv_rows} of K and V"
         )
+
+
+def check_residual_sum(
+    x: jax.Array, y: jax.Array, scales: Mapping[str, jax.Array], factor: jax.Array | None
+) -> None:
+    """Refuses arguments of a sum with the residual stream that do not fit each other.
+
+    Args:
+        x: [..., E], the residual stream.
+        y: a branch: of x's shape, or partial sums of it.
+        scales: [E] of each norm, by the name of the argument.
+        factor: [], of the sum, or None.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+    """
+    check_array("x", x, (..., "E"))
+    check_array("y", y, (..., "E"))
+    if y.shape[-x.ndim :] != x.shape or y.ndim > x.ndim + 1 or y.size < x.size:
+        raise ValueError(
+            f"y has shape {y.shape}; accepted: {x.shape}, that of x, or partial sums of this shape"
+        )
+    for name, scale in scales.items():
+        check_array(name, scale, x.shape[-1:])
+    check_array("factor", factor, (), none=True)
 
 
 def check_k_norm(k_norm: jax.Array | None, *, mode: ProjectionMode) -> None:

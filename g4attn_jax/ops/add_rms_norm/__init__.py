@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Float
 
-from g4attn_jax.checks import check_array
 from g4attn_jax.ops import checks
 from g4attn_jax.ops.add_rms_norm import reference
 from g4attn_jax.ops.op import Implementation, Kernel, Op
@@ -52,16 +51,7 @@ def add_rms_norm(
 
     Source: `Gemma4TextDecoderLayer` of Hugging Face transformers 5.23.
     """
-    check_array("x", x, (..., "E"))
-    check_array("y", y, (..., "E"))
-    if y.shape[-x.ndim :] != x.shape or y.ndim > x.ndim + 1 or y.size < x.size:
-        raise ValueError(
-            f"y has shape {y.shape}; accepted: {x.shape}, that of x, or partial sums of this shape"
-        )
     scales = {f"next_scales[{i}]": next_scale for i, next_scale in enumerate(next_scales)}
-    scales["scale"] = scale
-    for name, given in scales.items():
-        check_array(name, given, x.shape[-1:])
-    check_array("factor", factor, (), none=True)
+    checks.check_residual_sum(x, y, scales | {"scale": scale}, factor)
     checks.check_eps(eps, 0.0)
     return _op(x, y, scale, tuple(next_scales), factor, eps=eps, implementation=implementation)

@@ -76,7 +76,7 @@ def linear(
             `jax.vmap` the tokens of one element count.
 
     Returns:
-        [..., N] in x's dtype. XLA adds the kernel's partial sums, where what reads them is.
+        [..., N] in x's dtype. XLA adds the kernel's partial sums, in the launch that reads them.
 
     Raises:
         ValueError: an argument has the wrong rank, length or dtype.

@@ -7,17 +7,17 @@ from jax.experimental import pallas as pl
 from g4attn_jax.ops.gpu import Gpu
 from g4attn_jax.ops.padding import pad
 
-# Bytes of weights that are to be on their way to a multiprocessor: so many fill the memory bus of
-# an H200 for as long as a load takes. With more of them loads queue, and multiprocessors that have
-# one program more than others end later.
+# Bytes of a weight that loads of a multiprocessor have asked for at a time. So many keep the memory
+# bus of an H200 busy while a load takes its way; with more, loads queue, and multiprocessors that
+# have one program more than others end later.
 _BYTES_ON_THEIR_WAY = 60 * 1024
 _TILE_BYTES = 16 * 1024
-# Columns that a program owns: DRAM gives lines of fewer bytes at less than its full rate.
+# Columns that a program owns. DRAM reads shorter pieces of a row at less than its full rate.
 _COLUMNS = 64
-# Of weights of less than that many rows or columns, a launch is all that matters.
+# A weight of no more rows or columns takes little longer than a launch of nothing.
 _NARROW = 512
-_BUSY = 0.7  # of the multiprocessors, with which the bus is full
-_MAX_PARTIAL_SUMS = 8  # a reader adds in 0.2 us each, or more of many tokens
+_BUSY = 0.7  # share of the multiprocessors that keeps the memory bus busy
+_MAX_PARTIAL_SUMS = 8  # each costs its reader 0.2 us, more with many tokens
 _MIN_STAGES, _MAX_BUFFERS = 3, 12
 # Up to 16 rows, and up to 32, tiles go through registers to instructions of 16 rows. An instruction
 # of 64 rows reads them where they lie.
@@ -34,10 +34,10 @@ class MatmulLaunch(NamedTuple):
 
 
 def choose_num_partial_sums(gpu: Gpu, *, rows: int, k: int, columns: int) -> int:
-    """Number of programs that share columns: such that all are about one a multiprocessor.
+    """Number of programs that share the columns of a block, each for a part of the K rows.
 
-    No more than that, and no more than have a tile of the K rows of a weight each. Of the numbers
-    that keep most multiprocessors busy, the one that divides the tiles best.
+    Blocks times this number are at most the multiprocessors, and every program has a tile of rows.
+    Among the numbers that keep the memory bus busy the one is taken that shares out tiles best.
 
     Args:
         gpu: what it runs on.
@@ -119,7 +119,12 @@ def _is_slow(rows):
 
 
 def _block_columns(gpu, rows, k, columns, matrices):
-    """Columns that a program owns: 64, unless that makes too few programs or an unlucky number."""
+    """Columns that a program owns.
+
+    They are 64 where that makes a good number of programs. They are 128 where some multiprocessors
+    would have one program more than others, or many would have none; 256 of a wide weight with 64
+    rows; 32 of a narrow weight, and of gate and up with few columns.
+    """
     programs = pl.cdiv(columns, _COLUMNS) / gpu.num_sms
     if matrices > 1:
         if 1 < programs <= 1.5:

@@ -1,5 +1,6 @@
 """End of a layer with experts: both branches, the residual sum and the next norm in one launch."""
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -64,21 +65,13 @@ def moe_combine(
 
     Source: `Gemma4TextDecoderLayer` of Hugging Face transformers 5.23.
     """
-    check_array("x", x, (..., "E"))
-    check_array("y", y, (..., "E"))
-    if y.shape[-x.ndim :] != x.shape or y.ndim > x.ndim + 1 or y.size < x.size:
-        raise ValueError(
-            f"y has shape {y.shape}; accepted: {x.shape}, that of x, or partial sums of this shape"
-        )
-    tokens = x.reshape(-1, x.shape[-1]).shape[0]
+    scales = {f"norms.{name}": scale for name, scale in norms._asdict().items()}
+    scales |= {f"next_scales[{i}]": scale for i, scale in enumerate(next_scales)}
+    checks.check_residual_sum(x, y, scales, factor)
+    tokens = math.prod(x.shape[:-1])
     check_array("rows", rows, ("rows", x.shape[-1]), empty=True)
     check_array("weights", weights, (tokens, "k"), jnp.float32)
     check_array("place", place, weights.shape, jnp.int32)
-    scales = {f"norms.{name}": scale for name, scale in norms._asdict().items()}
-    scales |= {f"next_scales[{i}]": scale for i, scale in enumerate(next_scales)}
-    for name, scale in scales.items():
-        check_array(name, scale, x.shape[-1:])
-    check_array("factor", factor, (), none=True)
     checks.check_eps(eps, 0.0)
     arrays = x, y, rows, weights, place, norms, tuple(next_scales), factor
     return _op(*arrays, eps=eps, implementation=implementation)

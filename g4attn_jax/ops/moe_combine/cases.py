@@ -3,51 +3,38 @@
 import dataclasses
 
 from g4attn_jax import ops
+from g4attn_jax.ops.add_rms_norm.cases import AddRmsNormCase
 from g4attn_jax.ops.moe_combine import CombineNorms
 from g4attn_jax.testing import oracle
-from g4attn_jax.testing.case import Case, Draw, distinct, nbytes, struct
+from g4attn_jax.testing.case import Draw, distinct, nbytes, struct
 
 
 @dataclasses.dataclass(frozen=True)
-class MoeCombineCase(Case):
+class MoeCombineCase(AddRmsNormCase):
     """The sum of a residual stream, an MLP and experts, and norms of it.
 
     Attributes:
-        width: E.
         answers: k.
-        partial_sums: of the MLP, in float32; None is a branch in the stream's dtype.
-        norms: number of norms of the sum.
         rows_dtype: of the answers; None is that of the stream.
     """
 
     op = "moe_combine"
 
-    tokens: int
-    width: int
     answers: int = 8
-    partial_sums: int | None = dataclasses.field(default=None, kw_only=True)
-    norms: int = dataclasses.field(default=1, kw_only=True)
     rows_dtype: str | None = dataclasses.field(default=None, kw_only=True)
 
     def structs(self, dtype=None) -> list:
         """(x, y, rows, weights, place, norms, next_scales, factor)."""
-        dtype = dtype or self.dtype
-        x, scale = (
-            struct(*shape, dtype=dtype) for shape in ((self.tokens, self.width), (self.width,))
-        )
-        y = x
-        if self.partial_sums is not None:
-            y = struct(self.partial_sums, *x.shape, dtype="float32")
+        x, y, scale, *others = super().structs(dtype)
         of_tokens = self.tokens, self.answers
         return [
             x,
             y,
-            struct(self.tokens * self.answers, self.width, dtype=self.rows_dtype or dtype),
+            struct(self.tokens * self.answers, self.width, dtype=self.rows_dtype or x.dtype),
             struct(*of_tokens, dtype="float32"),
             struct(*of_tokens, dtype="int32"),
             CombineNorms(scale, scale, scale),
-            [scale] * self.norms,
-            struct(dtype=dtype),
+            *others,
         ]
 
     def arguments(self, dtype=None, seed=0) -> list:
@@ -72,12 +59,6 @@ class MoeCombineCase(Case):
     def exact(self, arguments):
         """(sum, norms) in float64; norms are of the sum as it is stored."""
         return oracle.moe_combine(*arguments)
-
-    def usual(self, arguments):
-        """(sum, norms), each rounded once."""
-        total, norms = self.exact(arguments)
-        dtype = arguments[0].dtype
-        return total.astype(dtype), tuple(norm.astype(dtype) for norm in norms)
 
     def bytes(self) -> int:
         """The stream, both branches and places in, the sum and norms out; of scales none."""
