@@ -113,7 +113,7 @@ def test_list(capsys):
         assert benchmark.about in listed
     # The number is in bench/README.md too.
     readme = (results.COMMITTED.parents[1] / "README.md").read_text()
-    assert f"Of\n  the committed rows {listed.count('bar missed')} do" in readme
+    assert f"The\n  committed rows miss {listed.count('bar missed')} bars" in readme
 
 
 @pytest.mark.parametrize(
