@@ -240,7 +240,7 @@ class Op:
     ) -> Implementation | None:
         """Implementation of an op whose kernels are for few tokens; XLA takes more.
 
-        A demanded kernel takes XLA's place for few tokens alone, in its interpreter for any number.
+        A demanded kernel runs for few tokens alone, in its interpreter for any number.
 
         Args:
             implementation: as of `own`.

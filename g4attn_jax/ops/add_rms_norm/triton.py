@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
     @classmethod
     def of(cls, x_ref, row, num_warps=NUM_WARPS):
-        """Row of that index, for a program of so many warps."""
+        """Row `row` of x, for a program of `num_warps` warps."""
         width = x_ref.shape[1]
         piece = num_warps * WARP_LOAD_BYTES // x_ref.dtype.itemsize
         piece = min(piece, pl.next_power_of_2(width))
@@ -108,7 +108,7 @@ def _add_rms_norm(inputs, total_ref, *h_refs, eps, starts_next):
 
 
 class Stream(NamedTuple):
-    """Row of the residual stream, and what its sum with a branch needs, in pieces.
+    """Row of the residual stream, and scales and factor of its sum with a branch, in pieces.
 
     Attributes:
         x: the row.
@@ -134,10 +134,10 @@ class Stream(NamedTuple):
         )
 
     def add(self, row, y, total_ref, h_refs, eps):
-        """Stores the sum with the norm of y, pieces of a branch, and the norms of the sum.
+        """Stores the sum of the stream and the norm of a branch y, in pieces, and norms of the sum.
 
-        What is multiplied by a root is multiplied by its scale before the root is known, so that no
-        load waits for it.
+        y is multiplied by its scale before its root mean square is known, so that the load of the
+        scale does not wait for it.
         """
         scaled = [a * b for a, b in zip(y, self.scale, strict=True)]
         rrms = row.rrms(y, eps)

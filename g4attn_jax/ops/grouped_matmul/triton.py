@@ -111,7 +111,8 @@ def _launches(gpu, sizes):
     if programs < 2 * gpu.num_sms:  # DRAM gives narrower lines at less than its full rate
         width, depth, stages = 64 * sizes.matrices, 64, 6
     elif sizes.matrices > 1 and sizes.groups <= 2 * sizes.rows <= 2 * sizes.groups:
-        # Rows for half of the groups or more, one or two each: large programs that all run at once.
+        # With half as many rows as groups, up to as many, a group has one or two. Programs of large
+        # tiles are few enough to run at the same time.
         width, depth, stages = 128 * sizes.matrices, 32, 3
     yield _launch(sizes, block_rows, width, depth, 4, stages)
     yield _launch(sizes, 16, 64, 64, 4, 3)

@@ -59,7 +59,7 @@ def moe_combine(
 
 
 def _combine(inputs, total_ref, *h_refs, eps, num_warps, starts_next):
-    """Combines and norms one row; all is on its way before the first sum of squares."""
+    """Combines and norms one row. All loads are issued before the first sum of squares is taken."""
     row = Row.of(inputs["x"], first_program_id(starts_next), num_warps)
     experts = _weighted_sum(row, inputs["rows"], inputs["weights"], inputs["place"])
     mlp = row.load_sum(inputs["y"], rows=inputs["x"].shape[0])

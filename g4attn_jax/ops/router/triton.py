@@ -32,9 +32,9 @@ from g4attn_jax.ops.triton_tiles import (
     store_tile,
 )
 
-# Tokens up to which each is a program; the least that a product of tiles takes is 16.
+# Up to so many tokens each has programs of its own: a product of tiles takes at least 16 tokens.
 _MAX_SINGLE = 4
-# Tokens up to which the scores have as many parts as W has blocks of rows.
+# Up to so many tokens the scores have as many parts as W has blocks of rows, above half as many.
 _MAX_WITH_ALL_PARTS = 8
 _LOWEST = jnp.iinfo(jnp.int32).min
 
@@ -162,7 +162,7 @@ def _add_scores(x_ref, scale_ref, w_ref, scores_ref, squares_ref, *, launch, sta
 
 
 def _product(x, w):
-    """x w of float32; that of one token without the rows that a product of tiles would add."""
+    """x w of float32; of one token by sums, as a product of tiles would take 16 rows."""
     if x.shape[0] > 1:
         return dot(x, w)
     return jnp.sum(jnp.sum(x, axis=0)[:, None] * w, axis=0)[None, :]
