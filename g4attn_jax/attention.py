@@ -175,7 +175,9 @@ class Gemma4Attention(nnx.Module):
         These are three steps, `project`, `attend` and `o_proj.partial_sums`: a layer can be cut
         between them, to run the projections together with what is before and after.
         """
-        o, cache = self.attend(self.project(x), positions, cache)
+        qkv = self.project(x)
+        _check_not_empty("x", jnp.shape(x), qkv.shape[-5:-3], positions, cache)
+        o, cache = self.attend(qkv, positions, cache)
         with jax.named_scope("o_proj"):
             return self.o_proj.partial_sums(o), cache
 
@@ -228,6 +230,7 @@ class Gemma4Attention(nnx.Module):
             shape, dtype = ("partial sums", *shape), "floating"
         check_array("qkv", qkv, shape, dtype, empty=True)
         given, tokens = cache, qkv.shape[-5:-3]
+        _check_not_empty("qkv", qkv.shape, tokens, positions, cache)
         cache, k_norm = self._with_k_norm(cache)
         if cache is not None:
             checks.check_cache(
@@ -346,8 +349,6 @@ class Gemma4Attention(nnx.Module):
     def _contiguous(self, tokens, cache):
         if cache is not None:
             return Contiguous(tokens[0], cache.v.shape[1])
-        if 0 in tokens:
-            raise ValueError(f"B and T are {tokens}; without a cache neither may be 0")
         return Contiguous(*tokens)
 
     def _with_k_norm(self, cache):
@@ -360,6 +361,12 @@ class Gemma4Attention(nnx.Module):
                 "accepts a cache of its own"
             )
         return cache, self.k_norm[...]
+
+
+def _check_not_empty(name, shape, tokens, positions, cache):
+    """Refuses an array of no tokens where its cache and plan are made of them."""
+    if cache is None and not isinstance(positions, StepPlan) and 0 in tokens:
+        raise ValueError(f"{name} has shape {shape}; without a cache B and T must not be 0")
 
 
 def _as_array(name, tensor, shape):

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import chex
 import jax
@@ -533,6 +534,12 @@ class TestBadInput:
     def test_refused_projections(self, qkv, message):
         with pytest.raises(ValueError, match=message):
             self.attention.attend(qkv, positions_to(3), self.attention.init_cache(Contiguous(B, 8)))
+
+    @pytest.mark.parametrize("shape", [(0, 3, 1, 5, 32), (B, 0, 1, 5, 32), (2, 0, 3, 1, 5, 32)])
+    def test_a_projection_of_no_tokens_without_a_cache(self, shape):
+        tokens = shape[-5:-3]
+        with pytest.raises(ValueError, match=f"qkv has shape {re.escape(str(shape))}"):
+            self.attention.attend(jnp.zeros(shape), jnp.zeros(tokens, jnp.int32))
 
     def test_a_shared_layer_needs_its_producers_cache(self):
         attention = layer_of(KV_SHARED, 3)
